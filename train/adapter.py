@@ -1,0 +1,211 @@
+"""LoRA on the transformer: attaching, exporting in the one form that diffusers, DiffSynth and ComfyUI all load, loading back.
+
+Exported keys are `diffusion_model.<module>.lora_A.weight` and `.lora_B.weight` with the scale alpha/rank inside B.
+Measured: bare keys load 0 modules in diffusers without a word, and `transformer.` keys fuse 0 modules in DiffSynth.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data_prep.errors import InputError
+from train.denoiser import Denoiser
+
+PREFIX = "diffusion_model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+@dataclass
+class Adapter:
+    """LoRA layers that live inside a denoiser.
+
+    `layers` maps the module's name in the transformer to its LoRA layer; `config` is what PEFT built them from.
+    """
+
+    layers: dict[str, LoraLayer]
+    config: LoraConfig
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """`<module>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` -> float32 parameter."""
+        named = {}
+        for name, layer in self.layers.items():
+            named[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight
+            named[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight
+            if self.config.use_dora:
+                named[f"{name}.lora_magnitude_vector.weight"] = layer.lora_magnitude_vector["default"].weight
+        return named
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer trains, in a fixed order."""
+        return list(self.named_parameters().values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The exact training weights, unscaled, for resuming."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` returned, bit for bit.
+
+        Raises:
+            InputError: the names or shapes differ from this adapter's.
+        """
+        mine = self.named_parameters()
+        wrong = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
+        if wrong:
+            raise InputError(
+                f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: "
+                "set adapter.rank and adapter.target_modules as they were, or start a new run_dir"
+            )
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+    @torch.no_grad()
+    def export(self, folder: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+        """Writes `adapter_model.safetensors` (with `metadata` in its header) and `adapter_config.json` into `folder`."""
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            module, kind = name.split(".lora_")
+            scale = self.layers[module].scaling["default"] if kind.startswith("B.") else 1.0
+            tensors[PREFIX + name] = (tensor * scale).to("cpu", dtype).contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
+        config = self.config.to_dict() | {
+            "lora_alpha": self.config.r,  # the scale is inside B
+            "use_rslora": False,
+            "target_modules": sorted(self.layers),
+            "base_model_name_or_path": metadata.get("base_model"),
+        }
+        text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: sorted(value))
+        (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def attach_lora(
+    denoiser: Denoiser,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    rslora: bool = False,
+    dora: bool = False,
+    seed: int = 0,
+) -> Adapter:
+    """Injects trainable LoRA layers into the denoiser's transformer; B starts at zero, so nothing changes yet.
+
+    Args:
+        target_modules: suffixes of linear modules' names, such as `to_q` or `img_mlp.net.2`.
+        rslora: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
+        dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
+        seed: of A's initialisation, which depends on each module's name and on nothing else.
+
+    Raises:
+        InputError: a target matches no linear module.
+    """
+    names = match_modules(denoiser.dit, target_modules)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_rslora=rslora, use_dora=dora)
+    adapter = _inject(denoiser, config, names)
+    for name, layer in adapter.layers.items():
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+        start = torch.empty(layer.lora_A["default"].weight.shape)
+        nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+        layer.lora_A["default"].weight.data.copy_(start)
+    return adapter
+
+
+def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
+    """Names of the linear modules that end in one of the targets, without those whose output nothing reads.
+
+    Raises:
+        InputError: a target matches no linear module.
+    """
+    linear = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
+    last = len(dit.transformer_blocks) - 1
+    unused = {f"transformer_blocks.{last}.{suffix}" for suffix in UNUSED_IN_LAST_BLOCK}
+    matched = set()
+    for target in target_modules:
+        hits = {name for name in linear if name == target or name.endswith(f".{target}")}
+        if not hits:
+            valid = sorted({name.split(".", 2)[-1] for name in linear} | {name.rsplit(".", 1)[-1] for name in linear})
+            nearest = difflib.get_close_matches(target, valid, n=1, cutoff=0.0)[0]
+            raise InputError(f"adapter.target_modules names {target!r}, which is no linear module: did you mean {nearest!r}?")
+        matched |= hits
+    return [name for name in linear if name in matched - unused]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter that was loaded: the header's metadata and the number of modules it touched."""
+
+    metadata: dict[str, str]
+    num_modules: int
+
+
+@torch.no_grad()
+def load_adapter(denoiser: Denoiser, path: Path, strength: float = 1.0) -> AdapterInfo:
+    """Loads an exported adapter into a denoiser without one; every tensor of the file is used.
+
+    Args:
+        path: the safetensors file, or the folder (a checkpoint) that holds `adapter_model.safetensors`.
+        strength: multiplies the adapter's contribution; 0 leaves the base model.
+
+    Raises:
+        InputError: no such file, not an adapter of this transformer, or ranks that differ between modules.
+    """
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    tensors, metadata = _read(file)
+    names = sorted({name.split(".lora_")[0] for name in tensors})
+    linear = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := [name for name in names if name not in linear]:
+        raise InputError(f"{file} has LoRA weights for {unknown[0]!r} ({len(unknown)} such modules), which this model lacks")
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    if len(ranks) != 1:
+        raise InputError(f"{file} mixes the ranks {sorted(ranks)}; only adapters of one rank can be loaded")
+    rank = ranks.pop()
+    dora = any(".lora_magnitude_vector." in name for name in tensors)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, use_dora=dora)
+    adapter = _inject(denoiser, config, names)
+    adapter.load_state_dict(tensors)
+    for layer in adapter.layers.values():
+        layer.scaling["default"] *= strength
+        layer.requires_grad_(False)
+    return AdapterInfo(metadata, len(adapter.layers))
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of an adapter file by their name without the prefix, and its metadata."""
+    if not file.is_file():
+        raise InputError(f"no adapter at {file}: give a checkpoint folder or its {WEIGHTS_FILE}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a readable safetensors file ({error})") from error
+    foreign = [name for name in tensors if not name.startswith(PREFIX) or ".lora_" not in name]
+    if foreign or not tensors:
+        raise InputError(f"{file} is not an adapter of this project: its keys begin with {next(iter(foreign), 'nothing')!r}, not {PREFIX!r}")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, metadata
+
+
+def _inject(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:
+    """Injects PEFT's layers in float32 and asserts that exactly `names` were touched."""
+    inject_adapter_in_model(config, denoiser.dit)
+    layers = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, LoraLayer)}
+    assert sorted(layers) == sorted(names), f"LoRA touched {len(layers)} modules instead of {len(names)}"
+    adapter = Adapter({name: layers[name] for name in names}, config)
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return adapter
