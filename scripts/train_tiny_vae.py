@@ -7,6 +7,7 @@ both sides of the latents gives every normalised channel mean 0 and standard dev
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -16,7 +17,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
-from diffsynth.models.qwen_image_vae import QwenImageCausalConv3d, QwenImageVAE
+from diffsynth.models.qwen_image_vae import (
+    QwenImageAttentionBlock,
+    QwenImageCausalConv3d,
+    QwenImageResidualBlock,
+    QwenImageVAE,
+)
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as TF
@@ -24,7 +30,57 @@ from torchvision.transforms.v2 import functional as TF
 from scripts import photographs
 
 TINY_VAE = {"base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
-KL_WEIGHT = 2e-5
+LATENT_NOISE = 0.1  # standard deviation of the noise that the decoder must bear, in normalised latents
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), on the last temporal slice of convolutions.
+
+    torch.optim.Muon takes matrices only. With Adam this network is still at 18 dB where Muon is at 24.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(0.95).add_(p.grad)
+                update, weight = p.grad + 0.95 * momentum, p
+                if p.ndim == 5:
+                    update, weight = update[:, :, -1], p[:, :, -1]
+                matrix = orthogonalise(update.flatten(1))
+                scale = 0.2 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                weight.sub_(matrix.view_as(weight), alpha=group["lr"] * scale)
+
+
+def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix, roughly, by five quintic Newton-Schulz steps."""
+    x = matrix / (matrix.norm() + 1e-7)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x if wide else x.T
+
+
+def initialise(vae: QwenImageVAE) -> None:
+    """Weights for single frames: only the last temporal slice counts, residual branches start small, attention at zero."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            fan_in = module.weight[0, :, -1].numel() if module.weight.ndim == 5 else module.weight[0].numel()
+            weight = torch.zeros_like(module.weight)
+            live = weight[:, :, -1] if weight.ndim == 5 else weight
+            live.normal_(std=fan_in**-0.5)
+            module.weight.data, module.bias.data = weight, torch.zeros_like(module.bias)
+    for module in vae.modules():
+        if isinstance(module, QwenImageResidualBlock):
+            module.conv2.weight.data *= 0.1
+        elif isinstance(module, QwenImageAttentionBlock):
+            module.proj.weight.data.zero_()
 
 
 def conv_of_one_frame(conv: QwenImageCausalConv3d, x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
@@ -41,22 +97,15 @@ def batch_of_crops(pictures: list[Image.Image], size: int, count: int, rng: rand
         crop = photographs.random_crop(rng.choice(pictures), size, rng, smallest=0.2)
         pixels = TF.to_image(crop).float() / 127.5 - 1
         pixels = pixels.flip(-1) if rng.random() < 0.5 else pixels
-        pixels = pixels[rng.sample(range(3), 3)]
+        pixels = pixels[rng.sample(range(3), 3)] if rng.random() < 0.5 else pixels
         if rng.random() < 0.3:
             pixels = (pixels * rng.uniform(0.5, 1.4) + rng.uniform(-0.4, 0.4)).clamp(-1, 1)
-        for _ in range(rng.choice([0, 0, 1, 2])):
+        for _ in range(rng.choice([0, 0, 0, 1])):
             top, left = rng.randrange(size), rng.randrange(size)
             colour = torch.tensor([rng.uniform(-1, 1) for _ in range(3)])
             pixels[:, top : top + rng.randint(4, size // 2), left : left + rng.randint(4, size // 2)] = colour[:, None, None]
         crops.append(pixels)
     return torch.stack(crops)
-
-
-def encode_moments(vae: QwenImageVAE, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance of the normalised latents, each (B, 16, H/8, W/8)."""
-    mean, logvar = vae.quant_conv(vae.encoder(pixels.unsqueeze(2))).squeeze(2).chunk(2, dim=1)
-    scale = vae.std.squeeze(2)
-    return (mean - vae.mean.squeeze(2)) * scale, logvar.clamp(-20, 10) + 2 * scale.log()
 
 
 @torch.no_grad()
@@ -69,7 +118,7 @@ def standardise_latents(vae: QwenImageVAE, pixels: torch.Tensor) -> None:
     conv, post = vae.quant_conv, vae.post_quant_conv
     conv.weight[:16] *= a.view(-1, 1, 1, 1, 1)
     conv.bias[:16] = conv.bias[:16] * a + b
-    conv.bias[16:] += 2 * a.log()
+    conv.weight[16:], conv.bias[16:] = 0, 2 * math.log(LATENT_NOISE)  # a constant log-variance for whoever samples
     post.bias -= post.weight[:, :, -1, 0, 0] @ (b / a)
     post.weight /= a.view(1, -1, 1, 1, 1)
 
@@ -95,26 +144,28 @@ def main() -> None:
     pictures = [photographs.load(path) for path in photographs.TRAIN]
     vae = QwenImageVAE(**TINY_VAE)
     slow_forward, QwenImageCausalConv3d.forward = QwenImageCausalConv3d.forward, conv_of_one_frame
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    initialise(vae)
+    used = [p for name, p in vae.named_parameters() if "time_conv" not in name]  # video only
+    matrices = [p for p in used if p.ndim >= 4 and min(p.shape[:2]) > 1]
+    vectors = [p for p in used if not (p.ndim >= 4 and min(p.shape[:2]) > 1)]
+    optimizers = [Muon(matrices, lr=0.05), torch.optim.AdamW(vectors, lr=2e-3, betas=(0.9, 0.99), weight_decay=0)]
+    peaks = [0.05, 2e-3]
     start, step = time.time(), 0
     while (spent := (time.time() - start) / (60 * args.minutes)) < 1:
-        lr = 2e-3 * min(1, (step + 1) / 200) * max(1 - spent, 0.01)
-        optimizer.param_groups[0]["lr"] = lr
-        size, count = (64, 16) if spent < 0.5 else (128, 4)
-        pixels = batch_of_crops(pictures, size, count, rng)
-        mean, logvar = encode_moments(vae, pixels)
-        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1).sum(1).mean()
-        error = vae.decode(latents) - pixels
-        loss = error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * kl
-        optimizer.zero_grad()
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 50) * max(1 - spent, 0.01)
+        pixels = batch_of_crops(pictures, *((64, 8) if spent < 0.75 else (128, 2)), rng)
+        latents = vae.encode(pixels)
+        error = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)) - pixels
+        loss = error.square().mean() + 1e-4 * latents.square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         if step % 200 == 0:
-            print(f"step {step} {spent:.0%} loss {loss.item():.4f} mse {error.square().mean().item():.4f} kl {kl.item():.1f} "
-                  f"held out {[round(psnr(vae, photographs.load(p)), 2) for p in photographs.HELD_OUT]} dB", flush=True)  # fmt: skip
+            held_out = [round(psnr(vae, photographs.load(path)), 2) for path in photographs.HELD_OUT]
+            print(f"step {step} {spent:.0%} mse {error.square().mean().item():.4f} held out {held_out} dB", flush=True)
 
     standardise_latents(vae, batch_of_crops(pictures, 128, 64, rng))
     QwenImageCausalConv3d.forward = slow_forward
