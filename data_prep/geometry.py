@@ -1,0 +1,145 @@
+"""The one place that decides how large an image becomes: cache, training, validation, editor and web page ask here.
+
+Sizes are height x width in pixels, in multiples of 32: 8 for the VAE, 2 for the DiT's patches, 2 to spare, as upstream.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+MULTIPLE = 32
+LATENT_CELL = 8
+"""Pixels of a latent cell's side: the VAE's down-sampling factor."""
+
+
+class Size(NamedTuple):
+    """Height and width in pixels, or in latent cells where a name says so."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Size":
+        """The size of a Pillow image (which says width first)."""
+        return cls(image.height, image.width)
+
+    @property
+    def latent(self) -> "Size":
+        """The size of this image's latents."""
+        return Size(self.height // LATENT_CELL, self.width // LATENT_CELL)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How images are sized: the target's bucket, the references for the VAE, the references for the vision tower."""
+
+    max_pixels: int
+    """Largest area of a target, in pixels. A smaller image keeps its size, cropped to multiples of 32."""
+    vision_pixels: int = 384 * 384
+    """Area of what Qwen2.5-VL sees, in pixels: every image is brought to it, up or down."""
+    reference_pixels: int | None = None
+    """Largest area of a reference for the VAE; None: as the target, so that source and target align pixel by pixel."""
+
+    def __post_init__(self):
+        for name in ("max_pixels", "vision_pixels", "reference_pixels"):
+            pixels = getattr(self, name)
+            if pixels is not None and pixels < MULTIPLE**2:
+                raise ValueError(f"{name} must be at least {MULTIPLE**2} ({MULTIPLE}x{MULTIPLE}), got {pixels}")
+
+    def target_size(self, size: Size) -> Size:
+        """The bucket of a target image of this size; also the size of its bridge source, ground truth and mask."""
+        return bucket_size(size, self.max_pixels)
+
+    def reference_size(self, size: Size) -> Size:
+        """The size at which a reference image of this size is given to the VAE as `edit_latents`."""
+        return bucket_size(size, self.reference_pixels or self.max_pixels)
+
+    def vision_size(self, size: Size) -> Size:
+        """The size at which a reference is shown to Qwen2.5-VL, which was trained on one area: upstream's formula."""
+        aspect = size.width / size.height
+        width = math.sqrt(self.vision_pixels * aspect)
+        height = width / aspect
+        return Size(*(max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in (height, width)))
+
+
+def bucket_size(size: Size, max_pixels: int) -> Size:
+    """The size in multiples of 32, within `max_pixels` and within the image, whose aspect is nearest to the image's.
+
+    It is idempotent, and never larger than the image but for sides under 32, which become 32.
+    """
+    scale = min(1.0, math.sqrt(max_pixels / (size.height * size.width)))
+    height, width = size.height * scale, size.width * scale
+    height = max(MULTIPLE, min(height, max_pixels / max(MULTIPLE, width)))
+    width = max(MULTIPLE, min(width, max_pixels / height))
+
+    def fits(candidate: Size) -> bool:
+        inside = candidate.height <= max(MULTIPLE, size.height) and candidate.width <= max(MULTIPLE, size.width)
+        return inside and candidate.height * candidate.width <= max_pixels
+
+    def distance(candidate: Size) -> tuple[float, int]:
+        skew = abs(math.log(candidate.height * size.width / (candidate.width * size.height)))
+        return round(skew, 9), -candidate.height * candidate.width
+
+    candidates = (Size(*sides) for sides in itertools.product(_neighbours(height), _neighbours(width)))
+    return min(filter(fits, candidates), key=distance)
+
+
+def _neighbours(side: float) -> tuple[int, int]:
+    """The multiples of 32 below and above; an exact multiple, within rounding error, is both."""
+    below = math.floor(side / MULTIPLE + 1e-9) * MULTIPLE
+    return below, math.ceil(side / MULTIPLE - 1e-9) * MULTIPLE
+
+
+def fit(image: Image.Image, size: Size) -> Image.Image:
+    """Covers `size` and crops the centre, without stretching (Lanczos): for all that the VAE or a metric sees."""
+    return ImageOps.fit(image, (size.width, size.height), method=Image.Resampling.LANCZOS)
+
+
+def fit_mask(mask: Image.Image, size: Size) -> Image.Image:
+    """`fit` for a mask (mode L, 255 = background): each pixel is the maximum of the pixels that it covers.
+
+    A one-pixel line of background survives any reduction, where an average would dissolve it.
+    """
+    crop_width = min(mask.width, mask.height * size.width / size.height)
+    crop_height = min(mask.height, mask.width * size.height / size.width)
+    left, top = math.floor((mask.width - crop_width) / 2), math.floor((mask.height - crop_height) / 2)
+    cropped = mask.crop((left, top, mask.width - left, mask.height - top))
+    values = torch.from_numpy(np.array(cropped, dtype=np.float32))
+    pooled = functional.adaptive_max_pool2d(values[None], (size.height, size.width))[0]
+    return Image.fromarray(pooled.to(torch.uint8).numpy())
+
+
+def stretch(image: Image.Image, size: Size) -> Image.Image:
+    """Resizes to exactly `size` (bicubic), as upstream does for the vision tower: its rounding stretches a little."""
+    return image.resize((size.width, size.height), Image.Resampling.BICUBIC)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as float32 (3, H, W) in [-1, 1]."""
+    values = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return values.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [-1, 1], clamped, as an 8-bit RGB image: the inverse of `to_pixels`."""
+    values = ((pixels.detach().float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
+
+def mask_to_latent(mask: Image.Image) -> Tensor:
+    """A mask (mode L, 255 = background, sides multiples of 8) on the latent grid: float32 (1, H/8, W/8) in [0, 1].
+
+    Max-pooled, which is the conservative way: a latent cell that touches background counts as background.
+    """
+    values = torch.from_numpy(np.array(mask, dtype=np.float32)) / 255.0
+    return functional.max_pool2d(values[None], LATENT_CELL)

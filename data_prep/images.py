@@ -1,0 +1,114 @@
+"""Image files as people have them -> upright 8-bit RGB, or a reason why not.
+
+Everything that reads a photograph or a mask goes through `open_image` or `open_mask`, so that the cache, validation,
+the editor and the web page see the same pixels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_ASPECT = 100
+"""Longest side over shortest. The Qwen2.5-VL image processor refuses 200, and nothing useful is beyond 100."""
+
+
+class RejectedImage(ValueError):
+    """One image file cannot be used; the rest of the dataset can. `path` and `reason` are for the report."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Reads a photograph: EXIF rotation applied, any mode made 8-bit RGB, transparency composited on white.
+
+    Of an animation it is the first frame. CMYK is converted by Pillow's formula, without colour management.
+
+    Raises:
+        RejectedImage: missing, unreadable, empty, truncated, not an image, too large or too thin.
+    """
+    return _to_rgb(_decode(Path(path)), Path(path))
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """Reads a mask as 8-bit grey (mode L), 255 = background to preserve. Transparent pixels count as 0, "edit here".
+
+    Raises:
+        RejectedImage: as `open_image`.
+    """
+    image = _decode(Path(path))
+    if _has_alpha(image):
+        return _composite(image, "black").convert("L")
+    return _to_8_bit(image, Path(path)).convert("L")
+
+
+def image_size_text(image: Image.Image) -> str:
+    """`640x480`, width first, as people write it."""
+    return f"{image.width}x{image.height}"
+
+
+def _decode(path: Path) -> Image.Image:
+    """Decodes the whole file, so that a truncated one is found here and not later in a worker."""
+    try:
+        if path.stat().st_size == 0:
+            raise RejectedImage(path, "the file is empty (zero bytes)")
+        with Image.open(path) as image:
+            _check_size(image, path)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise RejectedImage(path, "no such file") from None
+    except UnidentifiedImageError:
+        raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RejectedImage(path, _bomb_reason()) from None
+    except OSError as error:  # permissions, folders, symlink loops and Pillow's "image file is truncated"
+        raise RejectedImage(path, f"cannot be read: {error.strerror or error}") from None
+    except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's plugins raise for broken headers and chunks
+        if isinstance(error, RejectedImage):
+            raise
+        raise RejectedImage(path, f"cannot be decoded: {error}") from None
+
+
+def _check_size(image: Image.Image, path: Path) -> None:
+    """Refuses what Pillow only warns about, and shapes that no bucket can hold."""
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise RejectedImage(path, _bomb_reason())
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise RejectedImage(
+            path, f"{image_size_text(image)} is too thin: one side is over {MAX_ASPECT} times the other"
+        )
+
+
+def _bomb_reason() -> str:
+    return f"more than {Image.MAX_IMAGE_PIXELS} pixels (Pillow's decompression-bomb limit)"
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if _has_alpha(image):
+        return _composite(image, "white")
+    return _to_8_bit(image, path).convert("RGB")
+
+
+def _composite(image: Image.Image, colour: str) -> Image.Image:
+    """`image` over a plain background, mode RGB."""
+    foreground = image.convert("RGBA")
+    background = Image.new("RGBA", foreground.size, colour)
+    return Image.alpha_composite(background, foreground).convert("RGB")
+
+
+def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
+    """16-bit grey scaled to 8 bits; Pillow's own `convert` would clip it to white."""
+    if image.mode == "F":
+        raise RejectedImage(path, "floating-point pixels have no defined range: save it with 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image).astype(np.float64).clip(0, 65535)
+    return Image.fromarray(np.round(pixels / 257).astype(np.uint8))

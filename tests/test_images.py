@@ -1,0 +1,146 @@
+"""Every kind of image file that a real dataset holds is either read as upright RGB or rejected with a reason."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.images import RejectedImage, open_image, open_mask
+
+GRADIENT = np.linspace(0, 255, 64 * 48, dtype=np.uint8).reshape(48, 64)
+
+
+@pytest.fixture
+def photograph() -> Image.Image:
+    return Image.fromarray(np.stack([GRADIENT, GRADIENT[::-1], GRADIENT[:, ::-1]], axis=-1))
+
+
+def save(image: Image.Image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def assert_close(image: Image.Image, expected: Image.Image, tolerance: int = 3):
+    assert image.mode == "RGB"
+    assert image.size == expected.size
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= tolerance
+
+
+def test_plain_rgb_is_unchanged(photograph, tmp_path):
+    assert_close(open_image(save(photograph, tmp_path / "ünï 图.png")), photograph, 0)
+
+
+def test_exif_rotation_is_applied(photograph, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn clockwise to show
+    path = save(photograph.transpose(Image.Transpose.ROTATE_90), tmp_path / "phone.png", exif=exif)
+    assert_close(open_image(path), photograph, 0)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "1", "YCbCr", "LAB"])
+def test_other_colour_modes_become_rgb(mode, photograph, tmp_path):
+    source = photograph if mode != "LAB" else Image.new("LAB", photograph.size)
+    image = open_image(save(source.convert(mode), tmp_path / "image.tif"))
+    assert image.mode == "RGB"
+    assert image.size == photograph.size
+
+
+def test_cmyk_jpeg_looks_like_its_original(tmp_path):
+    red = Image.new("RGB", (32, 32), (200, 30, 40))
+    assert_close(open_image(save(red.convert("CMYK"), tmp_path / "print.jpg", quality=95)), red, 6)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    deep = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+    expected = Image.fromarray(GRADIENT).convert("RGB")
+    assert_close(open_image(save(deep, tmp_path / "deep.png")), expected, 0)
+    assert_close(open_image(save(deep, tmp_path / "deep.tif")), expected, 0)
+
+
+def test_palette_and_palette_with_transparency(photograph, tmp_path):
+    palette = photograph.quantize(256)
+    assert_close(open_image(save(palette, tmp_path / "palette.png")), palette.convert("RGB"), 0)
+    transparent = open_image(save(palette, tmp_path / "hole.png", transparency=palette.getpixel((5, 5))))
+    assert transparent.getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_on_white(mode, photograph, tmp_path):
+    image = photograph.convert(mode)
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 10, 10))
+    image.putalpha(alpha)
+    opened = open_image(save(image, tmp_path / "alpha.png"))
+    assert opened.getpixel((5, 5)) == (255, 255, 255)
+    assert opened.getpixel((30, 30)) == image.convert("RGB").getpixel((30, 30))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_of_an_animation_it_is_the_first_frame(suffix, tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    path = save(frames[0], tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:])
+    assert_close(open_image(path), frames[0], 6)
+
+
+def test_a_wrong_extension_does_not_matter(photograph, tmp_path):
+    assert_close(open_image(save(photograph, tmp_path / "liar.jpg", format="PNG")), photograph, 0)
+
+
+def cut_in_half(format):
+    def write(path):
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, format=format)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return write
+
+
+BROKEN = {
+    "no such file": lambda _: None,
+    "zero bytes": lambda path: path.touch(),
+    "not an image": lambda path: path.write_text("<html>404</html>"),
+    "truncated": cut_in_half("JPEG"),
+    "file is truncated": cut_in_half("PNG"),
+    "directory": lambda path: path.mkdir(),
+    "symbolic links": lambda path: path.symlink_to(path),
+    "too thin": lambda path: Image.new("L", (3001, 30)).save(path, format="PNG"),
+    "floating-point": lambda path: Image.new("F", (32, 32)).save(path, format="TIFF"),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_unusable_files_are_rejected_with_path_and_reason(reason, tmp_path):
+    path = tmp_path / "image.jpg"
+    BROKEN[reason](path)
+    with pytest.raises(RejectedImage, match=reason) as rejection:
+        open_image(path)
+    assert rejection.value.path == path
+
+
+@pytest.mark.parametrize("limit", [2000, 1000])  # Pillow warns above its limit and raises above twice its limit
+def test_a_decompression_bomb_is_rejected(limit, photograph, tmp_path, monkeypatch):
+    path = save(photograph, tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(RejectedImage, match="decompression-bomb limit"):
+        open_image(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_rejected(photograph, tmp_path):
+    path = save(photograph, tmp_path / "secret.png")
+    path.chmod(0)
+    with pytest.raises(RejectedImage, match="Permission denied"):
+        open_image(path)
+
+
+def test_masks_become_grey_and_transparent_means_edit(photograph, tmp_path):
+    grey = open_mask(save(Image.fromarray(GRADIENT), tmp_path / "grey.png"))
+    assert grey.mode == "L"
+    assert np.array_equal(np.asarray(grey), GRADIENT)
+    deep = open_mask(save(Image.fromarray(GRADIENT.astype(np.uint16) * 257), tmp_path / "deep.png"))
+    assert np.array_equal(np.asarray(deep), GRADIENT)
+    image = Image.new("RGBA", photograph.size, "white")
+    image.paste((255, 255, 255, 0), (0, 0, 10, 10))
+    holes = open_mask(save(image, tmp_path / "holes.png"))
+    assert (holes.getpixel((5, 5)), holes.getpixel((30, 30))) == (0, 255)
