@@ -1,0 +1,259 @@
+"""Writes the tiny model: a directory in the hub layout of Qwen/Qwen-Image-Edit-2511 with the same modules at a few megabytes.
+
+    python scripts/make_tiny_model.py [--out models/tiny] [--seed 0]
+
+The VAE and the transformer are trained (scripts/tiny/*.safetensors), the tokenizer is the real Qwen BPE, and the text
+encoder is random: the transformer has learned the embeddings of seed 0. The same seed gives the same bytes.
+"""
+
+import argparse
+import base64
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dashscope
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+SHIPPED = Path(__file__).parent / "tiny"
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> "
+    "</tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+).split()
+FIRST_SPECIAL = 151_643  # the number of BPE ranks
+
+MODEL_INDEX = {
+    "_class_name": "QwenImageEditPlusPipeline",
+    "processor": ["transformers", "Qwen2VLProcessor"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+VAE = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "attn_scales": [],
+    "base_dim": 12,
+    "dim_mult": [1, 2, 4, 4],
+    "dropout": 0.0,
+    "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+    "latents_std": [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}  # fmt: skip
+TRANSFORMER = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "attention_head_dim": 32,
+    "axes_dims_rope": [8, 12, 12],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 16,
+    "num_attention_heads": 3,
+    "num_layers": 5,
+    "out_channels": 16,
+    "patch_size": 2,
+    "zero_cond_t": True,
+}
+TEXT_ENCODER = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen2_5_vl",
+    "text_config": {
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "max_position_embeddings": 32768,
+        "model_type": "qwen2_5_vl_text",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 1000000.0, "rope_type": "default"},
+        "vocab_size": 151_680,
+    },
+    "tie_word_embeddings": True,
+    "video_token_id": 151656,
+    "vision_config": {
+        "depth": 2,
+        "fullatt_block_indexes": [1],
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "model_type": "qwen2_5_vl",
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+PREPROCESSOR = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "processor_class": "Qwen2VLProcessor",
+    "temporal_patch_size": 2,
+}
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_ranks() -> dict[bytes, int]:
+    """Qwen's byte-pair ranks, as the package `dashscope` ships them."""
+    file = Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken"
+    pairs = (line.split() for line in file.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, which vocab.json and merges.txt are written in."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that the merge of rank `ranks[token]` joined: byte-pair encoding with the lower ranks alone."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [(ranks.get(a + b, FIRST_SPECIAL), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        i = min(joined)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """vocab.json, merges.txt and a configuration with the special tokens at their true ids."""
+    ranks, alphabet = read_ranks(), byte_alphabet()
+
+    def spell(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    merges = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    write_json(folder / "vocab.json", {spell(token): rank for token, rank in ranks.items()})
+    lines = ["#version: 0.2", *(f"{spell(left)} {spell(right)}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(FIRST_SPECIAL + i): {"content": token, "special": token.startswith("<|") and i < 14, **flags}
+        for i, token in enumerate(SPECIAL_TOKENS)
+    }
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": SPECIAL_TOKENS[1:14],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def write_text_encoder(folder: Path, seed: int) -> None:
+    """A random Qwen2.5-VL, scaled so that different words and pictures give clearly different hidden states."""
+    write_json(folder / "config.json", TEXT_ENCODER)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**TEXT_ENCODER))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            fan_in = 1 if "embed_tokens" in name else parameter[0].numel()
+            value = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+        else:
+            value = torch.ones(parameter.shape) if name.endswith("weight") else torch.zeros(parameter.shape)
+        weights[hub_name(name)] = value.to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hub_name(name: str) -> str:
+    """The parameter's name in the published checkpoint, which predates the split into language model and vision tower."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def write_trained(folder: Path, config: dict, shipped: str) -> None:
+    """A component whose weights are in the repository."""
+    if not (SHIPPED / shipped).is_file():
+        raise SystemExit(f"error: {SHIPPED / shipped} is missing: restore it from the repository")
+    write_json(folder / "config.json", config)
+    shutil.copyfile(SHIPPED / shipped, folder / "diffusion_pytorch_model.safetensors")
+
+
+def write_random_transformer(folder: Path, seed: int) -> None:
+    """An untrained transformer, for pre-training and for tests that need no edit."""
+    from diffusers import QwenImageTransformer2DModel
+
+    write_json(folder / "config.json", TRANSFORMER)
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel.from_config(TRANSFORMER)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        norm = "norm" in name and parameter.ndim == 1 and name.endswith("weight")
+        scaled = 1 + 0.1 * value if norm else value * (parameter.shape[1] ** -0.5 if parameter.ndim > 1 else 0.1)
+        weights[name] = scaled.to(torch.bfloat16)
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="what model=tiny reads")
+    parser.add_argument("--seed", type=int, default=0, help="of the random text encoder")
+    parser.add_argument("--random-transformer", action="store_true", help="instead of the trained one")
+    args = parser.parse_args()
+
+    write_trained(args.out / "vae", VAE, "vae.safetensors")
+    if args.random_transformer:
+        write_random_transformer(args.out / "transformer", args.seed)
+    else:
+        write_trained(args.out / "transformer", TRANSFORMER, "transformer.safetensors")
+    write_text_encoder(args.out / "text_encoder", args.seed)
+    write_tokenizer(args.out / "tokenizer")
+    shutil.copytree(args.out / "tokenizer", args.out / "processor", dirs_exist_ok=True)
+    write_json(args.out / "processor" / "preprocessor_config.json", PREPROCESSOR)
+    write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(args.out / "model_index.json", MODEL_INDEX)  # last: a directory with an index is complete
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
