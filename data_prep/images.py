@@ -4,6 +4,8 @@ Everything that reads a photograph or a mask goes through `open_image` or `open_
 the editor and the web page see the same pixels.
 """
 
+import hashlib
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -45,28 +47,49 @@ def open_mask(path: str | Path) -> Image.Image:
     return _to_8_bit(image, Path(path)).convert("L")
 
 
+def file_digest(path: str | Path) -> str:
+    """A hash of the file's bytes: the same for the same picture under another name or date.
+
+    Raises:
+        RejectedImage: missing, unreadable or empty. Whether it is an image is found when it is decoded.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        try:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        except OSError as error:
+            raise RejectedImage(path, f"cannot be read: {error}") from None
+
+
 def image_size_text(image: Image.Image) -> str:
     """`640x480`, width first, as people write it."""
     return f"{image.width}x{image.height}"
 
 
-def _decode(path: Path) -> Image.Image:
-    """Decodes the whole file, so that a truncated one is found here and not later in a worker."""
+def _open(path: Path) -> BufferedReader:
     try:
         if path.stat().st_size == 0:
             raise RejectedImage(path, "the file is empty (zero bytes)")
-        with Image.open(path) as image:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise RejectedImage(path, "no such file") from None
+    except OSError as error:  # permissions, folders, symlink loops
+        raise RejectedImage(path, f"cannot be read: {error.strerror}") from None
+
+
+def _decode(path: Path) -> Image.Image:
+    """Decodes the whole file, so that a truncated one is found here and not later in a worker."""
+    try:
+        with _open(path) as file, Image.open(file) as image:
             _check_size(image, path)
             image.load()
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise RejectedImage(path, "no such file") from None
     except UnidentifiedImageError:
         raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedImage(path, _bomb_reason()) from None
-    except OSError as error:  # permissions, folders, symlink loops and Pillow's "image file is truncated"
-        raise RejectedImage(path, f"cannot be read: {error.strerror or error}") from None
+    except OSError as error:  # Pillow's "image file is truncated"
+        raise RejectedImage(path, f"cannot be read: {error}") from None
     except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's plugins raise for broken headers and chunks
         if isinstance(error, RejectedImage):
             raise

@@ -1,0 +1,68 @@
+"""How far a long job is: a live bar on a terminal, a line now and then in a file."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(title: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows samples done, samples per second and the time left, on stderr.
+
+    Args:
+        title: what is being done, e.g. `caching`.
+        total: samples to do.
+        shown: False on the ranks that keep quiet.
+
+    Yields:
+        `advance(n)`: n more samples are done.
+    """
+    console = Console(stderr=True)
+    if not shown or total == 0:
+        yield lambda _: None
+    elif console.is_terminal:
+        with _bar(console) as bar:
+            yield _Bar(bar, bar.add_task(title, total=total, rate="")).advance
+    else:
+        yield _Lines(title, total, console).advance
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+
+
+class _Bar:
+    def __init__(self, bar: Progress, task: TaskID):
+        self.bar, self.task, self.done, self.start = bar, task, 0, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
+        self.bar.update(self.task, advance=count, rate=f"{rate:.1f} samples/s")
+
+
+class _Lines:
+    def __init__(self, title: str, total: int, console: Console):
+        self.title, self.total, self.console = title, total, console
+        self.done, self.start = 0, time.monotonic()
+        self.last_line = self.start
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.done < self.total and now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        rate = self.done / max(now - self.start, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / max(rate, 1e-9)))
+        self.console.print(
+            f"{self.title} {self.done}/{self.total}, {rate:.1f} samples/s, {left} left",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,60 @@
+"""Arrow files of tensors: one record batch per file, memory-mapped when read, whole or absent when written.
+
+A tensor is its raw little-endian bytes, its shape and its dtype, for bfloat16 too. Any Arrow library reads them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from data_prep.files import atomic_file
+
+TENSOR = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int32())), ("dtype", pa.string())])
+SHARD_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "id": pa.string(),
+        "bucket": pa.string(),
+        "target_latents": TENSOR,
+        "source_latents": TENSOR,
+        "edit_latents": pa.list_(TENSOR),
+        "prompt_emb": TENSOR,
+        "mask": TENSOR,
+        "empty_prompt_emb": TENSOR,
+        "negative_prompt_emb": TENSOR,
+    }
+)
+SUB_NOISE_SCHEMA = pa.schema({"sub_noise": TENSOR})
+
+
+def to_arrow(tensor: Tensor) -> dict[str, Any]:
+    """A tensor of any dtype as a value of type `TENSOR`."""
+    tensor = tensor.detach().cpu().contiguous()
+    data = tensor.view(torch.uint8).numpy().tobytes()
+    return {"data": data, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def from_arrow(value: pa.StructScalar) -> Tensor:
+    """The tensor of a value of type `TENSOR`, in memory of its own."""
+    buffer = bytearray(value["data"].as_buffer())
+    dtype = getattr(torch, value["dtype"].as_py())
+    return torch.frombuffer(buffer, dtype=dtype).reshape(value["shape"].as_py())
+
+
+def write_arrow(path: Path, values: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes rows of plain values as one record batch, atomically."""
+    batch = pa.RecordBatch.from_pylist(values, schema=schema)
+    with atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as out:
+        out.write_batch(batch)
+
+
+def read_arrow(path: Path) -> pa.RecordBatch:
+    """Maps what `write_arrow` wrote; bytes come from the disk when they are looked at.
+
+    Raises:
+        pa.ArrowInvalid: the file is damaged.
+    """
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
