@@ -110,8 +110,9 @@ def build_cache(
     store = CacheFolder(folder)
     header = CacheHeader(fingerprint, geometry, str(dtype).removeprefix("torch."), caption_dropout, negative)
     all_rows = list(rows)
-    job_id = hashlib.blake2b(f"{header.to_json()}{all_rows}".encode(), digest_size=8).hexdigest()
-    ranks = Ranks(rank, world_size, barrier, store.work / job_id)  # two jobs may share the cache folder
+    if not all_rows:
+        raise InputError("there are no rows to cache: check data.dataset and the column split")
+    ranks = Ranks(rank, world_size, barrier, store.work / _job_id(all_rows, header))
     rejected = [row for row in all_rows if isinstance(row, RejectedRow)]
     good_rows = [row for row in all_rows if isinstance(row, Row)]
 
@@ -120,6 +121,7 @@ def build_cache(
         if rank == 0:
             _write_report(rejected, Path(rejected_path))
         if rejected and (on_error == "raise" or len(rejected) == len(all_rows)):
+            barrier()  # the first process to fail may take the others with it
             raise InputError(_refusal(rejected, len(all_rows), rejected_path))
 
     existing = _scan(store, header)  # before the first exchange: until then no rank writes shards
@@ -189,6 +191,14 @@ class _Encoding:
             values = encode_rows(prepared, encoders, self.header, self.batch_size)
             name = hashlib.blake2b("".join(each.key for each in prepared).encode(), digest_size=8).hexdigest()
             write_arrow(self.store.shard(name), values, SHARD_SCHEMA)
+
+
+def _job_id(rows: list[Row | RejectedRow], header: CacheHeader) -> str:
+    """Keeps the messages of two jobs that share a cache folder apart."""
+    digest = hashlib.blake2b(header.to_json().encode(), digest_size=8)
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def _scan(store: CacheFolder, header: CacheHeader) -> dict[str, _Location]:

@@ -1,6 +1,7 @@
 """Files that are either whole or not there, whatever kills the process that writes them."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     The temporary name begins with a dot and ends in `.tmp`; only a killed process leaves one behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         _sync(temporary)
@@ -24,9 +25,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
+    """Writes a UTF-8 text file atomically. What UTF-8 cannot say (file names in another encoding) is escaped."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The processes that build one cache, and how they tell each other small things: through files on the shared disk."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Ranks:
         self.barrier()
         for name in names:
             self._file(name, self.rank).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not the last to leave
+            self.folder.rmdir()
 
     def _file(self, name: str, rank: int) -> Path:
         return self.folder / f"{name}-{rank}.json"

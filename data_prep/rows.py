@@ -19,6 +19,9 @@ from typing import Any
 from data_prep.errors import InputError
 from data_prep.tables import REQUIRED, BadRow, read_table
 
+MAX_SOURCES = 3
+"""References that Qwen-Image-Edit was trained on at once."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,7 +35,7 @@ class Row:
     image: Path
     """The target."""
     edit_image: tuple[Path, ...]
-    """The sources, at least one."""
+    """The sources, one to three."""
     bridge_image: int = 0
     """Which of `edit_image` the bridge starts from."""
     ref_gt: Path | None = None
@@ -106,6 +109,8 @@ def _parse(number: int, default_id: str, values: dict[str, Any], root: Path) -> 
         if name not in present:
             raise BadRow(f"{name} is missing or empty")
     edit_image = tuple(_path(value, "edit_image", root) for value in _edit_images(present["edit_image"]))
+    if len(edit_image) > MAX_SOURCES:
+        raise BadRow(f"edit_image has {len(edit_image)} images, the model takes at most {MAX_SOURCES}")
     bridge_image = _whole_number(present.get("bridge_image", 0), "bridge_image")
     if bridge_image not in range(len(edit_image)):
         raise BadRow(f"bridge_image={bridge_image} but edit_image has {len(edit_image)} image(s), counted from 0")

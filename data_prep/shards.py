@@ -32,8 +32,8 @@ SUB_NOISE_SCHEMA = pa.schema({"sub_noise": TENSOR})
 
 def to_arrow(tensor: Tensor) -> dict[str, Any]:
     """A tensor of any dtype as a value of type `TENSOR`."""
-    tensor = tensor.detach().cpu().contiguous()
-    data = tensor.view(torch.uint8).numpy().tobytes()
+    tensor = tensor.detach().cpu()
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return {"data": data, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 

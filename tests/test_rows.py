@@ -106,6 +106,7 @@ BAD = {
     "must be the path of a file": {"image": "https://example.com/a.png"},
     "looks like a JSON list but is not one": {"edit_image": "[a.png, b.png]"},
     "edit_image is an empty list": {"edit_image": "[]"},
+    "edit_image has 4 images, the model takes at most 3": {"edit_image": ["a", "b", "c", "d"]},
     "bridge_image=1 but edit_image has 1 image": {"bridge_image": 1},
     "bridge_image=-1": {"bridge_image": -1},
     "bridge_image must be a whole number, got 'x'": {"bridge_image": "x"},

@@ -1,0 +1,87 @@
+"""Small data sets and their caches, for the tests of everything that reads a cache."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_prep.cache import CacheSummary, build_cache
+from data_prep.encode import Encoders
+from data_prep.encoders import load_prompt_encoder, load_vae
+from data_prep.geometry import Geometry
+from data_prep.model_dir import ModelDirectory
+from data_prep.rows import read_rows
+
+GEOMETRY = Geometry(max_pixels=96 * 96, vision_pixels=112 * 112)
+
+
+def write_image(path: Path, seed: int, width: int = 64, height: int = 64) -> str:
+    """A picture of coloured blocks, which every seed has in other colours. Returns its name."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return path.name
+
+
+def write_mask(path: Path, width: int = 64, height: int = 64) -> str:
+    """Background on the left half. Returns its name."""
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (0, 0, width // 2, height))
+    mask.save(path)
+    return path.name
+
+
+def write_rows(folder: Path, num_rows: int = 6) -> list[dict[str, Any]]:
+    """Images of two shapes and the rows that name them; every third row has two references, the first has a mask."""
+    rows = []
+    for index in range(num_rows):
+        width = 64 if index % 2 else 96
+        names = [
+            write_image(folder / f"{part}{index}.png", 10 * index + place, width) for place, part in enumerate("tsr")
+        ]
+        rows.append(
+            {
+                "id": f"r{index}",
+                "prompt": f"edit number {index}",
+                "image": names[0],
+                "edit_image": names[1:] if index % 3 == 2 else names[1:2],
+                "negative_prompt": "blurry" if index % 2 else "",
+            }
+        )
+    if rows:
+        rows[0]["back_mask"] = write_mask(folder / "mask0.png", 96)
+    return rows
+
+
+def write_dataset(folder: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """`rows.json` in the folder."""
+    path = folder / "rows.json"
+    path.write_text(json.dumps(list(rows)))
+    return path
+
+
+def load_encoders(model_dir: Path) -> Encoders:
+    """The tiny model's, in float32."""
+    directory = ModelDirectory.resolve(model_dir)
+    return Encoders(
+        vae=load_vae(directory, dtype=torch.float32),
+        prompt_encoder=load_prompt_encoder(directory, dtype=torch.float32),
+    )
+
+
+def cache_dataset(dataset: Path, folder: Path, model_dir: Path, **options: Any) -> CacheSummary:
+    """`build_cache` with settings that suit the tiny model."""
+    settings: dict[str, Any] = {
+        "fingerprint": "tiny",
+        "rejected_path": folder.with_name(f"{folder.name}-rejected.jsonl"),
+        "dtype": torch.float32,
+        "shard_size": 2,
+        "workers": 2,
+        "geometry": GEOMETRY,
+        "load_encoders": lambda: load_encoders(model_dir),
+        **options,
+    }
+    return build_cache(read_rows(dataset), folder=folder, **settings)

@@ -1,0 +1,316 @@
+"""The cache: everything once, nothing stale, nothing lost."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.cache import build_cache
+from data_prep.encode import Encoders
+from data_prep.errors import InputError
+from data_prep.geometry import Geometry, Size, fit, stretch, to_pixels
+from data_prep.images import open_image
+from data_prep.records import CacheReader, Record
+from data_prep.shards import read_arrow
+from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def refuse_to_load() -> Encoders:
+    raise AssertionError("there is nothing to encode")
+
+
+def tensors(record: Record) -> dict[str, torch.Tensor]:
+    found = {name: value for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
+    return found | {f"edit_latents.{place}": value for place, value in enumerate(record.edit_latents)}
+
+
+def assert_same_records(first: CacheReader, second: CacheReader, tolerance: float = 0.0):
+    assert [record.row for record in first] == [record.row for record in second]
+    for one, other in zip(first, second, strict=True):
+        assert one.key == other.key
+        torch.testing.assert_close(tensors(one), tensors(other), rtol=0, atol=tolerance)
+
+
+def shard_keys(folder: Path) -> list[str]:
+    return [key for path in (folder / "shards").iterdir() for key in read_arrow(path).column("key").to_pylist()]
+
+
+def report(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "cache-rejected.jsonl").read_text().splitlines()]
+
+
+def test_records_are_what_the_encoders_give_for_the_images_of_the_row(tmp_path, tiny_model_dir):
+    row = {
+        "prompt": "make it red",
+        "image": write_image(tmp_path / "t.png", 1, 100, 70),
+        "edit_image": [write_image(tmp_path / "a.png", 2, 64, 64), write_image(tmp_path / "b.png", 3, 130, 90)],
+        "bridge_image": 1,
+        "negative_prompt": "blurry",
+        "back_mask": write_mask(tmp_path / "m.png", 50, 35),
+    }
+    summary = cache_dataset(
+        write_dataset(tmp_path, [row]), tmp_path / "cache", tiny_model_dir, caption_dropout=True, negative=True
+    )
+    assert (summary.num_rows, summary.num_encoded, summary.rejected) == (1, 1, [])
+    record = CacheReader(tmp_path / "cache", fingerprint="tiny", geometry=GEOMETRY)[0]
+
+    encoders = load_encoders(tiny_model_dir)
+    target, first, second = (open_image(tmp_path / name) for name in ("t.png", "a.png", "b.png"))
+    size = GEOMETRY.target_size(Size.of(target))
+    assert size == (64, 96)
+    vision = [stretch(image, GEOMETRY.vision_size(Size.of(image))) for image in (first, second)]
+    reference_sizes = [GEOMETRY.reference_size(Size.of(image)) for image in (first, second)]
+    with torch.no_grad():
+        latents = [encoders.vae.encode(to_pixels(fit(image, size))[None])[0] for image in (target, second)]
+        references = [
+            encoders.vae.encode(to_pixels(fit(image, each))[None])[0]
+            for image, each in zip((first, second), reference_sizes, strict=True)
+        ]
+        white = encoders.vae.encode(to_pixels(Image.new("RGB", (96, 64), "white"))[None])[0]
+        embeddings = [encoders.prompt_encoder.encode(text, vision) for text in ("make it red", "", "blurry")]
+    torch.testing.assert_close([record.target_latents, record.source_latents], latents)
+    torch.testing.assert_close(record.edit_latents, references)
+    torch.testing.assert_close(record.sub_noise, white)
+    torch.testing.assert_close([record.prompt_emb, record.empty_prompt_emb, record.negative_prompt_emb], embeddings)
+    assert record.mask is not None
+    assert torch.equal(record.mask, torch.arange(12).lt(6).float().expand(1, 8, 12))
+    assert record.row["back_mask"] == str(tmp_path / "m.png")
+
+
+def test_a_finished_cache_is_a_no_op_and_one_changed_row_costs_one_record(tmp_path, tiny_model_dir):
+    rows = write_rows(tmp_path)
+    dataset, cache = write_dataset(tmp_path, rows), tmp_path / "cache"
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 6
+    before = list(CacheReader(cache))
+    assert cache_dataset(dataset, cache, tiny_model_dir, load_encoders=refuse_to_load).num_encoded == 0
+
+    rows[4]["prompt"] = "another instruction"
+    write_dataset(tmp_path, rows)
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 1
+    write_image(tmp_path / "s2.png", 999, 96)
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 1
+    changed = [new.key != old.key for new, old in zip(CacheReader(cache), before, strict=True)]
+    assert changed == [False, False, True, False, True, False]
+
+
+def test_progress_in_a_file_is_lines_with_the_rate_and_the_time_left(tmp_path, tiny_model_dir, capsys):
+    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache", tiny_model_dir)
+    assert re.search(r"^caching 2/2, [\d.]+ samples/s, 00:00:00 left$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_the_view_follows_the_file_and_names_do_not_matter(tmp_path, tiny_model_dir):
+    rows = write_rows(tmp_path)
+    cache_dataset(write_dataset(tmp_path, rows), tmp_path / "cache", tiny_model_dir)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved, ignore=shutil.ignore_patterns("cache*"))
+    (moved / "t3.png").rename(moved / "renamed.png")
+    rows[3]["image"] = "renamed.png"
+    write_dataset(moved, [rows[5], rows[3], rows[0]])
+    summary = cache_dataset(moved / "rows.json", tmp_path / "cache", tiny_model_dir, load_encoders=refuse_to_load)
+    reader = CacheReader(tmp_path / "cache")
+    assert (summary.num_rows, summary.num_encoded) == (3, 0)
+    assert [(record.id, record.row["number"]) for record in reader] == [("r5", 1), ("r3", 2), ("r0", 3)]
+    assert reader[1].row["image"] == str(moved / "renamed.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "another model"},
+        {"geometry": Geometry(64 * 64, vision_pixels=112 * 112)},
+        {"dtype": torch.bfloat16},
+        {"caption_dropout": True},
+        {"negative": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_records_depend_on_makes_them_anew_and_going_back_is_free(change, tmp_path, tiny_model_dir):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache"
+    cache_dataset(dataset, cache, tiny_model_dir)
+    before = [record.key for record in CacheReader(cache)]
+    assert cache_dataset(dataset, cache, tiny_model_dir, **change).num_encoded == 2
+    assert not {record.key for record in CacheReader(cache)} & set(before)
+    assert cache_dataset(dataset, cache, tiny_model_dir, load_encoders=refuse_to_load).num_encoded == 0
+    assert [record.key for record in CacheReader(cache)] == before
+
+
+def test_rows_with_the_same_contents_share_a_record(tmp_path, tiny_model_dir):
+    rows = write_rows(tmp_path, 2)
+    twin = {**rows[1], "id": "twin", "image": shutil.copy(tmp_path / "t1.png", tmp_path / "copy.png")}
+    dataset = write_dataset(tmp_path, [rows[0], rows[1], twin | {"image": "copy.png"}])
+    summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir)
+    reader = CacheReader(tmp_path / "cache")
+    assert (summary.num_rows, summary.num_encoded) == (3, 2)
+    assert [record.id for record in reader] == ["r0", "r1", "twin"]
+    assert reader[1].key == reader[2].key
+
+
+def test_images_of_one_size_are_encoded_together(tmp_path, tiny_model_dir):
+    shapes = []
+
+    class Watched:
+        def __init__(self, vae):
+            self.vae = vae
+
+        def encode(self, pixels):
+            shapes.append(tuple(pixels.shape))
+            return self.vae.encode(pixels)
+
+    def load() -> Encoders:
+        encoders = load_encoders(tiny_model_dir)
+        return Encoders(Watched(encoders.vae), encoders.prompt_encoder)
+
+    rows = [{**row, "edit_image": row["edit_image"][:1]} for row in write_rows(tmp_path)]
+    dataset = write_dataset(tmp_path, rows)
+    cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, load_encoders=load, batch_size=4, shard_size=6)
+    # Three rows of each size, each with a target and a source that is also the reference; one white of each size.
+    assert Counter(shapes) == Counter({(b, 3, 64, width): 1 for b in (1, 2, 4) for width in (64, 96)})
+
+
+def test_two_ranks_write_what_one_writes(tmp_path, tiny_model_dir):
+    dataset = write_dataset(tmp_path, write_rows(tmp_path, 7))
+    one = cache_dataset(dataset, tmp_path / "one", tiny_model_dir)
+    barrier, summaries = threading.Barrier(2, timeout=120), {}
+
+    def run(rank: int):
+        ranks = {"rank": rank, "world_size": 2, "barrier": barrier.wait}
+        summaries[rank] = cache_dataset(dataset, tmp_path / "two", tiny_model_dir, **ranks)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [summaries[rank].num_encoded for rank in range(2)] == [one.num_encoded] * 2 == [7, 7]
+    assert len(shard_keys(tmp_path / "two")) == len(set(shard_keys(tmp_path / "two"))) == 7
+    # The batches of the VAE are cut differently, which moves the last bits of float32.
+    assert_same_records(CacheReader(tmp_path / "one"), CacheReader(tmp_path / "two"), tolerance=1e-4)
+    assert not list((tmp_path / "two").rglob("*.json"))
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.caching import cache_dataset
+dataset, cache, model = map(Path, sys.argv[1:])
+cache_dataset(dataset, cache, model)
+"""
+
+
+def test_a_killed_build_continues_where_it_was(tmp_path, tiny_model_dir):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 40)), tmp_path / "cache"
+    command = [sys.executable, "-c", CHILD, str(dataset), str(cache), str(tiny_model_dir)]
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
+    while len(list(cache.glob("shards/*.arrow"))) < 2 and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the build was over before it could be killed"
+    with pytest.raises(InputError, match="no finished cache"):
+        CacheReader(cache)
+    num_done = len(shard_keys(cache))
+    assert num_done >= 4
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 40 - num_done
+    cache_dataset(dataset, tmp_path / "whole", tiny_model_dir)
+    assert_same_records(CacheReader(cache), CacheReader(tmp_path / "whole"))
+
+
+def spoil(folder: Path) -> list[dict]:
+    """Six rows, of which 2 to 5 are bad in ways that show at different moments, and 7, which is not a row at all."""
+    rows = write_rows(folder)
+    (folder / "t1.png").unlink()
+    rows[2]["edit_image"][1] = write_image(folder / "cut.png", 1)
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
+    rows[3]["back_mask"] = write_mask(folder / "mask3.png", 64, 32)
+    rows[4]["ref_gt"] = "nowhere.png"
+    return [*rows, {**rows[0], "id": "r6", "bridge_image": 7}]
+
+
+def test_bad_rows_are_skipped_and_reported(tmp_path, tiny_model_dir):
+    dataset = write_dataset(tmp_path, spoil(tmp_path))
+    summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, on_error="skip")
+    assert [record.id for record in CacheReader(tmp_path / "cache")] == ["r0", "r5"]
+    assert (summary.num_rows, summary.num_encoded) == (2, 2)
+    assert [(row.number, row.path) for row in summary.rejected] == [
+        (2, str(tmp_path / "t1.png")),
+        (3, str(tmp_path / "cut.png")),
+        (4, str(tmp_path / "mask3.png")),
+        (5, str(tmp_path / "nowhere.png")),
+        (7, str(dataset)),
+    ]
+    lines = report(tmp_path)
+    assert [line["row"] for line in lines] == [2, 3, 4, 5, 7]
+    assert lines[0] == {"row": 2, "id": "r1", "path": str(tmp_path / "t1.png"), "reason": "no such file"}
+    assert lines[2]["reason"] == "the mask has another shape than its image: 64x32, its image is 64x64"
+
+
+def test_unreadable_files_stop_a_strict_build_before_anything_is_encoded(tmp_path, tiny_model_dir):
+    dataset = write_dataset(tmp_path, spoil(tmp_path))
+    message = r"row 2 \(.*t1\.png\): no such file\. 3 of 7 rows cannot be used, all listed in .*: mend them or set"
+    with pytest.raises(InputError, match=message):
+        cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, load_encoders=refuse_to_load)
+    assert [line["row"] for line in report(tmp_path)] == [2, 5, 7]
+
+
+def test_broken_images_stop_a_strict_build_and_the_good_records_stay(tmp_path, tiny_model_dir):
+    rows = write_rows(tmp_path)
+    good = (tmp_path / "s3.png").read_bytes()
+    (tmp_path / "s3.png").write_bytes(good[:200])
+    dataset, cache = write_dataset(tmp_path, rows), tmp_path / "cache"
+    with pytest.raises(InputError, match=r"row 4 .* 1 of 6 rows"):
+        cache_dataset(dataset, cache, tiny_model_dir)
+    with pytest.raises(InputError, match="no finished cache"):
+        CacheReader(cache)
+    (tmp_path / "s3.png").write_bytes(good)
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 1
+    assert report(tmp_path) == []
+
+
+def test_a_data_set_without_a_usable_row_is_an_error(tmp_path, tiny_model_dir):
+    dataset = write_dataset(tmp_path, [{"prompt": "p", "image": "a.png", "edit_image": "b.png"}])
+    with pytest.raises(InputError, match="1 of 1 rows cannot be used"):
+        cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, on_error="skip")
+    with pytest.raises(InputError, match="no rows to cache"):
+        build_cache([], GEOMETRY, refuse_to_load, tmp_path / "no", fingerprint="tiny", rejected_path=tmp_path / "r")
+
+
+def test_damaged_and_lost_parts_are_made_again(tmp_path, tiny_model_dir):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path)), tmp_path / "cache"
+    cache_dataset(dataset, cache, tiny_model_dir)
+    whole = [tensors(record) for record in CacheReader(cache)]
+    damaged, lost, _ = (cache / "shards").iterdir()
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    lost.unlink()
+    with pytest.raises(InputError, match=r"has lost its shard .* rebuild it with phases="):
+        CacheReader(cache)
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 4
+    white = next(path for path in (cache / "sub_noise").iterdir() if path.name.startswith("8x12-"))
+    white.unlink()
+    with pytest.raises(InputError, match="has lost 8x12"):
+        CacheReader(cache)[0]
+    assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 3
+    for record, expected in zip(CacheReader(cache), whole, strict=True):
+        torch.testing.assert_close(tensors(record), expected)
+
+
+def test_what_a_kill_left_half_written_is_cleared_once_it_is_old(tmp_path, tiny_model_dir):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 1)), tmp_path / "cache"
+    cache_dataset(dataset, cache, tiny_model_dir)
+    old, new = cache / "shards" / ".a.arrow.1.tmp", cache / "shards" / ".a.arrow.2.tmp"
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    cache_dataset(dataset, cache, tiny_model_dir)
+    assert (old.exists(), new.exists()) == (False, True)
