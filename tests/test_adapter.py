@@ -8,10 +8,10 @@ import torch
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffusers import QwenImageEditPlusPipeline
 from safetensors import safe_open
-from test_denoiser import make_condition, run_reference
 
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
+from tests.test_denoiser import make_condition, run_reference
 from train.adapter import Adapter, attach_lora, load_adapter, match_modules
 from train.denoiser import Denoiser, load_denoiser
 
@@ -71,7 +71,7 @@ def test_loads_back_exactly(tiny_model_dir, exported, tmp_path):
 @torch.no_grad()
 def test_diffusers_loads_it(tiny_model_dir, exported):
     folder, num_modules, velocity = exported
-    pipeline = QwenImageEditPlusPipeline.from_pretrained(tiny_model_dir, torch_dtype=torch.float32)
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(tiny_model_dir, dtype=torch.float32)
     pipeline.load_lora_weights(folder, weight_name="adapter_model.safetensors")
     touched = [m for m in pipeline.transformer.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
     assert len(touched) == num_modules
@@ -83,7 +83,7 @@ def test_diffusers_loads_it(tiny_model_dir, exported):
 def test_diffsynth_loads_it(tiny_model_dir, exported, capsys):
     folder, num_modules, velocity = exported
     denoiser = fresh(tiny_model_dir)
-    pipeline = QwenImagePipeline(device="cpu", torch_dtype=torch.float32)
+    pipeline = QwenImagePipeline(device="cpu", dtype=torch.float32)
     pipeline.load_lora(denoiser.dit, str(folder / "adapter_model.safetensors"))
     assert f"{num_modules} tensors are fused" in capsys.readouterr().out
     assert close(denoiser(*inputs(denoiser)), velocity)

@@ -15,7 +15,7 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def reference(tiny_model_dir) -> QwenImageTransformer2DModel:
-    return QwenImageTransformer2DModel.from_pretrained(tiny_model_dir / "transformer", torch_dtype=torch.float32)
+    return QwenImageTransformer2DModel.from_pretrained(tiny_model_dir / "transformer", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,124 @@
+"""Latent Bridge Matching: from the source's latents, or from white, to the target."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from losses.batch import Batch
+from losses.errors import squared_error
+from losses.flow_matching import Denoiser
+from losses.paths import BridgePath, Prediction, predict_target
+from losses.pixel import Decode, PixelTerm
+from losses.randomness import SampleRandom
+from losses.sigmas import DiscreteSigma, SigmaSampler
+from losses.terms import LossTerms
+
+DISTANCE_FLOOR = 0.05
+"""Smallest mean squared distance that a stream is normalised by, in normalised latents (whose variance is about 1), so
+that pairs which hardly differ do not dominate."""
+
+
+class LatentBridgeMatchingLoss:
+    """Bridge matching in latent space (Chadebec et al. 2025, arXiv 2503.07535, equation 6), with two streams.
+
+    The main stream starts at `source_latents`, the sub stream at `sub_noise` (white).
+
+    Args:
+        sigma: where to train; {1, 0.75, 0.5, 0.25} by default, the points that four, two and one step visit.
+        bridge_noise: scale of the bridge's noise, 0 or more.
+        prediction: what the velocity is, see `BridgePath`.
+        sub_prob: probability of the sub stream with `combine="choice"`; 0 trains the main stream alone, 1 the sub stream.
+        combine: "choice" draws one stream per sample and divides its loss by the probability: one forward, and the
+            expectation of "sum", which runs both.
+        main_weight, sub_weight: of the streams in the sum that either way estimates.
+        normalise: divide a stream's error by the sample's own mean squared distance between start and target (at least
+            0.05): white is much farther from the target than the source is.
+        mask_weight: weight of elements that `batch.mask` marks as background; edited ones weigh 1.
+        pixel: terms on the decoded predicted target, added to the latent error.
+        decode: needed with `pixel`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    objective = "lbm"
+
+    def __init__(
+        self,
+        sigma: SigmaSampler | None = None,
+        bridge_noise: float = 0.005,
+        prediction: Prediction = "displacement",
+        sub_prob: float = 0.25,
+        combine: Literal["choice", "sum"] = "choice",
+        main_weight: float = 1.0,
+        sub_weight: float = 1.0,
+        normalise: bool = True,
+        mask_weight: float = 1.0,
+        pixel: PixelTerm | None = None,
+        decode: Decode | None = None,
+    ):
+        if not 0 <= sub_prob <= 1:
+            raise ValueError(f"sub_prob must lie in [0, 1], got {sub_prob}")
+        if combine not in ("choice", "sum"):
+            raise ValueError(f"combine must be 'choice' or 'sum', got {combine!r}")
+        if min(main_weight, sub_weight, mask_weight) < 0:
+            raise ValueError(f"weights must be 0 or more, got {main_weight=}, {sub_weight=}, {mask_weight=}")
+        if pixel is not None and decode is None:
+            raise ValueError("pixel terms need decode, the VAE's decoder")
+        self.path = BridgePath(bridge_noise, prediction)
+        self.sigma = sigma or DiscreteSigma()
+        self.sub_prob = sub_prob
+        self.combine = combine
+        self.weights = {"main": main_weight, "sub": sub_weight}
+        self.normalise = normalise
+        self.mask_weight = mask_weight
+        self.pixel = pixel
+        self.decode = decode
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, generator: SampleRandom) -> LossTerms:
+        """The terms of a batch; every draw is the sample's own."""
+        size = len(batch.target_latents)
+        device = batch.target_latents.device
+        if self.combine == "sum":
+            main = self._stream(denoiser, batch, generator, torch.zeros(size, dtype=torch.bool, device=device))
+            sub = self._stream(denoiser, batch, generator, torch.ones(size, dtype=torch.bool, device=device))
+            loss = self.weights["main"] * main.loss + self.weights["sub"] * sub.loss
+            shared = {
+                name: torch.where(main.logged[name].isnan(), sub.logged[name], main.logged[name])
+                for name in main.logged
+            }
+            return LossTerms(loss, shared)
+        is_sub = (generator.uniform("stream") < self.sub_prob).to(device)
+        terms = self._stream(denoiser, batch, generator, is_sub)
+        return LossTerms(terms.loss * torch.where(is_sub, *self._importance(terms.loss)), terms.logged)
+
+    def _importance(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """weight / probability of the sub and of the main stream; a stream that is the only one has probability 1."""
+        probabilities = {"sub": self.sub_prob, "main": 1 - self.sub_prob}
+        values = (self.weights[name] / p if p else 0.0 for name, p in probabilities.items())
+        sub, main = (like.new_tensor(value) for value in values)
+        return sub, main
+
+    def _stream(self, denoiser: Denoiser, batch: Batch, generator: SampleRandom, is_sub: Tensor) -> LossTerms:
+        """One forward in which each sample starts at white where `is_sub` (B,) and at its source elsewhere."""
+        target = batch.target_latents.float()
+        start = torch.where(is_sub[:, None, None, None], batch.sub_noise.float(), batch.source_latents.float())
+        sigma = self.sigma(generator, target.shape[-2] * target.shape[-1] // 4).to(target.device)
+        noise = generator.normal("noise", target.shape[1:]).to(target.device)
+        sample = self.path.sample(start, target, sigma, noise)
+        velocity = denoiser(sample.latents, sigma, batch.condition)
+
+        latent = sample.weight * squared_error(velocity, sample.velocity, batch.mask, self.mask_weight)
+        if self.normalise:
+            latent = latent / (start - target).square().flatten(1).mean(1).clamp_min(DISTANCE_FLOOR)
+        terms = {"latent": latent}
+        if self.pixel is not None and self.decode is not None:
+            terms |= self.pixel(predict_target(sample.latents, velocity, sigma), target, self.decode, generator)
+        nan = torch.full_like(latent, math.nan)
+        logged = {}
+        for name, value in terms.items():
+            logged[f"{name}/main"] = torch.where(is_sub, nan, value.detach())
+            logged[f"{name}/sub"] = torch.where(is_sub, value.detach(), nan)
+        return LossTerms(torch.stack(list(terms.values())).sum(0), logged)
