@@ -176,6 +176,11 @@ class CacheReader:
         self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(lambda name: read_arrow(self.folder.shard(name)))
         self._sub_noise = functools.cache(self._read_sub_noise)
 
+    @property
+    def keys(self) -> list[str]:
+        """The records' content keys, in dataset order."""
+        return self._index.column("key").to_pylist()
+
     def __len__(self) -> int:
         return self._index.num_rows
 

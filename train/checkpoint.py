@@ -1,0 +1,172 @@
+"""Checkpoints: written whole or not at all, and enough to continue bit for bit.
+
+`run_dir/checkpoints/step-000500/` holds the exported adapter (averaged weights), the LoRA and optimizer state that
+training continues from, the step and the configuration; nothing frozen, and no pickle. Randomness needs no state: it
+belongs to the sample number. `checkpoints/latest` is a file with the newest checkpoint's name.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_prep.errors import InputError
+from data_prep.files import write_text
+from train.adapter import Adapter
+from train.optim import Optimizer, optimizer_state, restore_optimizer_state
+
+LORA, OPTIMIZER, STATE = "training_lora.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was read back and is complete."""
+
+    path: Path
+    step: int
+    lora: dict[str, Tensor]
+    optimizer_tensors: dict[str, Tensor]
+    optimizer_values: dict[str, Any]
+    run: dict[str, Any]
+
+    def restore(self, adapter: Adapter, optimizer: Optimizer) -> None:
+        """Puts LoRA and optimizer where they were.
+
+        Raises:
+            InputError: the adapter or the optimizer is configured differently now.
+        """
+        adapter.load_state_dict(self.lora)
+        kind = type(optimizer.torch_optimizer).__name__
+        if self.run["optimizer"] != kind:
+            raise InputError(
+                f"{self.path} was trained with {self.run['optimizer']}, not {kind}: set optim as it was, or a new run_dir"
+            )
+        restore_optimizer_state(optimizer.torch_optimizer, self.optimizer_tensors, self.optimizer_values)
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: `run_dir/checkpoints`.
+        keep_last: how many stay.
+        metadata: goes into the exported adapter's header.
+        config: text of the resolved configuration.
+        dtype: of the exported adapter.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last: int, metadata: dict[str, str], config: str, dtype: torch.dtype = torch.float32
+    ):
+        self.folder = folder
+        self.keep_last = keep_last
+        self.metadata = metadata
+        self.config = config
+        self.dtype = dtype
+
+    def save(self, step: int, adapter: Adapter, optimizer: Optimizer, run: dict[str, Any]) -> Path:
+        """Writes under a temporary name, flushes to disk, renames, then drops what is too old.
+
+        Args:
+            step: optimizer steps done.
+            run: small JSON values to find again, such as the global batch size.
+        """
+        final = self.folder / f"step-{step:06d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            with optimizer.averaged():
+                adapter.export(temporary, self.metadata | {"step": str(step)}, self.dtype)
+            save_file(_on_cpu(adapter.state_dict()), temporary / LORA)
+            tensors, values = optimizer_state(optimizer.torch_optimizer)
+            save_file(_on_cpu(tensors), temporary / OPTIMIZER)
+            kind = type(optimizer.torch_optimizer).__name__
+            state = {"step": step, "optimizer_state": values, "run": run | {"optimizer": kind}}
+            (temporary / STATE).write_text(json.dumps(state))
+            (temporary / "config.yaml").write_text(self.config)
+            for file in temporary.iterdir():
+                _flush(file)
+            _flush(temporary)
+        except OSError:  # a full disk: what was there stays, what is half there goes
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(self.folder)
+        write_text(self.folder / "latest", final.name + "\n")
+        for old in self.all()[: -self.keep_last]:
+            shutil.rmtree(old)
+        return final
+
+    def all(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-[0-9]*"))
+
+    def find(self, resume: str) -> Checkpoint | None:
+        """The checkpoint to continue from, or None to start.
+
+        Args:
+            resume: `auto`, `never`, or a checkpoint's path.
+
+        Raises:
+            InputError: `never` and there are checkpoints; or the named one is missing or damaged; or all are damaged.
+        """
+        if resume == "never":
+            if self.all():
+                raise InputError(
+                    f"{self.folder} has checkpoints and resume=never: choose another run_dir, or resume=auto"
+                )
+            return None
+        if resume != "auto":
+            return read_checkpoint(Path(resume))
+        for path in reversed(self.all()):
+            try:
+                return read_checkpoint(path)
+            except InputError as error:
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+        if self.all():
+            raise InputError(f"no checkpoint in {self.folder} can be read: move the folder away to start again")
+        return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads every file of a checkpoint.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    if not path.is_dir():
+        raise InputError(f"no checkpoint at {path}: give a folder such as runs/NAME/checkpoints/step-000500")
+    lora, tensors = _read(load_file, path / LORA), _read(load_file, path / OPTIMIZER)
+    state = _read(lambda file: json.loads(file.read_text()), path / STATE)
+    return Checkpoint(path, state["step"], lora, tensors, state["optimizer_state"], state["run"])
+
+
+def _read(reader: Callable[[Path], Any], file: Path) -> Any:
+    try:
+        return reader(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"checkpoint file {file} is damaged ({error})") from error
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    """Makes a file, or a folder's list of files, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

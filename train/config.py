@@ -1,0 +1,307 @@
+"""The configuration: plain dataclasses, composed from `configs/` by Hydra and checked once, here."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra
+import omegaconf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DEFAULT_TARGETS = [
+    *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"),
+    *("img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1", "img_in", "txt_in", "proj_out"),
+]
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless the condition holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass
+class ModelConfig:
+    """The base model."""
+
+    path: str = "???"
+    """A folder or hub id in the layout of Qwen/Qwen-Image-Edit-2511."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frozen weights. LoRA weights are always float32."""
+    zero_cond_t: bool | None = None
+    """References modulated with sigma 0. Read from the model; repeat it here only as a check."""
+
+
+@dataclass
+class DataConfig:
+    """Rows and their geometry."""
+
+    dataset: str | None = None
+    """JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset."""
+    root: str | None = None
+    """Folder that the rows' paths are relative to; the dataset file's own by default."""
+    validation: str | None = None
+    """Dataset of held-out rows; by default the rows of `dataset` whose split is `validation`."""
+    max_pixels: int = 1024 * 1024
+    """Largest area of a target."""
+    vision_pixels: int = 384 * 384
+    """Area at which Qwen2.5-VL sees an image."""
+    reference_pixels: int | None = None
+    """Largest area of a reference; `max_pixels` by default."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What an unusable row does: end the run, or be left out. Either way it is in run_dir/rejected.jsonl."""
+    caption_dropout: float = 0.0
+    """Probability that a sample is trained with an empty instruction, for classifier-free guidance."""
+
+    def __post_init__(self):
+        require(0 <= self.caption_dropout < 1, f"data.caption_dropout must lie in [0, 1), got {self.caption_dropout}")
+        for name in ("max_pixels", "vision_pixels"):
+            require(getattr(self, name) >= 32 * 32, f"data.{name} must be at least 1024, got {getattr(self, name)}")
+
+
+@dataclass
+class CacheConfig:
+    """Phase 1."""
+
+    dir: str = "${run_dir}/cache"
+    """Where the cache is; runs may share one."""
+    batch_size: int = 4
+    """Images of one size per call of the VAE."""
+    shard_size: int = 64
+    """Records per file: the most work that a kill costs."""
+    workers: int = 8
+    """Threads that read images."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size", "workers"):
+            require(getattr(self, name) >= 1, f"cache.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class TrainConfig:
+    """Phase 2."""
+
+    num_steps: int = 1000
+    """Optimizer steps."""
+    micro_batch_size: int = 1
+    """Samples per forward on one device."""
+    grad_accum_steps: int = 1
+    """Forwards per optimizer step."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    validate_every: int = 500
+    """Steps between validations; the last step is always validated."""
+    log_every: int = 10
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are deleted."""
+    gradient_checkpointing: Literal["off", "full"] = "off"
+    """Recompute every block in the backward pass."""
+    max_grad_norm: float | None = None
+    """Clip the gradient's norm. Must stay null with Prodigy."""
+    device: str | None = None
+    """By default what accelerate finds: cuda if there is one, else cpu."""
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int):
+                require(value >= 1, f"train.{item.name} must be at least 1, got {value}")
+        if self.max_grad_norm is not None:
+            require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA."""
+
+    rank: int = 64
+    """Of each low-rank product."""
+    alpha: float | None = None
+    """Scale is alpha / rank; equal to the rank by default."""
+    target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
+    """Suffixes of the linear modules' names."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    dora: bool = False
+    """Learn magnitudes too. Only this project and PEFT load such a file."""
+
+    def __post_init__(self):
+        require(self.rank >= 1, f"adapter.rank must be positive, got {self.rank}")
+        require(self.alpha is None or self.alpha > 0, f"adapter.alpha must be positive, got {self.alpha}")
+        require(len(self.target_modules) > 0, "adapter.target_modules is empty: name at least one, such as to_q")
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is spread over processes."""
+
+    strategy: Literal["single"] = "single"
+    """`single`: training takes one process. Phase 1 takes any number."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    name: str = "run"
+    """Of the run."""
+    run_dir: str = "runs/${name}"
+    """Everything that the run writes."""
+    seed: int = 0
+    """Of the order of records, and of every draw."""
+    phases: list[Literal["cache", "train"]] = field(default_factory=lambda: ["cache", "train"])
+    """What to do."""
+    resume: str = "auto"
+    """`auto`: from the newest checkpoint in run_dir; `never`: refuse a run_dir that has one; or a checkpoint's path."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of the loss."""
+    optim: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of the optimizer."""
+    logger: dict[str, Any] = field(default_factory=dict)
+    """Name -> `_target_` and arguments of a logger; metrics.jsonl is always written."""
+    validate: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of the validation; empty for none."""
+
+    def __post_init__(self):
+        require(len(self.phases) > 0, "phases is empty: use [cache,train], [cache] or [train]")
+        require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
+        for node in ("loss", "optim"):
+            require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
+        prodigy = "Prodigy" in str(self.optim["_target_"])
+        require(
+            not (prodigy and self.train.max_grad_norm is not None),
+            f"train.max_grad_norm={self.train.max_grad_norm} together with Prodigy: clipping hides from it the "
+            "gradients that its step size is estimated from; set train.max_grad_norm=null",
+        )
+
+
+def compose(overrides: list[str]) -> Config:
+    """The configuration of `configs/config.yaml` with command-line overrides.
+
+    Raises:
+        InputError: an override is malformed, a key or group is unknown, or a value has the wrong type or range.
+    """
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            composed = hydra.compose("config", overrides=overrides)
+        except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+            raise InputError(_explain(error)) from error
+        return from_hydra(composed)
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """Checks a composed node and makes it a `Config`.
+
+    Raises:
+        InputError: as `compose`.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise InputError(_explain(error)) from error
+    try:
+        return _build(Config, typing.cast(dict, values), "")
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as run_dir/config.yaml holds it."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """Fills a dataclass from a mapping, refusing unknown keys and wrong types by their full key."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{prefix.rstrip('.')} must be a group of keys, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise InputError(f"unknown key {prefix}{key}{_nearest(key, list(hints), prefix)}")
+    arguments = {}
+    for item in fields(kind):
+        key, hint = f"{prefix}{item.name}", hints[item.name]
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        if value == "???":
+            raise InputError(f"{key} is not set: choose a model with model=tiny, or set {key}=… on the command line")
+        arguments[item.name] = _build(hint, value, f"{key}.") if is_dataclass(hint) else _checked(value, hint, key)
+    return kind(**arguments)
+
+
+def _checked(value: Any, hint: Any, key: str) -> Any:
+    """The value, if it has the hinted type; an int is taken where a float is asked for."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _checked(value, next(option for option in options if option is not type(None)), key)
+    if origin is Literal:
+        if value not in options:
+            raise InputError(f"{key} must be one of {', '.join(map(str, options))}, got {value!r}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise InputError(f"{key} must be a list such as [a,b], got {value!r}")
+        return [_checked(item, options[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{key} must be a group of keys, got {value!r}")
+        return dict(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise InputError(f"{key} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _nearest(name: str, valid: list[str], prefix: str = "") -> str:
+    """`: did you mean …?`, or the valid names when none is near."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f": did you mean {prefix}{near[0]}?" if near else f": known here are {', '.join(valid)}"
+
+
+def _explain(error: Exception) -> str:
+    """One sentence for what Hydra says in several lines."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_override(match[1])
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, name = match[1].rpartition("/")
+        valid = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+        return f"there is no configs/{group}/{name}.yaml{_nearest(name, valid, f'{group}=')}"
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"the configuration refers to {match[1]}, which does not exist"
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def _unknown_override(key: str) -> str:
+    *path, last = key.split(".")
+    kind: Any = Config
+    for part in path:
+        kind = typing.get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    if not is_dataclass(kind):
+        return f"unknown key {key}: add it with +{key}=… if the group's class takes it"
+    return f"unknown key {key}{_nearest(last, [item.name for item in fields(kind)], ''.join(f'{p}.' for p in path))}"
