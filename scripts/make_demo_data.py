@@ -70,7 +70,13 @@ def make_pairs(photograph: Image.Image, name: str, folder: Path, size: int, rng:
         picture.save(folder / f"{name}_{kind}.png")
     edit = {"edit_image": f"{name}_source.png"}
     return [
-        {"id": f"{name}_remove", "prompt": REMOVE, "image": f"{name}_clean.png", "back_mask": f"{name}_mask.png", **edit},
+        {
+            "id": f"{name}_remove",
+            "prompt": REMOVE,
+            "image": f"{name}_clean.png",
+            "back_mask": f"{name}_mask.png",
+            **edit,
+        },
         {"id": f"{name}_recolour", "prompt": RECOLOUR, "image": f"{name}_sepia.png", **edit},
     ]
 

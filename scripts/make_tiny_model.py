@@ -11,6 +11,7 @@ import base64
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 SHIPPED = Path(__file__).parent / "tiny"
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> "
-    "</tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>"),
+    *("<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+]
 FIRST_SPECIAL = 151_643  # the number of BPE ranks
 
 MODEL_INDEX = {
@@ -147,7 +149,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two parts that the merge of rank `ranks[token]` joined: byte-pair encoding with the lower ranks alone."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [(ranks.get(a + b, FIRST_SPECIAL), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        joined = [(ranks.get(a + b, FIRST_SPECIAL), i) for i, (a, b) in enumerate(pairwise(parts))]
         i = min(joined)[1]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

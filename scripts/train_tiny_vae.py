@@ -103,7 +103,9 @@ def batch_of_crops(pictures: list[Image.Image], size: int, count: int, rng: rand
         for _ in range(rng.choice([0, 0, 0, 1])):
             top, left = rng.randrange(size), rng.randrange(size)
             colour = torch.tensor([rng.uniform(-1, 1) for _ in range(3)])
-            pixels[:, top : top + rng.randint(4, size // 2), left : left + rng.randint(4, size // 2)] = colour[:, None, None]
+            pixels[:, top : top + rng.randint(4, size // 2), left : left + rng.randint(4, size // 2)] = colour[
+                :, None, None
+            ]
         crops.append(pixels)
     return torch.stack(crops)
 

@@ -19,3 +19,21 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     run_script("scripts/make_tiny_model.py", "--out", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory) -> Path:
+    """A folder of 64-pixel pairs cut from photographs: train.json (12 rows) and validation.json (4 rows)."""
+    folder = tmp_path_factory.mktemp("pairs")
+    run_script("scripts/make_demo_data.py", "--out", folder, "--train", 6, "--validation", 2, "--size", 64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_model_dir, tiny_pairs, tmp_path_factory) -> Path:
+    """The cache of `tiny_pairs`, by the real command."""
+    folder = tmp_path_factory.mktemp("cache")
+    data = [f"data.dataset={tiny_pairs}/train.json", f"data.validation={tiny_pairs}/validation.json"]
+    paths = [f"model.path={tiny_model_dir}", f"cache.dir={folder}", f"run_dir={folder}/run"]
+    run_script("train/run.py", "+exp=tiny_lbm", *data, *paths, "phases=[cache]")
+    return folder

@@ -1,0 +1,188 @@
+"""Training through the real command: it continues exactly, stops on nonsense, and says what is wrong in a sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.commands import ROOT, run_script
+
+TIMING = ("seconds/", "samples_per_s", "memory_peak_gib")
+
+
+@pytest.fixture
+def command(tiny_model_dir, tiny_pairs, tiny_cache):
+    """The arguments of a short run into a folder."""
+
+    def arguments(run_dir: Path, *overrides: str, exp: str = "tiny_lbm") -> list[str]:
+        data = [f"data.dataset={tiny_pairs}/train.json", f"data.validation={tiny_pairs}/validation.json"]
+        paths = [f"model.path={tiny_model_dir}", f"cache.dir={tiny_cache}", f"run_dir={run_dir}"]
+        small = ["adapter.rank=4", "train.micro_batch_size=2", "train.num_steps=6", "train.save_every=2", "validate=none"]
+        return ["train/run.py", f"+exp={exp}", *data, *paths, *small, *overrides]
+
+    return arguments
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what the clock decides."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in lines]
+
+
+def adapter_bytes(run_dir: Path, step: int) -> bytes:
+    return (run_dir / "checkpoints" / f"step-{step:06d}" / "adapter_model.safetensors").read_bytes()
+
+
+def kill_after(arguments: list[str], run_dir: Path, lines: int) -> None:
+    """Starts the command and kills it without mercy once metrics.jsonl has so many lines."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    file = run_dir / "metrics.jsonl"
+    while not file.exists() or file.read_text().count("\n") < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw", "prodigy"])
+def test_killed_and_continued_equals_uninterrupted(command, tmp_path, optim):
+    """Every loss, the step size, and the exported adapter, bit for bit."""
+    options = [f"optim={optim}", "train.grad_accum_steps=2", "train.num_steps=40", "train.save_every=3", "train.keep_last=50"]
+    options += ["+optim.use_bias_correction=true"] if optim == "prodigy" else ["optim.schedule=cosine"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_script(*command(whole, *options))
+    kill_after(command(broken, *options), broken, lines=11)
+    killed_at = len(metrics(broken))
+    assert killed_at < 40
+    done = run_script(*command(broken, *options))
+    assert "continuing from" in done.stderr
+    assert metrics(broken) == metrics(whole)
+    for step in (9, 39, 40):
+        assert adapter_bytes(broken, step) == adapter_bytes(whole, step)
+
+
+def test_accumulation_does_not_change_what_is_trained_on(command, tmp_path):
+    """Micro-batches of 4, and 2 micro-batches of 2: the same samples with the same draws."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_script(*command(one, "train.micro_batch_size=4"))
+    run_script(*command(two, "train.micro_batch_size=2", "train.grad_accum_steps=2"))
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        # the sums are taken in another order in float32, and six optimizer steps amplify that
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_finished_run_is_a_no_op(command, tmp_path):
+    run_script(*command(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert "nothing to train" in run_script(*command(tmp_path)).stderr
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    more = run_script(*command(tmp_path, "train.num_steps=8"))
+    assert "continuing from" in more.stderr
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
+
+
+def test_files_of_a_run(command, tmp_path):
+    run_script(*command(tmp_path, "train.keep_last=2", "train.log_every=2"))
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "rejected.jsonl", "checkpoints/latest"} <= names
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-000006"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-000004", "step-000006"]
+    assert {"step", "loss", "loss/latent/main", "grad_norm", "lr", "samples_per_s"} <= metrics_keys(tmp_path)
+    assert all(file.stat().st_size < 3e6 for file in (tmp_path / "checkpoints").rglob("*"))  # nothing frozen
+
+
+def metrics_keys(run_dir: Path) -> set[str]:
+    return set().union(*(json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()))
+
+
+def test_not_a_number_stops_the_run(command, tmp_path):
+    """A diverging run ends with code 1, names step and records, and leaves the good checkpoint as it is."""
+    run_script(*command(tmp_path))
+    good = adapter_bytes(tmp_path, 6)
+    state = tmp_path / "checkpoints" / "step-000006" / "training_lora.safetensors"
+    tensors = load_file(state)
+    poisoned = {name: tensor.fill_(float("inf")) for name, tensor in tensors.items()}
+    save_file(poisoned, state)
+    done = run_script(*command(tmp_path, "train.num_steps=9"), check=False)
+    assert done.returncode == 1
+    assert "TrainingDiverged: step 7: loss or gradient is not finite for the records train_0" in done.stderr
+    assert adapter_bytes(tmp_path, 6) == good
+    assert not (tmp_path / "checkpoints" / "step-000009").exists()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(command, tmp_path):
+    run_script(*command(tmp_path))
+    newest = tmp_path / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    done = run_script(*command(tmp_path, "train.num_steps=7"))
+    assert "is damaged" in done.stderr
+    assert "continuing from" in done.stderr
+    assert "step-000004" in done.stderr
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 8))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path):
+    """The disk is full for files above a size, as `ulimit -f` makes it: the first save works, a larger one cannot."""
+    run_script(*command(tmp_path, "train.num_steps=2"))
+    limited = f"ulimit -f 40; exec {sys.executable} {' '.join(command(tmp_path, 'train.num_steps=4'))}"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode != 0
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-000002"]
+    again = run_script(*command(tmp_path, "train.num_steps=4"))
+    assert "continuing from" in again.stderr
+    assert adapter_bytes(tmp_path, 4)
+
+
+WRONG = {
+    "+exp=tiny_lbn": "there is no configs/exp/tiny_lbn.yaml: did you mean exp=tiny_lbm?",
+    "train.num_stpes=3": "unknown key train.num_stpes: did you mean train.num_steps?",
+    "train.num_steps=many": "train.num_steps must be a whole number, got 'many'",
+    "train.num_steps=0": "train.num_steps must be at least 1, got 0",
+    "model=tinny": "there is no configs/model/tinny.yaml: did you mean model=tiny?",
+    "model.path=nowhere": "no model at nowhere: set model.path to a folder or to a hub id",
+    "model.zero_cond_t=false": "model.zero_cond_t=false contradicts",
+    "adapter.target_modules=[to_qq]": "did you mean 'to_q'?",
+    "loss.bridge_noise=-1": "bridge_noise must be 0 or more, got -1",
+    "data.dataset=missing.json": "missing.json",
+    "data.on_error=ignore": "data.on_error must be one of raise, skip, got 'ignore'",
+    "phases=[tune]": "phases[0] must be one of cache, train, got 'tune'",
+    "data.max_pixels=4096 data.vision_pixels=50176 phases=[train]": "phases=[cache",
+    "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",
+    "optim=prodigy +optim.fused_back_pass=true": "fused_back_pass",
+    "optim=prodigy optim.d_coef=0.5": "never lets the step size grow",
+    "resume=nowhere": "no checkpoint at nowhere",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_wrong_commands_get_a_sentence(command, tmp_path, overrides):
+    done = run_script(*command(tmp_path, *overrides.split()), check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1
+    assert WRONG[overrides] in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_other_settings_are_not_continued(command, tmp_path):
+    run_script(*command(tmp_path, "train.num_steps=2"))
+    done = run_script(*command(tmp_path, "seed=1", "train.num_steps=4"), check=False)
+    assert done.returncode == 2
+    assert "was made with other settings (seed)" in done.stderr
+    done = run_script(*command(tmp_path, "resume=never"), check=False)
+    assert done.returncode == 2
+    assert "resume=never" in done.stderr
+
+
+def test_help_reads_well():
+    text = run_script("train/run.py", "--help").stdout
+    assert "accelerate launch train/run.py +exp=NAME" in text
+    assert "tiny_lbm" in text
+    assert "Latent Bridge Matching" in text
