@@ -1,0 +1,258 @@
+"""Scores a denoiser on held-out rows: what it makes of each source, beside the target and beside doing nothing."""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data_prep.batches import collate
+from data_prep.errors import InputError
+from data_prep.files import atomic_file, write_text
+from data_prep.geometry import LATENT_CELL, Size, fit, fit_mask, to_image, to_pixels
+from data_prep.images import open_image, open_mask
+from data_prep.progress import progress
+from data_prep.records import CacheReader, Record
+from eval.grid import GridRow, draw_grid
+from eval.metrics import compare, mean_scores
+from eval.samplers import Sampler
+from losses.randomness import SampleRandom
+
+SOURCE = "source"
+"""The baseline's name among the methods: the source image, returned unchanged."""
+
+Scores = dict[str, float]
+
+
+@dataclass
+class ValidationResult:
+    """What the loggers get."""
+
+    numbers: dict[str, float]
+    """`source/psnr`, `steps_4/ssim`, `steps_4/seconds_per_edit`, …"""
+    images: dict[str, Path]
+    """`validation/grid`: the picture grid."""
+
+
+@dataclass
+class RowResult:
+    """One row: its scores by method (`source`, `steps_1`, …) and its pictures at the target's size."""
+
+    id: str
+    prompt: str
+    scores: dict[str, Scores]
+    source: Image.Image
+    target: Image.Image
+    predictions: dict[str, Image.Image] = field(default_factory=dict)
+
+
+class Validation:
+    """Edits fixed rows from fixed seeds with every step count, and writes `metrics.json` and `grid.png`.
+
+    Args:
+        reader: the cache of the held-out rows. Targets, sources and masks are read from the rows' own files.
+        decode: latents (B, 16, h, w) -> pixels (B, 3, 8h, 8w) in about [-1, 1].
+        folder: where `step-NNNNNN/` folders are written.
+        sampler: makes the edited latents.
+        steps: step counts to try, each a column of the grid.
+        num_rows: rows to use, chosen by `seed` and the same ever after; all of them if there are fewer.
+        batch_size: rows of one bucket that are sampled together; it changes no result but by rounding.
+        seed: of the choice of rows and of every row's noise.
+        grid_rows: rows that the picture shows.
+        show_progress: draw a bar on stderr; not inside a training, which has its own.
+
+    Raises:
+        ValueError: a number is not positive, or there are no rows.
+        InputError: a file that a row names is gone.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        decode: Callable[[Tensor], Tensor],
+        folder: str | Path,
+        sampler: Sampler,
+        steps: Sequence[int] = (1, 4),
+        num_rows: int = 16,
+        batch_size: int = 1,
+        seed: int = 0,
+        grid_rows: int = 8,
+        show_progress: bool = False,
+    ):
+        sizes = {"num_rows": num_rows, "batch_size": batch_size, "grid_rows": grid_rows, "steps": min(steps, default=0)}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"validate.{name} must be positive, got {value}")
+        if len(reader) == 0:
+            raise ValueError("validation needs at least one row, the cache has none")
+        self.reader, self.decode, self.folder = reader, decode, Path(folder)
+        self.sampler, self.steps, self.seed, self.batch_size = sampler, sorted(set(steps)), seed, batch_size
+        self.show_progress = show_progress
+        self.rows = choose_rows(len(reader), num_rows, seed)
+        self.shown = set(self.rows[:grid_rows])
+        for index in self.rows:
+            _check_files(reader[index].row)
+
+    def __call__(self, denoiser: nn.Module, step: int) -> ValidationResult:
+        """Scores the denoiser after `step` steps and writes `folder/step-NNNNNN/`."""
+        return self.write(denoiser, self.folder / f"step-{step:06d}")
+
+    def write(self, denoiser: nn.Module, folder: Path) -> ValidationResult:
+        """Scores the denoiser, which is put back in the mode it was in, and writes `metrics.json` and `grid.png`."""
+        with evaluating(denoiser), torch.no_grad():
+            rows, seconds = self._score(denoiser)
+        results = [rows[index] for index in self.rows]
+        metrics = summarise(results, seconds) | {"sampler": _describe(self.sampler)}
+        with atomic_file(folder / "grid.png") as temporary:
+            self._draw([rows[index] for index in self.rows if index in self.shown]).save(temporary, format="png")
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+        methods = [SOURCE, *self._methods()]
+        numbers = {f"{method}/{name}": value for method in methods for name, value in metrics[method].items()}
+        numbers |= {f"{method}/seconds_per_edit": value for method, value in metrics["seconds_per_edit"].items()}
+        return ValidationResult(numbers, {"validation/grid": folder / "grid.png"})
+
+    def _methods(self) -> dict[str, int]:
+        """`steps_4` -> 4."""
+        return {f"steps_{num_steps}": num_steps for num_steps in self.steps}
+
+    def _score(self, denoiser: nn.Module) -> tuple[dict[int, RowResult], dict[str, list[float]]]:
+        """Results by index of the reader, and the seconds per edit of every batch by method."""
+        device = next(denoiser.parameters()).device
+        rows: dict[int, RowResult] = {}
+        seconds: dict[str, list[float]] = {method: [] for method in self._methods()}
+        with progress("validating", len(self.rows), shown=self.show_progress) as advance:
+            for indices in self._batches():
+                records = [self.reader[index] for index in indices]
+                edit = collate(records).to(device)
+                generator = SampleRandom(self.seed, [record.row["number"] for record in records])
+                files = [_read_files(record) for record in records]
+                rows.update((index, each.result) for index, each in zip(indices, files, strict=True))
+                for method, num_steps in self._methods().items():
+                    start = time.perf_counter()
+                    pixels = self.decode(self.sampler(denoiser, edit, num_steps, generator)).float().cpu()
+                    seconds[method].append((time.perf_counter() - start) / len(indices))
+                    for index, each, prediction in zip(indices, files, pixels, strict=True):
+                        each.score(method, prediction, keep=index in self.shown)
+                advance(len(indices))
+        return rows, seconds
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Rows of one bucket, `batch_size` at a time."""
+        for members in self.reader.buckets.values():
+            chosen = sorted(set(members).intersection(self.rows))
+            for start in range(0, len(chosen), self.batch_size):
+                yield chosen[start : start + self.batch_size]
+
+    def _draw(self, rows: list[RowResult]) -> Image.Image:
+        steps = {method: f"{n} step{'s' if n > 1 else ''}" for method, n in self._methods().items()}
+        lines = []
+        for row in rows:
+            pictures = [row.source, *(row.predictions[method] for method in steps), row.target]
+            captions = [f"{row.scores[method]['psnr']:.1f} dB" for method in (SOURCE, *steps)]
+            lines.append(GridRow(row.prompt, pictures, [*captions, ""]))
+        return draw_grid(["source", *steps.values(), "target"], lines)
+
+
+def choose_rows(available: int, num_rows: int, seed: int) -> list[int]:
+    """`num_rows` of the indices below `available`, in order; random, since neighbours in a file are often alike."""
+
+    def draw(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{index}/validation".encode(), digest_size=8).digest()
+
+    return sorted(sorted(range(available), key=draw)[:num_rows])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode that it was in."""
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes.items():
+            each.training = training
+
+
+def summarise(rows: Sequence[RowResult], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The content of `metrics.json`: means by method, over all rows and per instruction, and every row's scores.
+
+    `seconds_per_edit` is the median over batches of sampling and decoding.
+    """
+    by_prompt: dict[str, list[RowResult]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    return {
+        "num_rows": len(rows),
+        **_means(rows),
+        "seconds_per_edit": {method: statistics.median(values) for method, values in seconds.items()},
+        "by_prompt": {prompt: {"num_rows": len(some), **_means(some)} for prompt, some in by_prompt.items()},
+        "per_row": [{"id": row.id, "prompt": row.prompt, **row.scores} for row in rows],
+    }
+
+
+def _means(rows: Sequence[RowResult]) -> dict[str, Scores]:
+    return {method: mean_scores([row.scores[method] for row in rows]) for method in rows[0].scores}
+
+
+@dataclass
+class _Files:
+    """What a row's files say, and the row's result so far."""
+
+    result: RowResult
+    target: Tensor
+    background: Tensor | None
+
+    def score(self, method: str, prediction: Tensor, keep: bool) -> None:
+        """Scores pixels (3, H, W) in about [-1, 1], and keeps them as a picture for the grid if asked."""
+        unit = (prediction.clamp(-1, 1) + 1) / 2
+        self.result.scores[method] = compare(unit, self.target, self.background)
+        if keep:
+            self.result.predictions[method] = to_image(prediction)
+
+
+def _read_files(record: Record) -> _Files:
+    """Reads target, source and mask at the size of the record's target, and scores the source."""
+    row, size = record.row, Size(*(side * LATENT_CELL for side in record.target_latents.shape[-2:]))
+    target = fit(open_image(_truth(row)), size)
+    source = fit(open_image(_start(row)), size)
+    background = None
+    if row["back_mask"]:
+        background = torch.from_numpy(np.array(fit_mask(open_mask(row["back_mask"]), size)) >= 128)
+    result = RowResult(record.id, row["prompt"], {}, source, target)
+    files = _Files(result, (to_pixels(target) + 1) / 2, background)
+    files.score(SOURCE, to_pixels(source), keep=False)
+    return files
+
+
+def _truth(row: dict[str, Any]) -> str:
+    """The file that the prediction is compared with."""
+    return row["ref_gt"] or row["image"]
+
+
+def _start(row: dict[str, Any]) -> str:
+    """The file of the bridge's source."""
+    return row["edit_image"][row["bridge_image"]]
+
+
+def _check_files(row: dict[str, Any]) -> None:
+    """Finds a missing file before the training, and not when it is first needed."""
+    for path in filter(None, (_truth(row), _start(row), row["back_mask"])):
+        if not Path(path).is_file():
+            raise InputError(f"validation row {row['id']!r} names {path}, which is gone: restore it or remove the row")
+
+
+def _describe(sampler: Sampler) -> dict[str, Any]:
+    """The sampler's class and settings."""
+    assert is_dataclass(sampler)
+    assert not isinstance(sampler, type)
+    return {"name": type(sampler).__name__, **asdict(sampler)}
