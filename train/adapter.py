@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -113,14 +114,17 @@ def attach_lora(
         InputError: a target matches no linear module.
     """
     names = match_modules(denoiser.dit, target_modules)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_rslora=rslora, use_dora=dora)
+    scale: Any = alpha  # PEFT says int, and computes with any number
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=names, use_rslora=rslora, use_dora=dora)
     adapter = _inject(denoiser, config, names)
-    for name, layer in adapter.layers.items():
+    parameters = adapter.named_parameters()
+    for name in names:
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-        start = torch.empty(layer.lora_A["default"].weight.shape)
+        weight = parameters[f"{name}.lora_A.weight"]
+        start = torch.empty(*weight.shape)
         nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
-        layer.lora_A["default"].weight.data.copy_(start)
+        weight.data.copy_(start)
     return adapter
 
 
@@ -131,7 +135,7 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
         InputError: a target matches no linear module.
     """
     linear = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
-    last = len(dit.transformer_blocks) - 1
+    last = max(int(name.split(".")[1]) for name in linear if name.startswith("transformer_blocks."))
     unused = {f"transformer_blocks.{last}.{suffix}" for suffix in UNUSED_IN_LAST_BLOCK}
     matched = set()
     for target in target_modules:
@@ -139,7 +143,9 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
         if not hits:
             valid = sorted({name.split(".", 2)[-1] for name in linear} | {name.rsplit(".", 1)[-1] for name in linear})
             nearest = difflib.get_close_matches(target, valid, n=1, cutoff=0.0)[0]
-            raise InputError(f"adapter.target_modules names {target!r}, which is no linear module: did you mean {nearest!r}?")
+            raise InputError(
+                f"adapter.target_modules names {target!r}, which is no linear module: did you mean {nearest!r}?"
+            )
         matched |= hits
     return [name for name in linear if name in matched - unused]
 
@@ -168,7 +174,9 @@ def load_adapter(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Adapt
     names = sorted({name.split(".lora_")[0] for name in tensors})
     linear = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, nn.Linear)}
     if unknown := [name for name in names if name not in linear]:
-        raise InputError(f"{file} has LoRA weights for {unknown[0]!r} ({len(unknown)} such modules), which this model lacks")
+        raise InputError(
+            f"{file} has LoRA weights for {unknown[0]!r} ({len(unknown)} such modules), which this model lacks"
+        )
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
     if len(ranks) != 1:
         raise InputError(f"{file} mixes the ranks {sorted(ranks)}; only adapters of one rank can be loaded")
@@ -179,7 +187,8 @@ def load_adapter(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Adapt
     adapter.load_state_dict(tensors)
     for layer in adapter.layers.values():
         layer.scaling["default"] *= strength
-        layer.requires_grad_(False)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
     return AdapterInfo(metadata, len(adapter.layers))
 
 
@@ -195,7 +204,9 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{file} is not a readable safetensors file ({error})") from error
     foreign = [name for name in tensors if not name.startswith(PREFIX) or ".lora_" not in name]
     if foreign or not tensors:
-        raise InputError(f"{file} is not an adapter of this project: its keys begin with {next(iter(foreign), 'nothing')!r}, not {PREFIX!r}")
+        raise InputError(
+            f"{file} is not an adapter of this project: its keys begin with {next(iter(foreign), 'nothing')!r}, not {PREFIX!r}"
+        )
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, metadata
 
 

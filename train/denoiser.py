@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffsynth.models.general_modules import AdaLayerNorm, RMSNorm, TimestepEmbeddings
 from diffsynth.models.qwen_image_dit import (
     ApproximateGELU,
+    QwenDoubleStreamAttention,
     QwenEmbedRope,
     QwenImageDiT,
     QwenImageTransformerBlock,
@@ -99,7 +100,8 @@ class Denoiser(nn.Module):
         Returns:
             The velocity, (B, 16, h, w), float32.
         """
-        dit, dtype = self.dit, self.dit.txt_norm.weight.dtype
+        dit = self.dit
+        dtype = dit.img_in.weight.dtype
         grids = [latents, *condition.edit_latents]
         image = dit.img_in(torch.cat([patchify(grid.to(dtype)) for grid in grids], dim=1))
         text = dit.txt_in(dit.txt_norm(condition.prompt_emb.to(dtype)))
@@ -189,13 +191,13 @@ def modulate(x: Tensor, params: Tensor, num_output: int) -> tuple[Tensor, Tensor
     return x * (1 + scale) + shift, gate
 
 
-def split_heads(x: Tensor, attn: nn.Module) -> Tensor:
+def split_heads(x: Tensor, attn: QwenDoubleStreamAttention) -> Tensor:
     """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
     return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
 
 
 def joint_attention_mask(prompt_emb_mask: Tensor, num_image: int) -> Tensor | None:
-    """True where a key may be attended, (B, 1, 1, L + num_image); None when no text is padded, so that flash attention applies."""
+    """True where a key may be attended, (B, 1, 1, L + num_image); None, which allows flash attention, without padding."""
     if bool(prompt_emb_mask.all()):
         return None
     return F.pad(prompt_emb_mask, (0, num_image), value=True)[:, None, None, :]

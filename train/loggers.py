@@ -115,7 +115,7 @@ class WandB:
 
     def close(self) -> None:
         """Finishes the run."""
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class Terminal:

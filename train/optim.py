@@ -56,7 +56,7 @@ class AdamW:
             raise ValueError(f"optim.lr must be positive, got {lr}")
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"optim.schedule must be constant or cosine, got {schedule!r}")
-        self.torch_optimizer = torch.optim.AdamW(params, lr, tuple(betas), eps, weight_decay)
+        self.torch_optimizer = torch.optim.AdamW(params, lr, (betas[0], betas[1]), eps, weight_decay)
         self.peak, self.warmup_steps, self.schedule, self.num_steps = lr, warmup_steps, schedule, num_steps
 
     def lr_at(self, step: int) -> float:
