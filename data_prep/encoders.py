@@ -1,6 +1,7 @@
 """The two frozen encoders: the VAE (DiffSynth's) and Qwen2.5-VL with the edit template (transformers')."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffsynth.models.qwen_image_vae import QwenImageCausalConv3d, QwenImageVAE
@@ -29,8 +30,8 @@ class SingleFrameConv(nn.Module):
 
     def __init__(self, conv: QwenImageCausalConv3d):
         super().__init__()
-        left, _, top, _, _, _ = conv._padding
-        self.padding, self.stride = (top, left), conv.stride[1:]
+        self.padding = int(conv._padding[2]), int(conv._padding[0])
+        self.stride = conv.stride[1:]
         self.weight = nn.Parameter(conv.weight.detach()[:, :, -1].clone(), requires_grad=False)
         self.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False) if conv.bias is not None else None
 
@@ -92,9 +93,14 @@ def load_vae(directory: ModelDirectory, device: torch.device | str = "cpu", dtyp
 
 
 class PromptEncoder:
-    """Hidden states of an instruction and the images that it speaks of."""
+    """Hidden states of an instruction and the images that it speaks of.
 
-    def __init__(self, model: Qwen2_5_VLModel, processor: Qwen2VLProcessor):
+    Args:
+        model: transformers' Qwen2_5_VLModel.
+        processor: transformers' Qwen2VLProcessor.
+    """
+
+    def __init__(self, model: Any, processor: Any):
         self.model = model
         self.processor = processor
 
@@ -134,7 +140,8 @@ def load_prompt_encoder(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports the language head that we leave out
     try:
-        model, report = Qwen2_5_VLModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = Qwen2_5_VLModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, report = loaded
     finally:
         transformers_logging.set_verbosity(verbosity)
     wrong = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))

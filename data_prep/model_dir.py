@@ -61,7 +61,9 @@ class ModelDirectory:
             files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
         missing = [file for file in files if not file.is_file()]
         if missing or not files:
-            raise InputError(f"weights are missing: {missing[0] if missing else folder / '*.safetensors'} does not exist")
+            raise InputError(
+                f"weights are missing: {missing[0] if missing else folder / '*.safetensors'} does not exist"
+            )
         return files
 
     def tensors(self, component: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -87,7 +89,9 @@ class ModelDirectory:
             if shape is None:
                 raise InputError(f"{where} holds {name!r}, which its config.json does not describe")
             if shape != tensor.shape:
-                raise InputError(f"{where}: {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
+                raise InputError(
+                    f"{where}: {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}"
+                )
             module.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
         if waiting:
             raise InputError(f"{where} lacks {len(waiting)} tensors, the first is {next(iter(waiting))!r}")
@@ -113,7 +117,9 @@ def download(hub_id: str) -> Path:
     if hub_id.rstrip("/").endswith("models/tiny"):
         raise InputError(f"no tiny model at {hub_id}: make it with `python scripts/make_tiny_model.py`")
     if not HUB_ID.fullmatch(hub_id):
-        raise InputError(f"no model at {hub_id}: set model.path to a folder or to a hub id such as Qwen/Qwen-Image-Edit-2511")
+        raise InputError(
+            f"no model at {hub_id}: set model.path to a folder or to a hub id such as Qwen/Qwen-Image-Edit-2511"
+        )
     patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))

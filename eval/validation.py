@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from data_prep.images import open_image, open_mask
 from data_prep.progress import progress
 from data_prep.records import CacheReader, Record
 from eval.grid import GridRow, draw_grid
+from eval.metadata import describe_sampler
 from eval.metrics import compare, mean_scores
 from eval.samplers import Sampler
 from losses.randomness import SampleRandom
@@ -111,7 +112,7 @@ class Validation:
         with evaluating(denoiser), torch.no_grad():
             rows, seconds = self._score(denoiser)
         results = [rows[index] for index in self.rows]
-        metrics = summarise(results, seconds) | {"sampler": _describe(self.sampler)}
+        metrics = summarise(results, seconds) | {"sampler": describe_sampler(self.sampler)}
         with atomic_file(folder / "grid.png") as temporary:
             self._draw([rows[index] for index in self.rows if index in self.shown]).save(temporary, format="png")
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
@@ -249,10 +250,3 @@ def _check_files(row: dict[str, Any]) -> None:
     for path in filter(None, (_truth(row), _start(row), row["back_mask"])):
         if not Path(path).is_file():
             raise InputError(f"validation row {row['id']!r} names {path}, which is gone: restore it or remove the row")
-
-
-def _describe(sampler: Sampler) -> dict[str, Any]:
-    """The sampler's class and settings."""
-    assert is_dataclass(sampler)
-    assert not isinstance(sampler, type)
-    return {"name": type(sampler).__name__, **asdict(sampler)}

@@ -13,12 +13,9 @@ from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
 from tests.test_denoiser import make_condition, run_reference
 from train.adapter import Adapter, attach_lora, load_adapter, match_modules
+from train.config import DEFAULT_TARGETS as TARGETS
 from train.denoiser import Denoiser, load_denoiser
 
-TARGETS = (
-    "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
-    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1,img_in,txt_in,proj_out"
-).split(",")
 TOLERANCE = 1e-4  # relative to the largest velocity: the others add the low-rank product to the base weight first
 
 

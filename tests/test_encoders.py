@@ -129,4 +129,6 @@ def test_number_of_images_is_checked(prompt_encoder):
 
 def test_text_is_upstreams():
     assert edit_text("Go.", 2).count(PICTURE.format(2)) == 1
-    assert edit_text("Go.", 1).endswith("Picture 1: <|vision_start|><|image_pad|><|vision_end|>Go.<|im_end|>\n<|im_start|>assistant\n")
+    assert edit_text("Go.", 1).endswith(
+        "Picture 1: <|vision_start|><|image_pad|><|vision_end|>Go.<|im_end|>\n<|im_start|>assistant\n"
+    )

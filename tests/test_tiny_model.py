@@ -41,7 +41,11 @@ def test_the_shipped_weights_are_small():
 def test_tokenizer_is_the_real_one(tiny_model_dir):
     tokenizer = Qwen2Tokenizer.from_pretrained(tiny_model_dir / "tokenizer")
     assert len(tokenizer) == 151_665
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|image_pad|>"]) == [151643, 151644, 151655]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|image_pad|>"]) == [
+        151643,
+        151644,
+        151655,
+    ]
     # ids from the published tokenizer
     assert tokenizer("Hello, world!").input_ids == [9707, 11, 1879, 0]
     text = "Ein Größenvergleich: 漢字, emoji 🙂 and 12345."
