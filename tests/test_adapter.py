@@ -80,7 +80,7 @@ def test_diffusers_loads_it(tiny_model_dir, exported):
 def test_diffsynth_loads_it(tiny_model_dir, exported, capsys):
     folder, num_modules, velocity = exported
     denoiser = fresh(tiny_model_dir)
-    pipeline = QwenImagePipeline(device="cpu", dtype=torch.float32)
+    pipeline = QwenImagePipeline(device="cpu", torch_dtype=torch.float32)
     pipeline.load_lora(denoiser.dit, str(folder / "adapter_model.safetensors"))
     assert f"{num_modules} tensors are fused" in capsys.readouterr().out
     assert close(denoiser(*inputs(denoiser)), velocity)

@@ -212,7 +212,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _inject(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:
     """Injects PEFT's layers in float32 and asserts that exactly `names` were touched."""
-    inject_adapter_in_model(config, denoiser.dit)
+    with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator
+        inject_adapter_in_model(config, denoiser.dit)
     layers = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, LoraLayer)}
     assert sorted(layers) == sorted(names), f"LoRA touched {len(layers)} modules instead of {len(names)}"
     adapter = Adapter({name: layers[name] for name in names}, config)
