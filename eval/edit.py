@@ -13,8 +13,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from PIL.PngImagePlugin import PngInfo
@@ -22,11 +20,11 @@ from torch import Tensor
 
 from data_prep.errors import InputError, exit_codes
 from data_prep.files import atomic_file
-from data_prep.geometry import Geometry, Size
+from data_prep.geometry import Size
 from data_prep.images import RejectedImage, file_digest, open_image
 from data_prep.model_dir import ModelDirectory
 from eval.editor import Editor, EditRequest, EditResult
-from eval.metadata import read_metadata, trained_geometry
+from eval.metadata import choose_geometry, read_metadata
 
 PNG_KEY = "qwen-image-edit"
 
@@ -55,22 +53,13 @@ def main(arguments: argparse.Namespace) -> None:
     model = ModelDirectory.resolve(arguments.model)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     metadata = read_metadata(arguments.adapter) if arguments.adapter else {}
-    geometry = sizes(metadata, arguments.max_pixels, arguments.vision_pixels)
+    geometry = choose_geometry(metadata, arguments.max_pixels, arguments.vision_pixels)
     editor = Editor(model, arguments.adapter, device, dtype, geometry, arguments.strength)
     result = editor.edit(request, show_step)
     write_png(result, arguments.image, arguments.out)
     settings = result.settings
     size = f"{settings['width']}x{settings['height']}"
     print(f"{arguments.out}: {size}, {settings['steps']} steps, seed {settings['seed']}, {result.seconds:.1f} s")
-
-
-def sizes(metadata: Mapping[str, str], max_pixels: int | None, vision_pixels: int | None) -> Geometry:
-    """The adapter's own sizes, with those that the command line sets."""
-    own = trained_geometry(metadata)
-    try:
-        return replace(own, max_pixels=max_pixels or own.max_pixels, vision_pixels=vision_pixels or own.vision_pixels)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def show_step(step: int, _: Tensor) -> None:
