@@ -125,7 +125,7 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, accel
     decode = lazy_decode(model, device, dtype)
     loss = build_loss(config, decode)
     checkpoints = Checkpoints(
-        run_dir / "checkpoints", settings.keep_last, adapter_metadata(config, loss), to_yaml(config), dtype
+        run_dir / "checkpoints", settings.keep_last, adapter_metadata(config, loss, geometry), to_yaml(config), dtype
     )
     checkpoint = checkpoints.find(config.resume)
     identity = {"data": data_identity(reader), "global_batch_size": stream.global_batch_size}
@@ -206,13 +206,14 @@ def build_loggers(config: Config, first_step: int) -> Loggers:
     return Loggers([JsonLines(run_dir / "metrics.jsonl", first_step), terminal, *configured])
 
 
-def adapter_metadata(config: Config, loss: Any) -> dict[str, str]:
+def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
     """What an exported adapter says of itself."""
     return {
         "base_model": config.model.path,
         "objective": loss.objective,
         "sigma_convention": "1 = start (source, white or noise), 0 = target",
         "loss": json.dumps(config.loss),
+        "geometry": json.dumps(asdict(geometry)),
         "config_hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
     }
 
