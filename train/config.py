@@ -200,7 +200,7 @@ def compose(overrides: list[str]) -> Config:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             composed = hydra.compose("config", overrides=overrides)
-        except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        except (HydraException, omegaconf.errors.OmegaConfBaseException, ValueError) as error:
             raise InputError(_explain(error)) from error
         return from_hydra(composed)
 

@@ -1,0 +1,107 @@
+"""Every experiment composes, and what is wrong is named by its full key."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import InputError
+from tests.commands import ROOT
+from train.config import CONFIGS, Config, TrainConfig, compose, to_yaml
+
+EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
+DATA = "data.dataset=pairs.json"
+
+
+def overrides(name: str) -> list[str]:
+    return [f"+exp={name}" if name != "smoke" else "+exp=[lbm_2511,smoke]", DATA]
+
+
+def test_the_experiments_are_those_of_the_readme():
+    assert set(EXPERIMENTS) >= {"lbm_2511", "sft_2511", "sft_2509", "tiny_lbm", "tiny_sft", "smoke"}
+    readme = (ROOT / "README.md").read_text()
+    assert all(name in readme for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name):
+    config = compose(overrides(name))
+    assert config.loss["_target_"].startswith("losses.")
+    assert config.run_dir == f"runs/{config.name}"
+    assert config.cache.dir == f"{config.run_dir}/cache"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_begins_with_its_command(name):
+    lines = (CONFIGS / "exp" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# accelerate launch train/run.py ")
+    assert name in lines[1]
+    assert lines[2].startswith("# ")
+
+
+def test_production_values():
+    config = compose(overrides("lbm_2511"))
+    assert config.adapter.rank == 64
+    assert config.train.grad_accum_steps == 16
+    assert config.data.max_pixels == 1024**2
+    assert config.train.max_grad_norm is None
+    assert "Prodigy" in config.optim["_target_"]
+    assert config.model.dtype == "bfloat16"
+
+
+def test_the_resolved_text_composes_the_same(tmp_path):
+    config = compose(overrides("sft_2509"))
+    assert to_yaml(compose(overrides("sft_2509"))) == to_yaml(config)
+    assert "${" not in to_yaml(config)
+
+
+def test_defaults_of_the_files_are_those_of_the_classes():
+    """config.yaml repeats train/config.py; they must not drift."""
+    composed = compose([DATA, "model=tiny"])
+    assert composed.train == TrainConfig()
+    assert composed.adapter == type(composed.adapter)()
+    assert composed.cache.batch_size == type(composed.cache)().batch_size
+
+
+WRONG = {
+    "trian.num_steps=3": "unknown key trian.num_steps",
+    "train.num_step=3": "did you mean train.num_steps?",
+    "data.max_pixel=3": "did you mean data.max_pixels?",
+    "adapter.rnk=3": "did you mean adapter.rank?",
+    "adapter.rank=-1": "adapter.rank must be positive, got -1",
+    "adapter.alpha=0": "adapter.alpha must be positive, got 0.0",
+    "adapter.target_modules=[]": "adapter.target_modules is empty",
+    "adapter.target_modules=to_q": "adapter.target_modules must be a list such as [a,b], got 'to_q'",
+    "adapter.dora=1": "adapter.dora must be true or false, got 1",
+    "train.micro_batch_size=1.5": "train.micro_batch_size must be a whole number, got 1.5",
+    "train.gradient_checkpointing=half": "must be one of off, full, got 'half'",
+    "model.dtype=float16": "model.dtype must be one of bfloat16, float32, got 'float16'",
+    "data.caption_dropout=1.0": "data.caption_dropout must lie in [0, 1), got 1.0",
+    "cache.workers=0": "cache.workers must be at least 1, got 0",
+    "optim=adamm": "there is no configs/optim/adamm.yaml: did you mean optim=adamw?",
+    "phases=[]": "phases is empty",
+    "model=null": "must be a string or a list",
+    "seed=${nothing}": "nothing",
+    "train.num_steps": "train.num_steps",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_what_is_wrong_is_named(override):
+    with pytest.raises(InputError) as caught:
+        compose(["+exp=tiny_lbm", DATA, override])
+    assert WRONG[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_must_be_chosen():
+    with pytest.raises(InputError, match="model.path is not set: choose a model with model=tiny"):
+        compose([DATA])
+
+
+@given(st.integers(1, 10**6), st.floats(1e-3, 10, allow_nan=False))
+@settings(max_examples=20, deadline=None)
+def test_values_arrive_as_given(num_steps, norm):
+    config: Config = compose(["+exp=tiny_lbm", DATA, f"train.num_steps={num_steps}", f"train.max_grad_norm={norm}"])
+    assert config.train.num_steps == num_steps
+    assert config.train.max_grad_norm == pytest.approx(norm)
