@@ -11,7 +11,7 @@ MODEL=${DEMO_MODEL:-models/tiny}
 STEPS=${DEMO_STEPS:-1000}
 CROPS=${DEMO_CROPS:-400}
 HELD_OUT=${DEMO_HELD_OUT:-8}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} # accelerate would set 1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive # accelerate would set 1 thread
 
 settings=(
   model.path="$MODEL" cache.dir="$DIR/cache"

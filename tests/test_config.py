@@ -95,7 +95,7 @@ def test_what_is_wrong_is_named(override):
 
 
 def test_a_model_must_be_chosen():
-    with pytest.raises(InputError, match="model.path is not set: choose a model with model=tiny"):
+    with pytest.raises(InputError, match=r"model\.path is not set: choose a model with model=tiny"):
         compose([DATA])
 
 

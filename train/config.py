@@ -179,6 +179,9 @@ class Config:
     """`_target_` and arguments of the validation; empty for none."""
 
     def __post_init__(self):
+        require(
+            self.model.path != "???", "model.path is not set: choose a model with model=tiny, or set model.path=FOLDER"
+        )
         require(len(self.phases) > 0, "phases is empty: use [cache,train], [cache] or [train]")
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
         for node in ("loss", "optim"):
@@ -242,8 +245,6 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
         if item.name not in values:
             continue
         value = values[item.name]
-        if value == "???":
-            raise InputError(f"{key} is not set: choose a model with model=tiny, or set {key}=… on the command line")
         arguments[item.name] = _build(hint, value, f"{key}.") if is_dataclass(hint) else _checked(value, hint, key)
     return kind(**arguments)
 
