@@ -7,8 +7,8 @@ from markupsafe import Markup, escape
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
+WIDTH, HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 42
 MAX_POINTS = 160
 """Longer series are averaged into so many points."""
 
@@ -38,8 +38,8 @@ def line_chart(series: Mapping[str, Points], x_label: str) -> Markup:
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{escape(x_label)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>')
     for number, points in enumerate(thinned.values()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         parts.append(f'<polyline class="line-{number % 6}" points="{path}"/>')

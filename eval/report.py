@@ -25,12 +25,13 @@ from rich.table import Table
 from data_prep.errors import InputError, exit_codes
 from data_prep.files import write_text
 from eval.chart import line_chart
+from eval.metrics import MAX_PSNR
 
 OBJECTIVES = {"BridgeSampler": "Latent Bridge Matching", "FlowSampler": "flow matching"}
 METRICS = {
-    "psnr": "PSNR, dB",
-    "psnr_edited": "PSNR edited, dB",
-    "psnr_background": "PSNR background, dB",
+    "psnr": "PSNR",
+    "psnr_edited": "PSNR edited",
+    "psnr_background": "PSNR background",
     "ssim": "SSIM",
     "seconds": "s per edit",
 }
@@ -78,7 +79,7 @@ class Cell:
 
     text: str
     gain: str = ""
-    """Difference to the source unchanged."""
+    """Difference to the source unchanged, where that is comparable."""
     best: bool = False
 
 
@@ -112,10 +113,15 @@ def table_lines(runs: Sequence[RunSummary], prompt: str | None = None) -> list[L
         if source not in lines:  # again for a run that was validated on other rows
             lines.append(source)
         for method in run.methods:
-            steps = int(method.removeprefix("steps_"))
             seconds = {"seconds": run.metrics["seconds_per_edit"][method]}
-            lines.append(Line(f"{run.name}, {steps} step{'s' * (steps > 1)}", scores[method] | seconds))
+            lines.append(Line(f"{run.name}, {steps_label(method)}", scores[method] | seconds))
     return lines
+
+
+def steps_label(method: str) -> str:
+    """`4 steps` for `steps_4`."""
+    steps = int(method.removeprefix("steps_"))
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def table_columns(lines: Sequence[Line]) -> dict[str, str]:
@@ -146,8 +152,11 @@ def _cell(name: str, line: Line, source: dict[str, float], best: float | None) -
     if name not in line.scores:
         return Cell("–")
     value, digits = line.scores[name], 2 if name.startswith("psnr") else 3
-    gain = f"{value - source[name]:+.{digits}f}" if name in source and line.label != SOURCE else ""
-    return Cell(f"{value:.{digits}f}", gain, best is not None and value == best and line.label != SOURCE)
+    if name.startswith("psnr") and value >= MAX_PSNR:
+        return Cell("equal")
+    comparable = source.get(name, MAX_PSNR) < MAX_PSNR
+    gain = f"{value - source[name]:+.{digits}f}" if comparable else ""
+    return Cell(f"{value:.{digits}f}", gain, value == best and line.label != SOURCE)
 
 
 def curves(run: RunSummary) -> list[tuple[str, Markup]]:
@@ -157,8 +166,8 @@ def curves(run: RunSummary) -> list[tuple[str, Markup]]:
     charts = {f"{run.name}: loss": {name.removeprefix("loss/"): _series(run, name) for name in terms}}
     scored = [name for name in names if name.startswith("validation/steps_") and name.endswith("/psnr")]
     if scored and len(_series(run, scored[0])) > 1:
-        labels = [*scored, "validation/source/psnr"]
-        shown = {name.split("/")[1].replace("_", " "): _series(run, name) for name in labels}
+        shown = {steps_label(name.split("/")[1]): _series(run, name) for name in scored}
+        shown[SOURCE] = _series(run, "validation/source/psnr")
         charts[f"{run.name}: PSNR of the validation rows, dB"] = shown
     return [(title, line_chart(series, "optimizer step")) for title, series in charts.items() if any(series.values())]
 
@@ -197,7 +206,7 @@ def print_table(runs: Sequence[RunSummary]) -> None:
     for prompt in (None, *(prompts[:MAX_PROMPTS] if len(prompts) > 1 else [])):
         lines = table_lines(runs, prompt)
         table = Table(title=prompt or "all instructions", title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for heading in table_columns(lines).values():
             table.add_column(heading, justify="right")
         for label, cells in table_cells(lines):

@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
@@ -78,6 +79,16 @@ def test_a_table_has_the_source_once_and_every_run_at_every_step_count(runs):
     assert [label for label, row in cells.items() if row[2].best] == ["lbm, 1 step"]
 
 
+def test_equal_pictures_are_called_equal(runs):
+    runs[0].metrics["source"]["psnr_background"] = 100.0
+    runs[0].metrics["steps_1"]["psnr_background"] = 30.0
+    column = list(table_columns(table_lines(runs[:1]))).index("psnr_background")
+    cells = dict(table_cells(table_lines(runs[:1])))
+    assert cells[SOURCE][column].text == "equal"
+    assert (cells["lbm, 1 step"][column].text, cells["lbm, 1 step"][column].gain) == ("30.00", "")
+    assert cells["lbm, 4 steps"][column].text == "–"
+
+
 def test_another_source_is_shown_again(runs):
     other = metrics(10.0)
     other["source"] = {"psnr": 9.0, "ssim": 0.1}
@@ -116,6 +127,21 @@ def test_charts_have_round_ticks_and_few_points():
 def test_a_folder_without_validation_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no validation/step-"):
         read_run(tmp_path)
+
+
+def test_the_command_reads_the_last_validation_of_each_run(tmp_path):
+    for name, sampler in (("lbm", "BridgeSampler"), ("flow", "FlowSampler")):
+        for step, psnr in ((9, 21.0), (400, 25.0)):
+            folder = tmp_path / name / "validation" / f"step-{step:06d}"
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps(metrics(psnr, sampler=sampler)))
+            Image.new("RGB", (8, 8)).save(folder / "grid.png")
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
+    assert read_run(tmp_path / "lbm").step == 400
+    done = run_script("eval/report.py", tmp_path / "lbm", tmp_path / "flow", "--out", tmp_path / "report.html")
+    assert "29.00" in done.stdout  # 25 + 4 steps
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("img") == page.tags.count("svg") == 2
 
 
 def test_scores_two_adapters_and_reports_on_them(tiny_model_dir, tiny_pairs, tmp_path):
