@@ -21,7 +21,7 @@ that pairs which hardly differ do not dominate."""
 
 
 class LatentBridgeMatchingLoss:
-    """Bridge matching in latent space (Chadebec et al. 2025, arXiv 2503.07535, equation 6), with two streams.
+    """Bridge matching in latent space (Chadebec et al. 2025, arXiv 2503.07535, equations 4 to 7), with two streams.
 
     The main stream starts at `source_latents`, the sub stream at `sub_noise` (white).
 
@@ -29,9 +29,10 @@ class LatentBridgeMatchingLoss:
         sigma: where to train; {1, 0.75, 0.5, 0.25} by default, the points that four, two and one step visit.
         bridge_noise: scale of the bridge's noise, 0 or more.
         prediction: what the velocity is, see `BridgePath`.
-        sub_prob: probability of the sub stream with `combine="choice"`; 0 trains the main stream alone, 1 the sub stream.
+        sub_prob: probability of the sub stream with `combine="choice"`; 0 trains the main stream alone and 1 the sub stream
+            alone, with `combine="sum"` too.
         combine: "choice" draws one stream per sample and divides its loss by the probability: one forward, and the
-            expectation of "sum", which runs both.
+            expectation of "sum", which runs both for every sample.
         main_weight, sub_weight: of the streams in the sum that either way estimates.
         normalise: divide a stream's error by the sample's own mean squared distance between start and target (at least
             0.05): white is much farther from the target than the source is.
@@ -40,7 +41,7 @@ class LatentBridgeMatchingLoss:
         decode: needed with `pixel`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, no stream that is trained has a weight, or `decode` is missing.
     """
 
     objective = "lbm"
@@ -63,8 +64,10 @@ class LatentBridgeMatchingLoss:
             raise ValueError(f"sub_prob must lie in [0, 1], got {sub_prob}")
         if combine not in ("choice", "sum"):
             raise ValueError(f"combine must be 'choice' or 'sum', got {combine!r}")
-        if min(main_weight, sub_weight, mask_weight) < 0:
+        if not all(0 <= weight < math.inf for weight in (main_weight, sub_weight, mask_weight)):
             raise ValueError(f"weights must be 0 or more, got {main_weight=}, {sub_weight=}, {mask_weight=}")
+        if main_weight * (1 - sub_prob) + sub_weight * sub_prob == 0:
+            raise ValueError(f"nothing to train with {sub_prob=}, {main_weight=}, {sub_weight=}")
         if pixel is not None and decode is None:
             raise ValueError("pixel terms need decode, the VAE's decoder")
         self.path = BridgePath(bridge_noise, prediction)
@@ -81,7 +84,7 @@ class LatentBridgeMatchingLoss:
         """The terms of a batch; every draw is the sample's own."""
         size = len(batch.target_latents)
         device = batch.target_latents.device
-        if self.combine == "sum":
+        if self.combine == "sum" and 0 < self.sub_prob < 1:
             main = self._stream(denoiser, batch, generator, torch.zeros(size, dtype=torch.bool, device=device))
             sub = self._stream(denoiser, batch, generator, torch.ones(size, dtype=torch.bool, device=device))
             loss = self.weights["main"] * main.loss + self.weights["sub"] * sub.loss

@@ -46,7 +46,6 @@ class FlowMatchingLoss:
     """
 
     objective = "flow"
-    needs_decode = False
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class FlowMatchingLoss:
         weighting: Callable[[Tensor], Tensor] | None = None,
         mask_weight: float = 1.0,
     ):
-        if mask_weight < 0 or not math.isfinite(mask_weight):
+        if not 0 <= mask_weight < math.inf:
             raise ValueError(f"mask_weight must be 0 or more, got {mask_weight}")
         self.sigma = sigma or QwenShiftedSigma()
         self.weighting = weighting

@@ -1,5 +1,6 @@
 """Paths from a start (sigma = 1) to a target (sigma = 0), and the velocities that lead along them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,12 +44,12 @@ class BridgePath:
 
         x = s * start + (1 - s) * target + bridge_noise * sqrt(s (1 - s)) * noise
 
-    (Latent Bridge Matching, Chadebec et al., arXiv 2503.07535, with sigma = 1 - t.) At s = 1, x is the start exactly.
+    (Latent Bridge Matching, Chadebec et al., arXiv 2503.07535, equation 5 with s = 1 - t.) At s = 1, x is the start exactly.
 
     Args:
         bridge_noise: the paper's sigma, >= 0; about 0.005 to 0.05 in normalised latents.
         prediction: "displacement" regresses start - target, right for bridge_noise <= 0.01; "drift" regresses
-            (x - target) / s, the bridge's own drift, with the error divided by alpha^2, where
+            (x - target) / s, the bridge's own drift (equation 4), with the error divided by alpha^2, where
             alpha^2 = 1 + bridge_noise^2 (1 - s) D / (s |start - target|^2) and D is the number of elements, so that a
             small s does not dominate (ViBT, arXiv 2511.23199).
 
@@ -57,7 +58,7 @@ class BridgePath:
     """
 
     def __init__(self, bridge_noise: float = 0.005, prediction: Prediction = "displacement"):
-        if bridge_noise < 0:
+        if not 0 <= bridge_noise < math.inf:
             raise ValueError(f"bridge_noise must be 0 or more, got {bridge_noise}")
         if prediction not in ("displacement", "drift"):
             raise ValueError(f"prediction must be 'displacement' or 'drift', got {prediction!r}")
@@ -73,9 +74,14 @@ class BridgePath:
             return PathSample(latents, displacement, torch.ones_like(s.flatten()))
         mean_squared_distance = displacement.square().flatten(1).mean(1).clamp_min(1e-12)
         alpha_squared = 1 + self.bridge_noise**2 * (1 - s.flatten()) / (s.flatten() * mean_squared_distance)
-        return PathSample(latents, (latents - target) / s, 1 / alpha_squared)
+        # (latents - target) / s without the difference of nearly equal numbers at a small s
+        drift = displacement + self.bridge_noise * ((1 - s) / s).sqrt() * noise
+        return PathSample(latents, drift, 1 / alpha_squared)
 
 
 def predict_target(latents: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """The target that a velocity points at, x - s v, (B, C, h, w). With "displacement" it keeps the bridge's noise."""
+    """The target that a velocity points at, x - s v, (B, C, h, w) (LBM, equation 6).
+
+    It is exact for the drift; with "displacement" it keeps the bridge's noise.
+    """
     return latents - per_sample(sigma, latents) * velocity

@@ -1,5 +1,6 @@
 """Terms in pixel space, on the target that the bridge predicts."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,7 @@ class PixelTerm:
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         crop: int | None = 32,
     ):
-        if min(l1, lpips) < 0 or l1 + lpips == 0:
+        if not (0 <= l1 < math.inf and 0 <= lpips < math.inf and l1 + lpips > 0):
             raise ValueError(f"l1 and lpips must be 0 or more and not both 0, got {l1} and {lpips}")
         if lpips > 0 and perceptual is None:
             raise ValueError(f"lpips={lpips} needs perceptual, a distance such as {{_target_: lpips.LPIPS, net: vgg}}")
@@ -54,7 +55,7 @@ class PixelTerm:
         if self.lpips and self.perceptual is not None:
             if isinstance(self.perceptual, torch.nn.Module):
                 self.perceptual.to(pixels.device)
-            terms["pixel_lpips"] = self.lpips * self.perceptual(pixels, expected).flatten(1).mean(1)
+            terms["pixel_lpips"] = self.lpips * self.perceptual(pixels, expected).reshape(len(pixels))
         return terms
 
     def _cropped(self, latents: Tensor, generator: SampleRandom) -> Tensor:

@@ -32,7 +32,7 @@ class LogitNormalSigma:
     """sigmoid(mean + std * normal) (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
 
     def __init__(self, mean: float = 0.0, std: float = 1.0):
-        if std <= 0:
+        if not 0 < std < math.inf:
             raise ValueError(f"std must be positive, got {std}")
         self.mean = mean
         self.std = std
@@ -82,6 +82,6 @@ def qwen_shift_mu(num_tokens: int) -> float:
 
 
 def qwen_shift(sigma: Tensor, num_tokens: int) -> Tensor:
-    """e^mu / (e^mu + 1/sigma - 1), with 0 and 1 fixed (the exponential time shift of Stable Diffusion 3's authors)."""
+    """e^mu / (e^mu + 1/sigma - 1), with 0 and 1 fixed (Stable Diffusion 3, arXiv 2403.03206, equation 23, alpha = e^mu)."""
     scale = math.exp(qwen_shift_mu(num_tokens))
     return scale * sigma / (1 + (scale - 1) * sigma)

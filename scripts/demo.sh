@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 DIR=${DEMO_DIR:-runs/demo}
 MODEL=${DEMO_MODEL:-models/tiny}
-STEPS=${DEMO_STEPS:-1000}
+STEPS=${DEMO_STEPS:-800}
 CROPS=${DEMO_CROPS:-400}
 HELD_OUT=${DEMO_HELD_OUT:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive # accelerate would set 1 thread

@@ -285,6 +285,7 @@ def test_pairs_that_hardly_differ_do_not_dominate():
 
 def test_mask_weights_count_background_less():
     batch = make_batch(mask=True)
+    assert batch.mask is not None
     error = batch.mask * 2 + (1 - batch.mask) * 3
     oracle = Oracle(batch.source_latents - batch.target_latents, error)
     ignore = LatentBridgeMatchingLoss(sub_prob=0.0, normalise=False, mask_weight=0.0)(oracle, batch, draws(4))
@@ -358,13 +359,13 @@ def test_an_accumulated_batch_has_the_same_terms():
 
 WRONG = [
     (lambda: BridgePath(-0.1), "bridge_noise must be 0 or more, got -0.1"),
-    (lambda: BridgePath(0.1, "speed"), "got 'speed'"),
+    (lambda: BridgePath(0.1, "speed"), "got 'speed'"),  # type: ignore[arg-type]
     (lambda: DiscreteSigma([0.0, 1.0]), r"values must lie in \(0, 1\]"),
     (lambda: DiscreteSigma([1.0], [1, 2]), "probabilities must be 1 numbers"),
     (lambda: LogitNormalSigma(0, 0), "std must be positive"),
     (lambda: FlowMatchingLoss(mask_weight=-1), "mask_weight must be 0 or more"),
     (lambda: LatentBridgeMatchingLoss(sub_prob=1.5), r"sub_prob must lie in \[0, 1\], got 1.5"),
-    (lambda: LatentBridgeMatchingLoss(combine="both"), "got 'both'"),
+    (lambda: LatentBridgeMatchingLoss(combine="both"), "got 'both'"),  # type: ignore[arg-type]
     (lambda: LatentBridgeMatchingLoss(pixel=PixelTerm()), "pixel terms need decode"),
     (lambda: PixelTerm(l1=0.0), "not both 0"),
     (lambda: PixelTerm(lpips=1.0), "needs perceptual"),

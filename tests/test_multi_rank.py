@@ -13,7 +13,15 @@ from tests.commands import ROOT
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     """`accelerate launch` with two processes; --cpu would start one."""
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29631"]  # on CPU too
+    options = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "29631",
+    ]  # on CPU too
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "train/run.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
