@@ -131,12 +131,30 @@ def test_flow_matching_weighs_the_loss_and_logs_the_error():
 
 @pytest.mark.parametrize("loss", [FlowMatchingLoss(), LatentBridgeMatchingLoss()])
 def test_half_precision_batches_are_computed_in_float32(loss):
-    batch = make_batch(mask=True).to(dtype=torch.bfloat16)
-    denoiser = Oracle(torch.zeros(4, *SHAPE, dtype=torch.bfloat16))
-    terms = loss(denoiser, batch, draws(4))
-    reference = loss(ZERO, batch.to(dtype=torch.float32), draws(4))
-    assert torch.equal(terms.loss, reference.loss)
-    assert {x.dtype for x in (terms.loss, *terms.logged.values(), *denoiser.seen[0])} == {torch.float32}
+    """A batch in bfloat16 costs what the same numbers cost in float32, and the denoiser sees the same latents."""
+    batch, runs = make_batch(mask=True).to(dtype=torch.bfloat16), []
+    for each in (batch, batch.to(dtype=torch.float32)):
+        denoiser = Oracle(torch.zeros(4, *SHAPE, dtype=torch.bfloat16))
+        terms = loss(denoiser, each, draws(4))
+        runs.append([terms.loss, *(value.nan_to_num() for value in terms.logged.values()), *denoiser.seen[0]])
+    for half, full in zip(*runs, strict=True):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, full)
+
+
+def test_the_pixel_gradient_is_that_of_the_decoded_crop():
+    """d L1 / d velocity = -s sign(predicted - target) / number of pixels, on decoded channels, inside the crop only."""
+    batch, gradients, weight = make_batch(), [], 7.0
+    velocity = torch.zeros(4, *SHAPE, requires_grad=True)
+    for pixel in (None, PixelTerm(l1=weight, crop=3)):
+        loss = LatentBridgeMatchingLoss(always(0.5), 0.0, sub_prob=0.0, pixel=pixel, decode=decode)
+        gradients += torch.autograd.grad(loss(Oracle(velocity), batch, draws(4)).loss.sum(), velocity)
+    change = gradients[1] - gradients[0]
+    wrong_side = (batch.source_latents - batch.target_latents).sign()  # zero velocity: predicted - target = s * this
+    inside = change != 0
+    assert inside.flatten(1).sum(1).tolist() == [3 * 3 * 3] * 4
+    assert not inside[:, 3:].any()
+    assert torch.allclose(change[inside], (-0.5 * weight * wrong_side / 27)[inside], rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1, 1, 1)])
