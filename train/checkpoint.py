@@ -6,7 +6,6 @@ belongs to the sample number. `checkpoints/latest` is a file with the newest che
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_prep.errors import InputError
-from data_prep.files import write_text
+from data_prep.files import sync, write_text
 from train.adapter import Adapter
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
 
@@ -95,14 +94,14 @@ class Checkpoints:
             (temporary / STATE).write_text(json.dumps(state))
             (temporary / "config.yaml").write_text(self.config)
             for file in temporary.iterdir():
-                _flush(file)
-            _flush(temporary)
+                sync(file)
+            sync(temporary)
         except OSError:  # a full disk: what was there stays, what is half there goes
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(self.folder)
+        sync(self.folder)
         write_text(self.folder / "latest", final.name + "\n")
         for old in self.all()[: -self.keep_last]:
             shutil.rmtree(old)
@@ -161,12 +160,3 @@ def _read(reader: Callable[[Path], Any], file: Path) -> Any:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Makes a file, or a folder's list of files, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -48,7 +48,7 @@ MAY_CHANGE = (
 )
 
 
-def build(node: dict[str, Any], name: str, *positional: Any, **keywords: Any) -> Any:
+def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any) -> Any:
     """Builds the object that an open node's `_target_` names.
 
     Raises:
