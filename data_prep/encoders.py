@@ -1,15 +1,15 @@
 """The two frozen encoders: the VAE (DiffSynth's) and Qwen2.5-VL with the edit template (transformers')."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffsynth.models.qwen_image_vae import QwenImageCausalConv3d, QwenImageVAE
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Qwen2_5_VLModel, Qwen2VLProcessor
-from transformers.utils import logging as transformers_logging
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLProcessor
 
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
@@ -23,6 +23,7 @@ TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 DROPPED_TOKENS = 64  # the template up to the user's turn
 MAX_IMAGES = 3
+LATENT_CHANNELS = 16
 
 
 class SingleFrameConv(nn.Module):
@@ -32,8 +33,8 @@ class SingleFrameConv(nn.Module):
         super().__init__()
         self.padding = int(conv._padding[2]), int(conv._padding[0])
         self.stride = conv.stride[1:]
-        self.weight = nn.Parameter(conv.weight.detach()[:, :, -1].clone(), requires_grad=False)
-        self.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False) if conv.bias is not None else None
+        self.weight = nn.Parameter(conv.weight.detach()[:, :, -1].clone())
+        self.bias = nn.Parameter(conv.bias.detach().clone()) if conv.bias is not None else None
 
     def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
         """(B, C, 1, H, W) -> (B, C', 1, H', W')."""
@@ -41,12 +42,30 @@ class SingleFrameConv(nn.Module):
 
 
 def use_single_frame(module: nn.Module) -> None:
-    """Replaces every causal 3-D convolution inside `module` by its equal for single frames, a third of the weights."""
+    """Replaces every causal 3-D convolution inside `module` by its equal for single frames, a third of the weights.
+
+    Names stay as they are; `video_weights` is the way back.
+    """
     for name, child in module.named_children():
         if isinstance(child, QwenImageCausalConv3d):
             setattr(module, name, SingleFrameConv(child))
         else:
             use_single_frame(child)
+
+
+def video_weights(weights: Mapping[str, Tensor], layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published layout of weights that `use_single_frame` made 2-D: the last temporal slice, and zeros before it.
+
+    Args:
+        weights: state dict of a VAE after `use_single_frame`.
+        layout: state dict of the same VAE before, which may be on the meta device.
+    """
+    restored = {}
+    for name, weight in weights.items():
+        restored[name] = weight.new_zeros(layout[name].shape)
+        live = restored[name] if weight.ndim == layout[name].ndim else restored[name][:, :, -1]
+        live.copy_(weight)
+    return restored
 
 
 class VAE:
@@ -70,7 +89,17 @@ class VAE:
 
 
 def build_vae(config: dict) -> QwenImageVAE:
-    """DiffSynth's VAE at the sizes, and with the latent statistics, of `vae/config.json`."""
+    """DiffSynth's VAE at the sizes, and with the latent statistics, of `vae/config.json`.
+
+    Raises:
+        InputError: other than 16 latent channels, which upstream's code is written for.
+    """
+    counts = [config.get("z_dim"), *(len(config.get(name, ())) for name in ("latents_mean", "latents_std"))]
+    if counts != [LATENT_CHANNELS] * 3:
+        raise InputError(
+            f"vae/config.json: z_dim, latents_mean and latents_std describe {counts} channels; "
+            f"Qwen-Image's VAE has {LATENT_CHANNELS}"
+        )
     names = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
     vae = QwenImageVAE(**{name: config[name] for name in names if name in config})
     with torch.device("cpu"):
@@ -127,25 +156,32 @@ def edit_text(prompt: str, num_images: int) -> str:
     return TEMPLATE.format("".join(PICTURE.format(i + 1) for i in range(num_images)) + prompt)
 
 
+def text_encoder_name(stored: str) -> str | None:
+    """Qwen2_5_VLModel's name for a tensor of `text_encoder/`, None for the language head, which we leave out.
+
+    The published checkpoint predates the split into language model and vision tower: it says `model.layers.…` and
+    `visual.…` where transformers now writes `model.language_model.layers.…` and `model.visual.…`.
+    """
+    if stored == "lm_head.weight":
+        return None
+    name = stored.removeprefix("model.")
+    return name if name.startswith(("language_model.", "visual.")) else f"language_model.{name}"
+
+
 def load_prompt_encoder(
     directory: ModelDirectory, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> PromptEncoder:
     """Reads `text_encoder/` and `processor/`, frozen and in evaluation mode, without the language head.
 
     Raises:
-        InputError: weights are missing or of another shape than the configuration's.
+        InputError: weights are missing, unexpected or of another shape than the configuration's, or files are missing.
     """
-    folder = directory.path / "text_encoder"
-    directory.shards("text_encoder")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it reports the language head that we leave out
+    config = Qwen2_5_VLConfig.from_dict(directory.config("text_encoder"))
+    with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not stored
+        model: Any = Qwen2_5_VLModel(config)
+    directory.load_into(model, "text_encoder", device, dtype, text_encoder_name)
     try:
-        loaded: Any = Qwen2_5_VLModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        model, report = loaded
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    wrong = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if wrong:
-        raise InputError(f"{folder} lacks or mismatches {len(wrong)} tensors, the first is {wrong[0]}")
-    processor = Qwen2VLProcessor.from_pretrained(directory.path / "processor")
+        processor = Qwen2VLProcessor.from_pretrained(directory.path / "processor", local_files_only=True)
+    except OSError as error:
+        raise InputError(f"{directory.path / 'processor'} is incomplete: {str(error).splitlines()[0]}") from error
     return PromptEncoder(model.to(device).requires_grad_(False).eval(), processor)

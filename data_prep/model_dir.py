@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -67,34 +68,47 @@ class ModelDirectory:
         return files
 
     def tensors(self, component: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the component, read one at a time."""
+        """Every tensor of the component, read one at a time. It may be a view of the file: copy what should outlive it."""
         for file in self.shards(component):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118
-                        yield name, opened.get_tensor(name)
-            except SafetensorError as error:
-                raise InputError(f"{file} cannot be read ({error}): download it again") from error
+            with _opened(file) as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    yield name, weights.get_tensor(name)
 
-    def load_into(self, module: nn.Module, component: str, device: torch.device | str, dtype: torch.dtype) -> None:
+    def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the component, from the files' headers alone."""
+        shapes = {}
+        for file in self.shards(component):
+            with _opened(file) as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    shapes[name] = tuple(weights.get_slice(name).get_shape())
+        return shapes
+
+    def load_into(
+        self,
+        module: nn.Module,
+        component: str,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        rename: Callable[[str], str | None] = str,
+    ) -> None:
         """Gives a module built on the meta device its weights, each tensor straight in its place: no second full copy.
+
+        Names and shapes are compared before the first tensor is read. Nothing refers to the files afterwards.
+
+        Args:
+            rename: the module's name for a stored tensor, or None for a tensor that the module does without.
 
         Raises:
             InputError: a tensor is missing, unexpected, or of another shape.
         """
-        waiting = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        where = f"{self.path / component}"
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        stored = {own: shape for name, shape in self.shapes(component).items() if (own := rename(name))}
+        _check_shapes(self.path / component, stored, expected)
         for name, tensor in self.tensors(component):
-            shape = waiting.pop(name, None)
-            if shape is None:
-                raise InputError(f"{where} holds {name!r}, which its config.json does not describe")
-            if shape != tensor.shape:
-                raise InputError(
-                    f"{where}: {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}"
-                )
-            module.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
-        if waiting:
-            raise InputError(f"{where} lacks {len(waiting)} tensors, the first is {next(iter(waiting))!r}")
+            if own := rename(name):
+                owner, _, leaf = own.rpartition(".")  # only its owner: the whole module would be walked for each tensor
+                weights = {leaf: tensor.to(device, dtype, copy=True)}
+                module.get_submodule(owner).load_state_dict(weights, strict=False, assign=True)
 
     def fingerprint(self, *components: str) -> str:
         """Identifies the components' contents: configuration and tokenizer files whole, and of each safetensors file its
@@ -128,7 +142,25 @@ def download(hub_id: str) -> Path:
         raise InputError(f"no folder {hub_id}, and downloading it from the hub failed: {reason}") from error
 
 
-@cache
+def _check_shapes(where: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in stored.items():
+        if name not in expected:
+            raise InputError(f"{where} holds {name!r}, which its config.json does not describe")
+        if shape != expected[name]:
+            raise InputError(f"{where}: {name!r} has shape {shape}, config.json asks for {expected[name]}")
+    if missing := [name for name in expected if name not in stored]:
+        raise InputError(f"{where} lacks {len(missing)} tensors, the first is {missing[0]!r}")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except SafetensorError as error:
+        raise InputError(f"{file} cannot be read ({error}): download it again") from error
+
+
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ launch() { accelerate launch --num_processes 1 --num_machines 1 --mixed_precisio
 [ -f "$MODEL/model_index.json" ] || python scripts/make_tiny_model.py --out "$MODEL"
 python scripts/make_demo_data.py --out "$DIR/data" --train "$CROPS" --validation "$HELD_OUT"
 
-launch train/run.py +exp=tiny_lbm run_dir="$DIR/lbm" "${settings[@]}" 'validate.steps=[1,2,4]'
-launch train/run.py +exp=tiny_sft run_dir="$DIR/flow" "${settings[@]}" 'validate.steps=[4,20]'
+launch train/run.py +exp=tiny_lbm run_dir="$DIR/lbm" "${settings[@]}"
+launch train/run.py +exp=tiny_sft run_dir="$DIR/flow" "${settings[@]}"
 
 python eval/report.py --title "Latent Bridge Matching beside flow matching" --out "$DIR/report.html" "$DIR/lbm" "$DIR/flow"

@@ -11,15 +11,17 @@ import base64
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import dashscope
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from data_prep.errors import InputError, exit_codes
 
 SHIPPED = Path(__file__).parent / "tiny"
 SPECIAL_TOKENS = [
@@ -64,19 +66,6 @@ VAE = {
     "temperal_downsample": [False, True, True],
     "z_dim": 16,
 }  # fmt: skip
-TRANSFORMER = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "attention_head_dim": 32,
-    "axes_dims_rope": [8, 12, 12],
-    "guidance_embeds": False,
-    "in_channels": 64,
-    "joint_attention_dim": 16,
-    "num_attention_heads": 3,
-    "num_layers": 5,
-    "out_channels": 16,
-    "patch_size": 2,
-    "zero_cond_t": True,
-}
 TEXT_ENCODER = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "image_token_id": 151655,
@@ -133,7 +122,10 @@ def write_json(path: Path, value: dict) -> None:
 
 def read_ranks() -> dict[bytes, int]:
     """Qwen's byte-pair ranks, as the package `dashscope` ships them."""
-    file = Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken"
+    package = find_spec("dashscope")  # not imported: that takes seconds
+    if package is None or package.origin is None:
+        raise InputError("the tokenizer's ranks come with the package dashscope: install the group dev of pyproject.toml")
+    file = Path(package.origin).parent / "resources" / "qwen.tiktoken"
     pairs = (line.split() for line in file.read_bytes().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
@@ -210,21 +202,38 @@ def hub_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def write_trained(folder: Path, config: dict, shipped: str) -> None:
+def shipped(name: str) -> Path:
+    """A file of the tiny model that is in the repository.
+
+    Raises:
+        InputError: it is not.
+    """
+    file = SHIPPED / name
+    if not file.is_file():
+        raise InputError(f"{file} is missing: restore it from the repository, or train it (see CONTRIBUTING.md)")
+    return file
+
+
+def transformer_config() -> dict:
+    """The tiny transformer's sizes, shipped beside the weights that have them."""
+    return json.loads(shipped("transformer_config.json").read_text(encoding="utf-8"))
+
+
+def write_trained(folder: Path, config: dict, weights: str) -> None:
     """A component whose weights are in the repository."""
-    if not (SHIPPED / shipped).is_file():
-        raise SystemExit(f"error: {SHIPPED / shipped} is missing: restore it from the repository")
+    file = shipped(weights)
     write_json(folder / "config.json", config)
-    shutil.copyfile(SHIPPED / shipped, folder / "diffusion_pytorch_model.safetensors")
+    shutil.copyfile(file, folder / "diffusion_pytorch_model.safetensors")
 
 
 def write_random_transformer(folder: Path, seed: int) -> None:
     """An untrained transformer, for pre-training and for tests that need no edit."""
     from diffusers import QwenImageTransformer2DModel
 
-    write_json(folder / "config.json", TRANSFORMER)
+    config = transformer_config()
+    write_json(folder / "config.json", config)
     with torch.device("meta"):
-        model = QwenImageTransformer2DModel.from_config(TRANSFORMER)
+        model = QwenImageTransformer2DModel.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
@@ -246,7 +255,7 @@ def main() -> None:
     if args.random_transformer:
         write_random_transformer(args.out / "transformer", args.seed)
     else:
-        write_trained(args.out / "transformer", TRANSFORMER, "transformer.safetensors")
+        write_trained(args.out / "transformer", transformer_config(), "transformer.safetensors")
     write_text_encoder(args.out / "text_encoder", args.seed)
     write_tokenizer(args.out / "tokenizer")
     shutil.copytree(args.out / "tokenizer", args.out / "processor", dirs_exist_ok=True)
@@ -258,4 +267,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()
