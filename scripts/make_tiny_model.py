@@ -2,8 +2,9 @@
 
     python scripts/make_tiny_model.py [--out models/tiny] [--seed 0]
 
-The VAE and the transformer are trained (scripts/tiny/*.safetensors), the tokenizer is the real Qwen BPE, and the text
-encoder is random: the transformer has learned the embeddings of seed 0. The same seed gives the same bytes.
+Sizes are in scripts/tiny/*.json. The VAE and the transformer are trained (scripts/tiny/*.safetensors), the tokenizer is the
+real Qwen BPE, and the text encoder is random: the transformer has learned the embeddings of seed 0. The same seed gives the
+same bytes.
 """
 
 import argparse
@@ -32,99 +33,43 @@ SPECIAL_TOKENS = [
 ]
 FIRST_SPECIAL = 151_643  # the number of BPE ranks
 
-MODEL_INDEX = {
-    "_class_name": "QwenImageEditPlusPipeline",
-    "processor": ["transformers", "Qwen2VLProcessor"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
-    "tokenizer": ["transformers", "Qwen2Tokenizer"],
-    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKLQwenImage"],
-}
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift_terminal": 0.02,
-    "time_shift_type": "exponential",
-    "use_dynamic_shifting": True,
-}
-VAE = {
-    "_class_name": "AutoencoderKLQwenImage",
-    "attn_scales": [],
-    "base_dim": 12,
-    "dim_mult": [1, 2, 4, 4],
-    "dropout": 0.0,
-    "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-                     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-    "latents_std": [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-                    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False, True, True],
-    "z_dim": 16,
-}  # fmt: skip
-TEXT_ENCODER = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "image_token_id": 151655,
-    "model_type": "qwen2_5_vl",
-    "text_config": {
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "max_position_embeddings": 32768,
-        "model_type": "qwen2_5_vl_text",
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 1,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 1000000.0, "rope_type": "default"},
-        "vocab_size": 151_680,
-    },
-    "tie_word_embeddings": True,
-    "video_token_id": 151656,
-    "vision_config": {
-        "depth": 2,
-        "fullatt_block_indexes": [1],
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "model_type": "qwen2_5_vl",
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-    },
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
-}
-PREPROCESSOR = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "max_pixels": 12845056,
-    "merge_size": 2,
-    "min_pixels": 3136,
-    "patch_size": 14,
-    "processor_class": "Qwen2VLProcessor",
-    "temporal_patch_size": 2,
-}
-
 
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def shipped(name: str) -> Path:
+    """A file of the tiny model that is in the repository.
+
+    Raises:
+        InputError: it is not.
+    """
+    file = SHIPPED / name
+    if not file.is_file():
+        raise InputError(f"{file} is missing: restore it from the repository, or train it (see CONTRIBUTING.md)")
+    return file
+
+
+def copy_shipped(name: str, to: Path) -> None:
+    """Puts a file that is in the repository in its place."""
+    source = shipped(name)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, to)
+
+
+def read_config(component: str) -> dict:
+    """The component's sizes, shipped beside the weights that have them."""
+    return json.loads(shipped(f"{component}_config.json").read_text(encoding="utf-8"))
+
+
 def read_ranks() -> dict[bytes, int]:
     """Qwen's byte-pair ranks, as the package `dashscope` ships them."""
     package = find_spec("dashscope")  # not imported: that takes seconds
     if package is None or package.origin is None:
-        raise InputError("the tokenizer's ranks come with the package dashscope: install the group dev of pyproject.toml")
+        raise InputError(
+            "the tokenizer's ranks come with the package dashscope: install the group dev of pyproject.toml"
+        )
     file = Path(package.origin).parent / "resources" / "qwen.tiktoken"
     pairs = (line.split() for line in file.read_bytes().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
@@ -182,9 +127,9 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_text_encoder(folder: Path, seed: int) -> None:
     """A random Qwen2.5-VL, scaled so that different words and pictures give clearly different hidden states."""
-    write_json(folder / "config.json", TEXT_ENCODER)
+    copy_shipped("text_encoder_config.json", folder / "config.json")
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**TEXT_ENCODER))
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**read_config("text_encoder")))
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
@@ -202,38 +147,19 @@ def hub_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def shipped(name: str) -> Path:
-    """A file of the tiny model that is in the repository.
-
-    Raises:
-        InputError: it is not.
-    """
-    file = SHIPPED / name
-    if not file.is_file():
-        raise InputError(f"{file} is missing: restore it from the repository, or train it (see CONTRIBUTING.md)")
-    return file
-
-
-def transformer_config() -> dict:
-    """The tiny transformer's sizes, shipped beside the weights that have them."""
-    return json.loads(shipped("transformer_config.json").read_text(encoding="utf-8"))
-
-
-def write_trained(folder: Path, config: dict, weights: str) -> None:
+def write_trained(component: str, folder: Path) -> None:
     """A component whose weights are in the repository."""
-    file = shipped(weights)
-    write_json(folder / "config.json", config)
-    shutil.copyfile(file, folder / "diffusion_pytorch_model.safetensors")
+    copy_shipped(f"{component}_config.json", folder / "config.json")
+    copy_shipped(f"{component}.safetensors", folder / "diffusion_pytorch_model.safetensors")
 
 
 def write_random_transformer(folder: Path, seed: int) -> None:
     """An untrained transformer, for pre-training and for tests that need no edit."""
     from diffusers import QwenImageTransformer2DModel
 
-    config = transformer_config()
-    write_json(folder / "config.json", config)
+    copy_shipped("transformer_config.json", folder / "config.json")
     with torch.device("meta"):
-        model = QwenImageTransformer2DModel.from_config(config)
+        model = QwenImageTransformer2DModel.from_config(read_config("transformer"))
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
@@ -251,17 +177,17 @@ def main() -> None:
     parser.add_argument("--random-transformer", action="store_true", help="instead of the trained one")
     args = parser.parse_args()
 
-    write_trained(args.out / "vae", VAE, "vae.safetensors")
+    write_trained("vae", args.out / "vae")
     if args.random_transformer:
         write_random_transformer(args.out / "transformer", args.seed)
     else:
-        write_trained(args.out / "transformer", transformer_config(), "transformer.safetensors")
+        write_trained("transformer", args.out / "transformer")
     write_text_encoder(args.out / "text_encoder", args.seed)
     write_tokenizer(args.out / "tokenizer")
     shutil.copytree(args.out / "tokenizer", args.out / "processor", dirs_exist_ok=True)
-    write_json(args.out / "processor" / "preprocessor_config.json", PREPROCESSOR)
-    write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(args.out / "model_index.json", MODEL_INDEX)  # last: a directory with an index is complete
+    copy_shipped("preprocessor_config.json", args.out / "processor" / "preprocessor_config.json")
+    copy_shipped("scheduler_config.json", args.out / "scheduler" / "scheduler_config.json")
+    copy_shipped("model_index.json", args.out / "model_index.json")  # last: a directory with an index is complete
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

@@ -16,25 +16,20 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.nn.functional as F
-from diffsynth.models.qwen_image_vae import (
-    QwenImageAttentionBlock,
-    QwenImageCausalConv3d,
-    QwenImageResidualBlock,
-    QwenImageVAE,
-)
+from diffsynth.models.qwen_image_vae import QwenImageAttentionBlock, QwenImageResidualBlock, QwenImageVAE
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as TF
 
+from data_prep.encoders import build_vae, use_single_frame, video_weights
 from scripts import photographs
+from scripts.make_tiny_model import read_config
 
-TINY_VAE = {"base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 LATENT_NOISE = 0.1  # standard deviation of the noise that the decoder must bear, in normalised latents
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), on the last temporal slice of convolutions.
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), on weights of two or more dimensions.
 
     torch.optim.Muon takes matrices only. With Adam this network is still at 18 dB where Muon is at 24.
     """
@@ -48,12 +43,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.mul_(0.95).add_(p.grad)
-                update, weight = p.grad + 0.95 * momentum, p
-                if p.ndim == 5:
-                    update, weight = update[:, :, -1], p[:, :, -1]
-                matrix = orthogonalise(update.flatten(1))
+                matrix = orthogonalise((p.grad + 0.95 * momentum).flatten(1))
                 scale = 0.2 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                weight.sub_(matrix.view_as(weight), alpha=group["lr"] * scale)
+                p.sub_(matrix.view_as(p), alpha=group["lr"] * scale)
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
@@ -81,13 +73,6 @@ def initialise(vae: QwenImageVAE) -> None:
             module.conv2.weight.data *= 0.1
         elif isinstance(module, QwenImageAttentionBlock):
             module.proj.weight.data.zero_()
-
-
-def conv_of_one_frame(conv: QwenImageCausalConv3d, x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
-    """The causal 3-D convolution for a single frame: only its last temporal slice meets data, so a 2-D one is equal."""
-    left, _, top, _, _, _ = conv._padding
-    frame = F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))
-    return frame.unsqueeze(2)
 
 
 def batch_of_crops(pictures: list[Image.Image], size: int, count: int, rng: random.Random) -> torch.Tensor:
@@ -118,11 +103,11 @@ def standardise_latents(vae: QwenImageVAE, pixels: torch.Tensor) -> None:
     mean, std = vae.mean.flatten(), 1 / vae.std.flatten()
     a, b = 1 / s, mean - (mean + std * m) / s  # in raw latents: new = a * raw + b
     conv, post = vae.quant_conv, vae.post_quant_conv
-    conv.weight[:16] *= a.view(-1, 1, 1, 1, 1)
+    conv.weight[:16] *= a.view(-1, 1, 1, 1)
     conv.bias[:16] = conv.bias[:16] * a + b
     conv.weight[16:], conv.bias[16:] = 0, 2 * math.log(LATENT_NOISE)  # a constant log-variance for whoever samples
-    post.bias -= post.weight[:, :, -1, 0, 0] @ (b / a)
-    post.weight /= a.view(1, -1, 1, 1, 1)
+    post.bias -= post.weight[:, :, 0, 0] @ (b / a)
+    post.weight /= a.view(1, -1, 1, 1)
 
 
 @torch.no_grad()
@@ -144,9 +129,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     pictures = [photographs.load(path) for path in photographs.TRAIN]
-    vae = QwenImageVAE(**TINY_VAE)
-    slow_forward, QwenImageCausalConv3d.forward = QwenImageCausalConv3d.forward, conv_of_one_frame
+    vae = build_vae(read_config("vae"))
+    published = vae.state_dict()
     initialise(vae)
+    use_single_frame(vae)
     used = [p for name, p in vae.named_parameters() if "time_conv" not in name]  # video only
     matrices = [p for p in used if p.ndim >= 4 and min(p.shape[:2]) > 1]
     vectors = [p for p in used if not (p.ndim >= 4 and min(p.shape[:2]) > 1)]
@@ -170,12 +156,11 @@ def main() -> None:
             print(f"step {step} {spent:.0%} mse {error.square().mean().item():.4f} held out {held_out} dB", flush=True)
 
     standardise_latents(vae, batch_of_crops(pictures, 128, 64, rng))
-    QwenImageCausalConv3d.forward = slow_forward
     vae = vae.to(torch.bfloat16).float()
     print("held out, bf16 weights:", [round(psnr(vae, photographs.load(p)), 2) for p in photographs.HELD_OUT])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in vae.state_dict().items()}
-    save_file(weights, args.out)
+    weights = video_weights(vae.state_dict(), layout=published)
+    save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}, args.out)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {step} steps in {(time.time() - start) / 60:.1f} min")
 
 

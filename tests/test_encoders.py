@@ -7,7 +7,17 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from data_prep.encoders import DROPPED_TOKENS, PICTURE, SYSTEM, build_vae, edit_text, load_prompt_encoder, load_vae
+from data_prep.encoders import (
+    DROPPED_TOKENS,
+    PICTURE,
+    SYSTEM,
+    build_vae,
+    edit_text,
+    load_prompt_encoder,
+    load_vae,
+    use_single_frame,
+    video_weights,
+)
 from data_prep.model_dir import ModelDirectory
 
 # float32 against float32 through about thirty convolutions, whose sums are taken in another order
@@ -54,6 +64,36 @@ def test_single_frame_convolutions_equal_upstream(model):
     assert (vae.encode(pixels) - upstream.encode(pixels)).abs().max() < TOLERANCE
     ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (vae.module, upstream))
     assert ours < 0.45 * theirs
+
+
+@torch.no_grad()
+def test_video_weights_give_the_same_vae_back(model):
+    config = model.config("vae")
+    published = build_vae(config)
+    stored = {name: tensor.float() for name, tensor in model.tensors("vae")}
+    published.load_state_dict(stored)
+    converted = build_vae(config)
+    converted.load_state_dict(stored)
+    use_single_frame(converted)
+    restored = video_weights(converted.state_dict(), layout=published.state_dict())
+    assert restored.keys() == stored.keys()
+    for name, tensor in restored.items():  # the tiny VAE was trained on single frames: nothing is before the last slice
+        assert torch.equal(tensor, stored[name]) or "time_conv" in name
+
+
+@torch.no_grad()
+def test_latent_statistics_are_the_configurations(model):
+    config = model.config("vae")
+    config["latents_mean"] = [0.1 * i for i in range(16)]
+    config["latents_std"] = [1 + 0.2 * i for i in range(16)]
+    weights = {name: tensor.float() for name, tensor in model.tensors("vae")}
+    vae, reference = build_vae(config), AutoencoderKLQwenImage.from_config(config)
+    vae.load_state_dict(weights)
+    reference.load_state_dict(weights)
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    raw = reference.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    assert (vae.encode(pixels) - (raw - mean) / std).abs().max() < TOLERANCE
 
 
 def test_vae_decode_passes_gradients(model):
