@@ -1,6 +1,7 @@
 """Small data sets and their caches, for the tests of everything that reads a cache."""
 
 import json
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,18 @@ def write_dataset(folder: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
+LOADING = threading.Lock()
+"""transformers replaces torch functions while it builds a model: two threads at once would leave them replaced."""
+
+
 def load_encoders(model_dir: Path) -> Encoders:
     """The tiny model's, in float32."""
     directory = ModelDirectory.resolve(model_dir)
-    return Encoders(
-        vae=load_vae(directory, dtype=torch.float32),
-        prompt_encoder=load_prompt_encoder(directory, dtype=torch.float32),
-    )
+    with LOADING:
+        return Encoders(
+            vae=load_vae(directory, dtype=torch.float32),
+            prompt_encoder=load_prompt_encoder(directory, dtype=torch.float32),
+        )
 
 
 def cache_dataset(dataset: Path, folder: Path, model_dir: Path, **options: Any) -> CacheSummary:
