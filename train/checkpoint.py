@@ -23,7 +23,8 @@ from data_prep.files import sync, write_text
 from train.adapter import Adapter
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
 
-LORA, OPTIMIZER, STATE = "training_lora.safetensors", "optimizer.safetensors", "state.json"
+LORA, OPTIMIZER = "training_lora.safetensors", "optimizer.safetensors"
+STATE, CONFIG = "state.json", "config.yaml"
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Checkpoint:
     optimizer_tensors: dict[str, Tensor]
     optimizer_values: dict[str, Any]
     run: dict[str, Any]
+    config: str
+    """Text of the configuration that it was trained with."""
 
     def restore(self, adapter: Adapter, optimizer: Optimizer) -> None:
         """Puts LoRA and optimizer where they were.
@@ -84,32 +87,36 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            with optimizer.averaged():
-                adapter.export(temporary, self.metadata | {"step": str(step)}, self.dtype)
-            save_file(_on_cpu(adapter.state_dict()), temporary / LORA)
-            tensors, values = optimizer_state(optimizer.torch_optimizer)
-            save_file(_on_cpu(tensors), temporary / OPTIMIZER)
-            kind = type(optimizer.torch_optimizer).__name__
-            state = {"step": step, "optimizer_state": values, "run": run | {"optimizer": kind}}
-            (temporary / STATE).write_text(json.dumps(state))
-            (temporary / "config.yaml").write_text(self.config)
-            for file in temporary.iterdir():
-                sync(file)
-            sync(temporary)
-        except OSError:  # a full disk: what was there stays, what is half there goes
+            self._write(temporary, step, adapter, optimizer, run)
+        except BaseException:  # a full disk, Ctrl-C: what was there stays, what is half there goes
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync(self.folder)
         write_text(self.folder / "latest", final.name + "\n")
-        for old in self.all()[: -self.keep_last]:
+        done = [path for path in self.all() if _step(path) <= step]  # a later one is damaged, or was gone back from
+        for old in done[: -self.keep_last]:
             shutil.rmtree(old)
         return final
 
+    def _write(self, folder: Path, step: int, adapter: Adapter, optimizer: Optimizer, run: dict[str, Any]) -> None:
+        with optimizer.averaged():
+            adapter.export(folder, self.metadata | {"step": str(step)}, self.dtype)
+        save_file(_on_cpu(adapter.state_dict()), folder / LORA)
+        tensors, values = optimizer_state(optimizer.torch_optimizer)
+        save_file(_on_cpu(tensors), folder / OPTIMIZER)
+        kind = type(optimizer.torch_optimizer).__name__
+        state = {"step": step, "optimizer_state": values, "run": run | {"optimizer": kind}}
+        (folder / STATE).write_text(json.dumps(state))
+        (folder / CONFIG).write_text(self.config)
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
+
     def all(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-[0-9]*"))
+        return sorted((path for path in self.folder.glob("step-*") if path.name[5:].isdigit()), key=_step)
 
     def find(self, resume: str) -> Checkpoint | None:
         """The checkpoint to continue from, or None to start.
@@ -147,15 +154,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise InputError(f"no checkpoint at {path}: give a folder such as runs/NAME/checkpoints/step-000500")
     lora, tensors = _read(load_file, path / LORA), _read(load_file, path / OPTIMIZER)
+    config = _read(Path.read_text, path / CONFIG)
     state = _read(lambda file: json.loads(file.read_text()), path / STATE)
-    return Checkpoint(path, state["step"], lora, tensors, state["optimizer_state"], state["run"])
+    return Checkpoint(path, state["step"], lora, tensors, state["optimizer_state"], state["run"], config)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _read(reader: Callable[[Path], Any], file: Path) -> Any:
     try:
         return reader(file)
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"checkpoint file {file} is damaged ({error})") from error
+        raise InputError(f"checkpoint file {file} is damaged or missing ({error})") from error
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
