@@ -21,6 +21,8 @@ from train.checkpoint import Checkpoints, read_checkpoint
 from train.denoiser import load_denoiser
 from train.optim import AdamW, Optimizer, Prodigy
 
+# Python 3.12 warns of forking beside threads; the children here only write files
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 FILES = {
     *("adapter_model.safetensors", "adapter_config.json", "training_lora.safetensors"),
     *("optimizer.safetensors", "state.json", "config.yaml"),
