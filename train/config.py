@@ -143,10 +143,25 @@ class AdapterConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the work is spread over processes."""
+    """How training is spread over processes. Phase 1 takes any number of them under every strategy."""
 
-    strategy: Literal["single"] = "single"
-    """`single`: training takes one process. Phase 1 takes any number."""
+    strategy: Literal["single", "ddp", "zero2", "zero3"] = "single"
+    """One process; replicas; gradients sharded; or gradients and frozen weights sharded (DeepSpeed ZeRO)."""
+    offload: bool = False
+    """zero3: frozen weights, LoRA masters and optimizer in CPU memory."""
+    bucket_size: int = 500_000_000
+    """ZeRO: elements that are reduced, gathered or prefetched together."""
+    overlap_comm: bool = True
+    """ZeRO: communicate while computing."""
+    contiguous_gradients: bool = True
+    """ZeRO: copy gradients into one buffer as they are produced."""
+
+    def __post_init__(self):
+        require(self.bucket_size >= 1, f"parallel.bucket_size must be at least 1, got {self.bucket_size}")
+        require(
+            not self.offload or self.strategy == "zero3",
+            f"parallel.offload=true needs parallel.strategy=zero3, got {self.strategy}: use parallel=zero3_offload",
+        )
 
 
 @dataclass
