@@ -1,0 +1,307 @@
+"""The plan against what it predicts: real tensors, real states, real files, and PyTorch's own counters."""
+
+import importlib
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_prep.errors import InputError
+from data_prep.geometry import Geometry, Size
+from data_prep.model_dir import ModelDirectory
+from data_prep.records import CacheReader
+from data_prep.rows import read_rows
+from data_prep.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
+from losses.batch import Condition
+from tests.commands import ROOT
+from train.adapter import attach_lora
+from train.checkpoint import Checkpoints
+from train.config import DEFAULT_TARGETS, Config, compose
+from train.denoiser import Denoiser, build_dit, load_denoiser
+from train.gpus import GPUS, find_gpu
+from train.memory import LiveBytes, LoraSizes, Transformer, flash_attention, optimizer_bytes
+from train.optim import AdamW, Optimizer, Prodigy
+from train.plan import GIB, Plan, dataset_sizes, make_plan
+
+REAL = {
+    **{"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584},
+    **{"in_channels": 64, "out_channels": 16, "axes_dims_rope": [16, 56, 56], "patch_size": 2, "zero_cond_t": True},
+}
+SMALL = REAL | {"num_layers": 12, "num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12]}
+LORA = LoraSizes(8, tuple(DEFAULT_TARGETS))
+BUCKETS = [
+    Bucket(Size(256, 256), (Size(256, 256),), 40, 1.0),
+    Bucket(Size(512, 320), (Size(256, 256), Size(320, 128)), 150, 1.0),
+]
+MEGAPIXEL = RowSize(Size(1024, 1024), (Size(1024, 1024),), 250)
+
+
+def build_optimizer(node: dict, parameters: list[nn.Parameter]) -> Optimizer:
+    module, _, name = node["_target_"].rpartition(".")
+    options = {key: value for key, value in node.items() if key != "_target_"}
+    return getattr(importlib.import_module(module), name)(parameters, **options)
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory) -> ModelDirectory:
+    """`config.json` files of the published sizes, and no weights."""
+    folder = tmp_path_factory.mktemp("real")
+    vae = json.loads((ROOT / "scripts/tiny/vae_config.json").read_text())
+    text = json.loads((ROOT / "scripts/tiny/text_encoder_config.json").read_text())
+    vae |= {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    text["text_config"] |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text["text_config"] |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+    text["vision_config"] |= {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+    for component, config in {"transformer": REAL, "vae": vae, "text_encoder": text}.items():
+        (folder / component).mkdir()
+        (folder / component / "config.json").write_text(json.dumps(config))
+    return ModelDirectory(folder)
+
+
+def configure(*overrides: str) -> Config:
+    return compose(["+exp=lbm_2511", "model.path=real", "data.dataset=rows.json", *overrides])
+
+
+def plan_real(model: ModelDirectory, gpu: str, *overrides: str, world_size: int = 1) -> Plan:
+    data = DatasetSizes((MEGAPIXEL,), 1000, "a test")
+    return make_plan(configure(*overrides), model, data, world_size, find_gpu(gpu), build_optimizer)
+
+
+def test_counts_the_published_model(real_model):
+    plan = plan_real(real_model, "H100")
+    assert round(plan.num_parameters / 1e9, 2) == 20.43
+    assert plan.num_modules == 723 - 3  # of the last block's text path, whose output nothing reads
+    assert plan.fits
+    assert plan.advice == []
+    assert 36 < plan.memory.gpu["frozen weights"] / GIB < 39
+    assert 16 < plan.cache_phase.total / GIB < 24
+    assert plan.buckets[0].length == 2 * 4096 + 250
+
+
+def test_is_a_screen_of_text(real_model):
+    text = plan_real(real_model, "RTX 4090", "parallel=zero3", "train.micro_batch_size=4", world_size=4).render()
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 130
+    assert "DOES NOT FIT" in text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "world_size", "overrides"),
+    [
+        ("H100", 1, ["train.gradient_checkpointing=off"]),
+        ("H100", 1, ["train.micro_batch_size=32"]),
+        ("H100", 1, ["train.micro_batch_size=8", "train.gradient_checkpointing=off"]),
+        ("A100 40GB", 1, []),
+        ("RTX 4090", 2, ["parallel=zero2", "optim=adamw", "adapter.rank=128"]),
+        ("RTX PRO 6000", 1, ["adapter.rank=1024", "optim=adamw"]),
+    ],
+)
+def test_advice_fits(real_model, gpu, world_size, overrides):
+    plan = plan_real(real_model, gpu, *overrides, world_size=world_size)
+    assert not plan.fits
+    assert plan.advice
+    for line in plan.advice:
+        settings, _, launch = line.partition("  (")
+        ranks = int(launch.split()[1]) if launch else world_size
+        assert plan_real(real_model, gpu, *overrides, *shlex.split(settings), world_size=ranks).fits, line
+
+
+def test_advice_is_the_smallest_change(real_model):
+    plan = plan_real(real_model, "H100", "train.gradient_checkpointing=off", "train.micro_batch_size=2")
+    assert plan.advice == ["train.gradient_checkpointing=full"]
+
+
+def test_ranks_share_what_zero_shares(real_model):
+    totals = {
+        (strategy, n): plan_real(real_model, "H100", f"parallel={strategy}", world_size=n).memory.total / GIB
+        for strategy, n in [("ddp", 2), ("ddp", 8), ("zero2", 8), ("zero3", 2), ("zero3", 8), ("zero3_offload", 2)]
+    }
+    assert totals["ddp", 2] == totals["ddp", 8]
+    assert totals["zero3", 2] - totals["zero3", 8] > 38 * (1 / 2 - 1 / 8)
+    assert totals["zero3_offload", 2] < totals["zero3", 8] < totals["zero2", 8]
+
+
+def run_small(checkpointing: bool, bucket: Bucket, device: str, num_layers: int, batch_size: int = 2):
+    """A forward and backward pass; returns what is to be called."""
+    with torch.device(device):
+        dit = build_dit(SMALL | {"num_layers": num_layers}).to(torch.bfloat16).requires_grad_(False)
+    denoiser = Denoiser(dit, True, checkpointing)
+    adapter = attach_lora(denoiser, LORA.rank, LORA.rank, LORA.target_modules)
+    for parameter in adapter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    grids = [torch.zeros(batch_size, 16, *size.latent, device=device) for size in (bucket.target, *bucket.references)]
+    text = torch.zeros(batch_size, bucket.text_tokens, SMALL["joint_attention_dim"], device=device)
+    mask = torch.ones(batch_size, bucket.text_tokens, dtype=torch.bool, device="cpu" if device == "meta" else device)
+    condition = Condition(text, mask, grids[1:])
+    return denoiser, lambda: denoiser(grids[0], torch.ones(batch_size, device=device), condition).square().mean()
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_activations_are_what_autograd_saves(bucket):
+    """Kept blocks: the sum of the distinct tensors that a real forward pass in bf16 saves, weights left out."""
+    denoiser, forward = run_small(False, bucket, "cpu", SMALL["num_layers"])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()
+    measured = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights)
+    loss.backward()
+    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, False, LORA)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_activations_are_the_peak_of_a_real_run(bucket, checkpointing):
+    """All layers with real numbers on the CPU, with PyTorch's own choice of attention."""
+    _, forward = run_small(checkpointing, bucket, "cpu", SMALL["num_layers"])
+    with LiveBytes() as live:
+        forward().backward()
+    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, checkpointing, LORA)
+    assert predicted == pytest.approx(live.peak, rel=0.1)  # CPU kernels differ
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_the_peak_of_a_gpu(checkpointing):
+    bucket = Bucket(Size(1024, 1024), (Size(1024, 1024),), 200, 1.0)
+    _, forward = run_small(checkpointing, bucket, "cuda", SMALL["num_layers"])
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    forward().backward()
+    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, checkpointing, LORA)
+    assert predicted == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_counts_the_operations_of_the_real_code(bucket, checkpointing):
+    transformer = Transformer(SMALL, torch.bfloat16, True)
+    _, forward = run_small(checkpointing, bucket, "meta", SMALL["num_layers"], batch_size=1)
+    with flash_attention(), FlopCounterMode(display=False) as counter:
+        loss = forward()
+        assert sum(transformer.forward_flops(bucket, LORA)) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        loss.backward()
+    assert transformer.flops(bucket, LORA, checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_shapes_are_those_of_the_adapter(tiny_model_dir, dora):
+    model = ModelDirectory(tiny_model_dir)
+    adapter = attach_lora(load_denoiser(model), 4, 4, DEFAULT_TARGETS, dora=dora)
+    shapes = Transformer(model.config("transformer"), torch.bfloat16, True).lora_shapes(
+        LoraSizes(4, tuple(DEFAULT_TARGETS), dora)
+    )
+    assert list(shapes) == list(adapter.layers)
+    assert [s for group in shapes.values() for s in group] == [tuple(p.shape) for p in adapter.parameters()]
+
+
+@pytest.mark.parametrize("build", [AdamW, Prodigy])
+def test_optimizer_state_and_checkpoint_have_the_predicted_size(tiny_model_dir, tmp_path, build):
+    adapter = attach_lora(load_denoiser(ModelDirectory(tiny_model_dir)), 16, 16, DEFAULT_TARGETS)
+    optimizer = build(adapter.parameters())
+    for parameter in adapter.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(0)
+    tensors = [t for state in optimizer.torch_optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    predicted = optimizer_bytes([tuple(p.shape) for p in adapter.parameters()], build)
+    assert predicted == sum(tensor.nbytes for tensor in tensors)
+
+    folder = Checkpoints(tmp_path, 1, {}, "", torch.bfloat16).save(1, adapter, optimizer, {})
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    num_trainable = sum(parameter.numel() for parameter in adapter.parameters())
+    assert predicted + num_trainable * (2 + 4) == pytest.approx(on_disk, rel=0.1)  # and headers
+
+
+def test_a_finished_cache_tells_the_true_lengths(tiny_cache, tiny_pairs, tiny_model_dir):
+    config = compose(
+        [
+            "+exp=tiny_lbm",
+            f"model.path={tiny_model_dir}",
+            f"data.dataset={tiny_pairs}/train.json",
+            f"cache.dir={tiny_cache}",
+        ]
+    )
+    sizes, records = dataset_sizes(config, ModelDirectory(tiny_model_dir)), CacheReader(tiny_cache / "train")
+    assert sorted(row.text_tokens for row in sizes.rows) == sorted(len(record.prompt_emb) for record in records)
+    plan = make_plan(config, ModelDirectory(tiny_model_dir), sizes, 1, find_gpu("H100"), build_optimizer)
+    stored = (
+        tensor
+        for record in records
+        for tensor in (record.target_latents, record.source_latents, *record.edit_latents, record.prompt_emb)
+    )
+    assert plan.cache_bytes == pytest.approx(sum(tensor.nbytes for tensor in stored), rel=0.1)  # texts: the longest
+    assert plan.fits
+    assert "tokens" in plan.render()
+
+    estimated = estimated_sizes(read_rows(tiny_pairs / "train.json"), records.header.geometry)
+    buckets = [[(b.target, b.references) for b in s.buckets(records.header.geometry)] for s in (sizes, estimated)]
+    assert buckets[0] == buckets[1]
+
+
+def test_reads_sizes_upright_and_skips_what_is_unusable(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("turned.jpg", "turned.png"):
+        Image.new("RGB", (64, 96)).save(tmp_path / name, exif=exif)
+        assert image_size(tmp_path / name) == Size(64, 96)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    rows = [
+        {"prompt": "turn", "image": "turned.jpg", "edit_image": ["turned.png", "turned.jpg"]},
+        {"prompt": "turn", "image": "broken.jpg", "edit_image": "turned.png"},
+        {"prompt": "turn", "image": "missing.jpg", "edit_image": "turned.png"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    geometry = Geometry(96 * 64)
+    sizes = estimated_sizes(read_rows(tmp_path / "rows.json"), geometry)
+    [bucket] = sizes.buckets(geometry)
+    assert (bucket.target, bucket.references) == (Size(64, 96), (Size(64, 96),) * 2)
+    assert "1 of 3 rows" in sizes.origin
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(InputError, match="none of 2 rows"):
+        estimated_sizes(read_rows(tmp_path / "rows.json"), geometry)
+
+
+def test_text_length_of_the_published_tokenizer():
+    """211 tokens for a short instruction and one square image: what upstream's pipeline gives."""
+    from data_prep import sizes
+
+    vision = round(384 / 28) ** 2
+    assert vision + sizes.TOKENS_PER_IMAGE + sizes.TOKENS_PER_ROW == pytest.approx(211, abs=5)
+
+
+def test_gpus_by_name():
+    assert [find_gpu(gpu.name).memory_gib for gpu in GPUS] == [gpu.memory_gib for gpu in GPUS]
+    for name, found in {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA A100-SXM4-40GB": "A100 40GB",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "RTX PRO 6000",
+        "4090": "RTX 4090",
+        "h20": "H20",
+    }.items():
+        assert find_gpu(name).name == found
+    with pytest.raises(InputError, match="did you mean 'RTX 4090'"):
+        find_gpu("RTX 4O90")
+    if not torch.cuda.is_available():
+        assert "assumed" in find_gpu().origin
+    assert all(math.isfinite(gpu.memory_gib) for gpu in GPUS)
+
+
+def test_plans_without_files_of_weights(real_model):
+    assert not list(Path(real_model.path).rglob("*.safetensors"))
+    assert (
+        plan_real(real_model, "H200", "loss.combine=sum").flops_per_step
+        == 2 * plan_real(real_model, "H200").flops_per_step
+    )

@@ -1,0 +1,255 @@
+"""What a training step needs, found before anything is loaded: the real code runs on the meta device, and is watched.
+
+A meta tensor has a shape and no numbers. The real denoiser with real LoRA layers therefore runs forward and backward in a
+fraction of a second, and what autograd keeps alive is measured instead of modelled.
+"""
+
+import contextlib
+import functools
+import io
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+from data_prep.encoders import LATENT_CHANNELS, VAE, build_vae, use_single_frame
+from data_prep.geometry import Size
+from data_prep.sizes import Bucket, num_tokens
+from losses.batch import Condition
+from train.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
+from train.denoiser import Denoiser, build_dit
+from train.optim import Optimizer
+
+META = torch.device("meta")
+Shape = tuple[int, ...]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make inside it, until nothing refers to them any more.
+
+    `now` are alive, `peak` were at once. What existed before, such as weights, does not count. A kernel's own workspace
+    is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in _tensors((args, kwargs)):
+            self._known.setdefault(tensor.untyped_storage(), True)
+        output = func(*args, **(kwargs or {}))
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                self._known[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return output
+
+    def _add(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def flash_attention() -> Iterator[None]:
+    """Attention as a GPU computes it, which keeps no matrix of all pairs; on the meta device PyTorch would make one."""
+    original = F.scaled_dot_product_attention
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    F.scaled_dot_product_attention = flash
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+@dataclass(frozen=True)
+class LoraSizes:
+    """What decides how large the adapter is."""
+
+    rank: int
+    target_modules: tuple[str, ...]
+    dora: bool = False
+
+
+class Transformer:
+    """The transformer of a model directory: shapes and no numbers.
+
+    Args:
+        config: of `transformer/config.json`.
+        dtype: of the frozen weights.
+        zero_cond_t: whether references have their own modulation.
+    """
+
+    def __init__(self, config: dict, dtype: torch.dtype, zero_cond_t: bool):
+        self.config, self.dtype, self.zero_cond_t = config, dtype, zero_cond_t
+        with META:
+            self.dit = build_dit(config)
+        self.num_layers = len(self.dit.transformer_blocks)
+        self.linear = {name: m for name, m in self.dit.named_modules() if isinstance(m, nn.Linear)}
+        self.activation_bytes = functools.cache(self._activation_bytes)
+
+    @property
+    def num_parameters(self) -> int:
+        """Frozen parameters."""
+        return sum(parameter.numel() for parameter in self.dit.parameters())
+
+    @property
+    def block_parameters(self) -> int:
+        """Of one block."""
+        return sum(parameter.numel() for parameter in self.dit.transformer_blocks[0].parameters())
+
+    def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
+        """Module -> the shapes of its A, B and, with DoRA, magnitudes.
+
+        Raises:
+            InputError: a target matches no linear module.
+        """
+        shapes = {}
+        for name in match_modules(self.dit, lora.target_modules):
+            linear = self.linear[name]
+            shapes[name] = [(lora.rank, linear.in_features), (linear.out_features, lora.rank)]
+            if lora.dora:
+                shapes[name].append((linear.out_features,))
+        return shapes
+
+    def _activation_bytes(self, bucket: Bucket, batch_size: int, checkpointing: bool, lora: LoraSizes) -> int:
+        """The peak of a forward and backward pass beyond weights and gradients, for one batch of this bucket.
+
+        Blocks are alike but for the last one, so two small models tell what each further block adds.
+        """
+        few, more = (self._dry_run(n, bucket, batch_size, checkpointing, lora).peak for n in (2, 3))
+        return few + (self.num_layers - 2) * (more - few)
+
+    def _dry_run(
+        self, num_layers: int, bucket: Bucket, batch_size: int, checkpointing: bool, lora: LoraSizes
+    ) -> LiveBytes:
+        with META:
+            dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
+        denoiser = Denoiser(dit, self.zero_cond_t, checkpointing)
+        adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
+        for parameter in adapter.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # as when gradients accumulate
+        latents, *references = (
+            torch.empty(batch_size, LATENT_CHANNELS, *size.latent, device=META)
+            for size in (bucket.target, *bucket.references)
+        )
+        text = torch.empty(batch_size, bucket.text_tokens, self.config["joint_attention_dim"], device=META)
+        mask = torch.ones(batch_size, bucket.text_tokens, dtype=torch.bool)
+        with flash_attention(), LiveBytes() as live:
+            velocity = denoiser(latents, torch.empty(batch_size, device=META), Condition(text, mask, references))
+            velocity.square().mean().backward()
+        return live
+
+    def flops(self, bucket: Bucket, lora: LoraSizes, checkpointing: bool) -> int:
+        """Of a forward and backward pass of one sample.
+
+        A product of m x k and k x n costs 2mkn. Backward, a frozen layer needs its input's gradient only, LoRA its
+        weights' too, and flash attention computes five products for the forward's two.
+        """
+        frozen, adapter, attention = self.forward_flops(bucket, lora)
+        forward = frozen + adapter + attention
+        return 2 * frozen + 3 * adapter + attention * 7 // 2 + (forward if checkpointing else 0)
+
+    def forward_flops(self, bucket: Bucket, lora: LoraSizes) -> tuple[int, int, int]:
+        """Of one sample: frozen linear layers, LoRA, attention."""
+        last = f"transformer_blocks.{self.num_layers - 1}."
+        used = {n for n in self.linear if not (n.startswith(last) and n.removeprefix(last) in UNUSED_IN_LAST_BLOCK)}
+        frozen = sum(2 * self.linear[name].weight.numel() * self._tokens(name, bucket) for name in used)
+        adapter = sum(
+            2 * (a[0] * a[1] + b[0] * b[1]) * self._tokens(name, bucket)
+            for name, (a, b, *_) in self.lora_shapes(lora).items()
+        )
+        width = self.dit.img_in.out_features
+        queries = self.num_layers * bucket.length - bucket.text_tokens  # none of text in the last block
+        return frozen, adapter, 4 * queries * bucket.length * width
+
+    def _tokens(self, name: str, bucket: Bucket) -> int:
+        """How many rows a linear layer is given for one sample."""
+        if "img_mod" in name or "timestep_embedder" in name:
+            return 2 if self.zero_cond_t else 1
+        if "txt_mod" in name or "norm_out" in name:
+            return 1
+        if any(part in name for part in ("txt_", "add_")):
+            return bucket.text_tokens
+        return num_tokens(bucket.target) if name == "proj_out" else bucket.image_tokens
+
+
+def optimizer_bytes(shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer]) -> int:
+    """The size of the optimizer's state, from one real step on one LoRA parameter of each shape.
+
+    Args:
+        shapes: of all parameters. B matrices start at zero, which some optimizers make use of.
+    """
+    counts = Counter(shapes)
+    zero = {shape for shape in counts if len(shape) == 2 and shape[0] > shape[1]}  # B is tall, A is wide
+    parameters = {s: nn.Parameter(torch.zeros(s) if s in zero else torch.ones(s)) for s in counts}
+    with contextlib.redirect_stdout(io.StringIO()):  # Prodigy announces itself
+        optimizer = build(list(parameters.values()))
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step(0)
+    state = optimizer.torch_optimizer.state
+    return sum(
+        count * sum(tensor.nbytes for tensor in _tensors(dict(state[parameters[shape]])))
+        for shape, count in counts.items()
+    )
+
+
+class EncoderSizes:
+    """The VAE and the text encoder of a model directory: shapes and no numbers.
+
+    Args:
+        vae, text_encoder: of their `config.json`.
+        dtype: of their weights.
+    """
+
+    def __init__(self, vae: dict, text_encoder: dict, dtype: torch.dtype):
+        with META:
+            module = build_vae(vae)
+        use_single_frame(module)
+        self.vae = VAE(module.to(dtype).requires_grad_(False))
+        self.vae_bytes = _parameter_bytes(module)
+        with init_empty_weights():
+            model: Any = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(text_encoder))
+        self.text_encoder_bytes = _parameter_bytes(model.to(dtype))
+
+    @torch.no_grad()
+    def encode_bytes(self, size: Size, batch_size: int) -> int:
+        """The peak of encoding images of this size."""
+        pixels = torch.empty(batch_size, 3, *size, device=META)
+        with flash_attention(), LiveBytes() as live:
+            self.vae.encode(pixels)
+        return live.peak
+
+    def decode_bytes(self, latents: Size, batch_size: int, gradient: bool = False) -> int:
+        """The peak of decoding, and with `gradient` of the way back."""
+        start = torch.empty(batch_size, LATENT_CHANNELS, *latents, device=META, requires_grad=gradient)
+        with torch.set_grad_enabled(gradient), flash_attention(), LiveBytes() as live:
+            pixels = self.vae.decode(start)
+            if gradient:
+                pixels.sum().backward()
+        return live.peak
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
