@@ -1,10 +1,10 @@
 """Where a run's numbers and pictures go. metrics.jsonl is always written; the others come from the configuration."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,26 +13,49 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from train.run_summary import summarise
+
 Numbers = Mapping[str, float]
 
 
+@dataclass
+class Picture:
+    """A picture that the run has written."""
+
+    path: Path
+    caption: str = ""
+
+
+Pictures = Mapping[str, Picture]
+"""By name: `validation/grid`, then `validation/row-7`. The first one is the overview of the others."""
+
+
 class Logger(Protocol):
-    """One place to log to."""
+    """One place to log to. By default pictures and checkpoints, being files of the run already, go nowhere else."""
 
     def log(self, step: int, numbers: Numbers) -> None:
         """Numbers of an optimizer step; steps count from 1."""
         ...
 
-    def images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Pictures by name."""
+    def images(self, step: int, images: Pictures) -> None:
+        """Pictures of an optimizer step."""
+
+    def artifact(self, step: int, folder: Path) -> None:
+        """A checkpoint was written."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values, kept in every checkpoint and given back to the logger that continues from it."""
+        return {}
+
+    def summary(self, numbers: Numbers) -> None:
+        """What the whole run came to, as `train.run_summary.summarise` says. Comes last, before `close`."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Nothing follows. `exit_code` is 0 for a run that did what it should, 255 for one stopped by Ctrl-C."""
         ...
 
-    def close(self) -> None:
-        """Nothing follows."""
-        ...
 
-
-class JsonLines:
+class JsonLines(Logger):
     """`metrics.jsonl`: one object a line, `step` and every number. What is after `resumed_step` is dropped on opening."""
 
     def __init__(self, path: Path, resumed_step: int = 0):
@@ -47,10 +70,7 @@ class JsonLines:
         """Appends a line."""
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Pictures are files of the run already."""
-
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Closes the file."""
         self.file.close()
 
@@ -62,63 +82,55 @@ def _complete_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
-class TensorBoard:
-    """Event files for `tensorboard --logdir runs`."""
+class TensorBoard(Logger):
+    """Event files for `tensorboard --logdir runs`: scalars, pictures, and as text captions, configuration and summary."""
 
-    def __init__(self, run_dir: Path, resumed_step: int = 0, **_: Any):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        record: dict[str, Any] | None = None,
+        resumed_step: int = 0,
+        **_: Any,
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        for name, values in {"config": config, "record": record or {}}.items():
+            self.writer.add_text(name, _as_code(json.dumps(values, indent=2, ensure_ascii=False)), resumed_step)
+        self.last_step = resumed_step
 
     def log(self, step: int, numbers: Numbers) -> None:
         """Adds scalars."""
+        self.last_step = step
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
 
-    def images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Adds pictures."""
-        for name, path in images.items():
-            self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+    def images(self, step: int, images: Pictures) -> None:
+        """Adds pictures; a caption is a text of the same step, since a tag here is either a picture or a text."""
+        for name, picture in images.items():
+            pixels = np.asarray(Image.open(picture.path).convert("RGB"))
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
+            if picture.caption:
+                self.writer.add_text(f"{name}/caption", picture.caption, step)
+        self.writer.flush()
 
-    def close(self) -> None:
+    def summary(self, numbers: Numbers) -> None:
+        """Adds a table."""
+        rows = "".join(f"\n| {name} | {value:.6g} |" for name, value in numbers.items())
+        self.writer.add_text("summary", f"| | |\n|---|---|{rows}", self.last_step)
+
+    def close(self, exit_code: int = 0) -> None:
         """Flushes."""
         self.writer.close()
 
 
-class WandB:
-    """Weights & Biases: project `WANDB_PROJECT` (default `qwen-image`), run `WANDB_NAME` (default the run's name).
-
-    Without an API key it works offline, without a question; `wandb sync` uploads the folder later.
-    """
-
-    def __init__(self, run_dir: Path, name: str, config: dict[str, Any], resumed_step: int = 0):
-        import wandb
-
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        self.wandb = wandb
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "qwen-image"),
-            name=os.environ.get("WANDB_NAME", name),
-            dir=str(run_dir),
-            config=config,
-            mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
-            settings=wandb.Settings(console="off", silent=True),
-        )
-
-    def log(self, step: int, numbers: Numbers) -> None:
-        """Logs scalars."""
-        self.run.log(dict(numbers), step=step)
-
-    def images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Logs pictures."""
-        self.run.log({name: self.wandb.Image(str(path)) for name, path in images.items()}, step=step)
-
-    def close(self) -> None:
-        """Finishes the run."""
-        self.run.finish()
+def _as_code(text: str) -> str:
+    """Markdown that shows the text as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-class Terminal:
+class Terminal(Logger):
     """A live line on a terminal; in a file, a line every `log_every` steps."""
 
     SHOWN = ("loss", "lr", "samples_per_s")
@@ -144,12 +156,18 @@ class Terminal:
             clock = time.strftime("%H:%M:%S", time.gmtime(left))
             print(f"training {step}/{self.num_steps}  {text}  {clock} left", file=sys.stderr, flush=True)
 
-    def images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Says where they are."""
-        for name, path in images.items():
-            self._print(f"{name}: {path}")
+    def images(self, step: int, images: Pictures) -> None:
+        """Says where the overview is."""
+        for name, picture in list(images.items())[:1]:
+            self._print(f"{name}: {picture.path}")
 
-    def close(self) -> None:
+    def summary(self, numbers: Numbers) -> None:
+        """Says how well it went, and which checkpoint is the best."""
+        for name, value in numbers.items():
+            if name.startswith("best/") and name.endswith("/psnr"):
+                self._print(f"best {name.removeprefix('best/')}: {value:.2f} dB at step {numbers[f'{name}_step']:.0f}")
+
+    def close(self, exit_code: int = 0) -> None:
         """Leaves the bar as it is."""
         if self.bar:
             self.bar.stop()
@@ -162,22 +180,49 @@ class Terminal:
 
 
 class Loggers:
-    """All of a run's loggers as one."""
+    """All of a run's loggers as one; a context that closes them and tells them whether the run failed.
 
-    def __init__(self, loggers: list[Logger]):
-        self.loggers = loggers
+    Args:
+        loggers: by name.
+        metrics: the `metrics.jsonl` that the summary is made of, or None for no summary.
+    """
+
+    def __init__(self, loggers: Mapping[str, Logger] | list[Logger], metrics: Path | None = None):
+        # A list and bare paths (below) are what phases.py and eval/validation.py give until they know better.
+        self.loggers = {str(i): each for i, each in enumerate(loggers)} if isinstance(loggers, list) else loggers
+        self.metrics = metrics
 
     def log(self, step: int, numbers: Numbers) -> None:
         """To every logger."""
-        for logger in self.loggers:
+        for logger in self.loggers.values():
             logger.log(step, numbers)
 
-    def images(self, step: int, images: Mapping[str, Path]) -> None:
+    def images(self, step: int, images: Pictures) -> None:
         """To every logger."""
-        for logger in self.loggers:
+        images = {name: Picture(each) if isinstance(each, Path) else each for name, each in images.items()}
+        for logger in self.loggers.values():
             logger.images(step, images)
 
-    def close(self) -> None:
-        """Every logger."""
-        for logger in self.loggers:
-            logger.close()
+    def artifact(self, step: int, folder: Path) -> None:
+        """To every logger."""
+        for logger in self.loggers.values():
+            logger.artifact(step, folder)
+
+    def state(self) -> dict[str, Any]:
+        """Of every logger that has one, by name."""
+        states = {name: logger.state() for name, logger in self.loggers.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def close(self, exit_code: int = 0) -> None:
+        """Sums the run up and closes every logger."""
+        numbers = summarise(self.metrics) if self.metrics else {}
+        for logger in self.loggers.values():
+            logger.summary(numbers)
+            logger.close(exit_code)
+
+    def __enter__(self) -> "Loggers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close(0 if kind is None else 255 if stopped else 1)

@@ -1,0 +1,233 @@
+"""W&B without a network: what its transaction log really holds, which is what `wandb sync` uploads."""
+
+import json
+import shlex
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from PIL import Image
+from safetensors.torch import save_file
+from wandb.proto.wandb_internal_pb2 import Record
+
+from train.loggers import Loggers, Picture
+from train.wandb_logger import WandB, artifact_name
+
+CONFIG = {"train": {"num_steps": 8}, "optim": {"lr": 1e-4}}
+RECORD = {"git": {"commit": "0123456789abcdef", "dirty": True}, "data": "fingerprint", "versions": {"torch": "2"}}
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path, monkeypatch):
+    """No key, and a home of its own."""
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield
+    wandb.teardown()
+
+
+def start(tmp_path: Path, **keywords) -> WandB:
+    """The logger as a run makes it."""
+    return WandB(tmp_path, "my run", CONFIG, RECORD, **keywords)
+
+
+class Written:
+    """A transaction log, read back when W&B's process, which writes it, has ended.
+
+    Blocks of 32 KiB hold records in parts: checksum, length, kind (1 whole; 2, 3, 4 first, middle, last part).
+    """
+
+    def __init__(self, folder: Path):
+        wandb.teardown()
+        (path,) = folder.glob("run-*.wandb")
+        data, position, part, self.records = path.read_bytes(), 7, b"", []
+        while position < len(data):
+            if (left := 32768 - position % 32768) < 7:
+                position += left
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, position)
+            part += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):
+                self.records.append(Record.FromString(part))
+                part = b""
+
+    def of(self, kind: str) -> list:
+        """Records of a kind."""
+        return [getattr(each, kind) for each in self.records if each.WhichOneof("record_type") == kind]
+
+    def config(self) -> dict:
+        """As uploaded."""
+        return {each.key: json.loads(each.value_json) for each in self.of("run")[0].config.update}
+
+    def history(self) -> list[dict]:
+        """Rows, with nested names joined by a slash."""
+        return [
+            {"/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in self.of("history")
+        ]
+
+    def summary(self) -> dict:
+        """What is left of all updates."""
+        updates = [update for each in self.of("summary") for update in each.update]
+        return {each.key or "/".join(each.nested_key): json.loads(each.value_json) for each in updates}
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    """Of every time that the run was started, oldest first."""
+    return sorted((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def only(tmp_path: Path) -> Written:
+    """Of a run that was started once."""
+    (folder,) = folders(tmp_path)
+    return Written(folder)
+
+
+def test_config_record_and_commit(tmp_path):
+    start(tmp_path).close()
+    written = only(tmp_path)
+    assert {name: value for name, value in written.config().items() if name != "_wandb"} == {**CONFIG, "record": RECORD}
+    assert written.of("environment")[0].git.commit == "0123456789abcdef"
+    assert (written.of("run")[0].project, written.of("run")[0].display_name) == ("qwen-image", "my run")
+
+
+def test_a_step_is_one_row_with_its_pictures_and_captions(tmp_path):
+    logger = start(tmp_path)
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    for step in range(1, 5):
+        logger.log(step, {"loss": 1 / step, "loss/main": 2 / step, "seconds/step": 0.5})
+        if step % 2 == 0:
+            logger.log(step, {"validation/steps_4/psnr": 20.0 + step})
+            overview, row = Picture(tmp_path / "red.png"), Picture(tmp_path / "red.png", f"make it red · {step} dB")
+            logger.images(step, {"validation/grid": overview, "validation/row-3": row})
+    logger.close()
+    rows = only(tmp_path).history()
+    assert [row["step"] for row in rows] == [row["_step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["loss"] for row in rows] == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert [row.get("validation/steps_4/psnr") for row in rows] == [None, 22, None, 24]
+    assert [row.get("validation/row-3/caption") for row in rows] == [
+        None,
+        "make it red · 2 dB",
+        None,
+        "make it red · 4 dB",
+    ]
+    assert "validation/grid/caption" not in rows[1]
+    for row in rows[1::2]:
+        for name in ("validation/grid", "validation/row-3"):
+            with Image.open(folders(tmp_path)[0] / "files" / row[f"{name}/path"]) as picture:
+                assert picture.size == (8, 6)
+
+
+def test_charts_are_drawn_over_the_training_step(tmp_path):
+    start(tmp_path).close()
+    metrics = only(tmp_path).of("metric")
+    assert [metric.step_metric for metric in metrics if metric.glob_name == "*"] == ["step"]
+    assert [metric.options.hidden for metric in metrics if metric.name == "step"] == [True]
+
+
+def test_continues_the_same_run_and_loses_no_row(tmp_path):
+    """Killed after step 7, continued from the checkpoint of step 5."""
+    first = start(tmp_path)
+    state = json.loads(json.dumps(first.state()))
+    for step in range(1, 8):
+        first.log(step, {"loss": 1 / step})
+    first.close(1)
+    second = start(tmp_path, resumed_step=5, state=state)
+    assert second.state() == state
+    for step in range(6, 9):
+        second.log(step, {"loss": 1 / step})
+    second.close()
+    before, after = (Written(folder) for folder in folders(tmp_path))
+    assert before.of("run")[0].run_id == after.of("run")[0].run_id == state["id"]
+    assert (before.of("run")[0].resume, after.of("run")[0].resume) == (False, True)
+    assert [row["step"] for row in before.history()] == [1, 2, 3, 4, 5, 6, 7]
+    assert [(row["step"], row["loss"]) for row in after.history()] == [(6, 1 / 6), (7, 1 / 7), (8, 1 / 8)]
+
+
+def test_a_run_without_a_checkpoint_is_a_new_one(tmp_path):
+    for _ in range(2):
+        start(tmp_path, state={}).close()
+    assert len({Written(folder).of("run")[0].run_id for folder in folders(tmp_path)}) == 2
+
+
+def test_continues_in_the_project_that_it_began_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "named")
+    first = start(tmp_path)
+    first.close()
+    monkeypatch.delenv("WANDB_PROJECT")
+    start(tmp_path, resumed_step=1, state=first.state()).close()
+    before, after = (Written(folder).of("run")[0] for folder in folders(tmp_path))
+    assert (before.project, before.display_name) == ("mine", "named")
+    assert after.project == "mine"
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (RuntimeError, 1), (KeyboardInterrupt, 255)])
+def test_a_failed_run_is_marked_as_failed(tmp_path, error, code):
+    with pytest.raises(error) if error else Loggers({}), Loggers({"wandb": start(tmp_path)}):
+        if error:
+            raise error
+    assert [each.exit_code for each in only(tmp_path).of("exit")] == [code]
+
+
+def test_summary(tmp_path):
+    logger = start(tmp_path)
+    logger.log(1, {"loss": 0.5})
+    logger.summary({"final/loss": 0.5, "best/validation/steps_4/psnr": 25.0})
+    logger.close()
+    summary = only(tmp_path).summary()
+    assert (summary["loss"], summary["final/loss"], summary["best/validation/steps_4/psnr"]) == (0.5, 0.5, 25.0)
+
+
+def test_the_printed_command_names_every_part_that_is_not_uploaded(tmp_path, capsys):
+    first = start(tmp_path)
+    first.close()
+    start(tmp_path, resumed_step=1, state=first.state()).close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    words = shlex.split(lines[1].partition(": ")[2])
+    assert words == ["wandb", "sync", *map(str, folders(tmp_path))]
+
+
+def test_disabled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = start(tmp_path)
+    logger.log(1, {"loss": 0.5})
+    assert logger.state() == {}
+    logger.close()
+    assert capsys.readouterr().err == ""
+    assert not folders(tmp_path)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_adapter_as_an_artifact(tmp_path, wanted):
+    checkpoint = tmp_path / "checkpoints" / "step-000500"
+    checkpoint.mkdir(parents=True)
+    save_file({"lora_A": torch.ones(2, 3)}, checkpoint / "adapter_model.safetensors", {"objective": "bridge"})
+    for name in ("adapter_config.json", "config.yaml", "optimizer.safetensors"):
+        (checkpoint / name).write_text("{}")
+    logger = start(tmp_path, artifact=wanted)
+    logger.artifact(500, checkpoint)
+    logger.close()
+    artifacts = only(tmp_path).of("artifact")
+    if not wanted:
+        assert not artifacts
+        return
+    (artifact,) = artifacts
+    assert (artifact.name, artifact.type, set(artifact.aliases)) == (
+        "my-run-adapter",
+        "adapter",
+        {"latest", "step-500"},
+    )
+    assert json.loads(artifact.metadata) == {"objective": "bridge", "step": 500}
+    files = {entry.path for entry in artifact.manifest.contents}
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "config.yaml"}
+
+
+@pytest.mark.parametrize("name", ["my run/2", "配方", "..", "x" * 300, "a&b=c"])
+def test_artifact_names_are_legal(name):
+    legal = artifact_name(name)
+    assert wandb.Artifact(legal, type="adapter").name == legal

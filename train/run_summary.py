@@ -1,0 +1,53 @@
+"""What a whole run came to, from its `metrics.jsonl`: also of a run that was stopped and continued many times."""
+
+import json
+from collections import defaultdict, deque
+from pathlib import Path
+
+RECENT = 100
+"""Steps that a final loss is the mean of: a single step's is mostly the noise of its sigmas."""
+
+HIGHER_IS_BETTER = ("psnr", "ssim")
+
+
+def summarise(metrics: Path) -> dict[str, float]:
+    """The numbers to compare runs by.
+
+    Returns:
+        - `final/step`, `final/samples` (seen in training), `final/training_hours` (steps alone, without validation)
+        - `final/loss` and every `final/loss/…`: the mean of the last RECENT steps that have it
+        - `final/validation/…`: the last validation
+        - `best/validation/…` and `best/validation/…_step`: of PSNR and SSIM, the first of equals
+    """
+    totals: dict[str, float] = {}
+    recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+    last: dict[str, float] = {}
+    best: dict[str, float] = {}
+    with metrics.open() as lines:
+        for line in lines:
+            numbers = json.loads(line)
+            step = numbers.pop("step")
+            totals["final/step"] = step
+            if "seconds/step" in numbers:
+                seconds = numbers["seconds/step"]
+                _add(totals, "final/training_hours", seconds / 3600)
+                _add(totals, "final/samples", round(numbers["samples_per_s"] * seconds))
+            for name, value in numbers.items():
+                if name == "loss" or name.startswith("loss/"):
+                    recent[f"final/{name}"].append(value)
+                elif name.startswith("validation/"):
+                    last[f"final/{name}"] = value
+                    if _has_best(name) and value > best.get(f"best/{name}", float("-inf")):
+                        best |= {f"best/{name}": value, f"best/{name}_step": step}
+    means = {name: sum(values) / len(values) for name, values in recent.items()}
+    return totals | means | last | best
+
+
+def _add(totals: dict[str, float], name: str, value: float) -> None:
+    totals[name] = totals.get(name, 0) + value
+
+
+def _has_best(name: str) -> bool:
+    """`validation/steps_4/psnr_edited`: yes; `validation/source/psnr`, the untrained baseline: no."""
+    _, method, metric = name.split("/", 2)
+    return method != "source" and metric.split("_")[0] in HIGHER_IS_BETTER
