@@ -1,6 +1,9 @@
-"""The one kind of error that is the user's to mend, and the exit codes of every entry point."""
+"""The one kind of error that is the user's to mend, and how every entry point ends."""
 
+import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +14,29 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Ends the process with code 2 and a plain message on `InputError`; any other exception keeps its traceback and code 1."""
+    """Ends the process with code 2 and a plain message on `InputError`, with its traceback and code 1 on anything else.
+
+    Among several processes the others may be waiting for this one: it leaves at once, without the goodbyes that would wait
+    for them, and the launcher ends them. An error of the input is usually everybody's; ranks other than 0 wait a moment
+    before they repeat it.
+    """
+    rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        if several and rank != "0":
+            time.sleep(3)
+        print(f"{f'rank {rank}: ' if several else ''}error: {error}", file=sys.stderr, flush=True)
+        _leave(2, several)
+    except Exception as error:
+        if not several:
+            raise
+        traceback.print_exc()
+        print(f"rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _leave(1, several)
+
+
+def _leave(code: int, at_once: bool) -> None:
+    if at_once:
+        os._exit(code)
+    raise SystemExit(code) from None

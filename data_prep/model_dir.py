@@ -90,6 +90,7 @@ class ModelDirectory:
         device: torch.device | str,
         dtype: torch.dtype,
         rename: Callable[[str], str | None] = str,
+        place: Callable[[nn.Parameter], None] | None = None,
     ) -> None:
         """Gives a module built on the meta device its weights, each tensor straight in its place: no second full copy.
 
@@ -97,6 +98,7 @@ class ModelDirectory:
 
         Args:
             rename: the module's name for a stored tensor, or None for a tensor that the module does without.
+            place: called with every parameter as soon as it is loaded, for example to keep only a part of it.
 
         Raises:
             InputError: a tensor is missing, unexpected, or of another shape.
@@ -109,6 +111,8 @@ class ModelDirectory:
                 owner, _, leaf = own.rpartition(".")  # only its owner: the whole module would be walked for each tensor
                 weights = {leaf: tensor.to(device, dtype, copy=True)}
                 module.get_submodule(owner).load_state_dict(weights, strict=False, assign=True)
+                if place:
+                    place(module.get_parameter(own))
 
     def fingerprint(self, *components: str) -> str:
         """Identifies the components' contents: configuration and tokenizer files whole, and of each safetensors file its

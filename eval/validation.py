@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from eval.metadata import describe_sampler
 from eval.metrics import compare, mean_scores
 from eval.samplers import Sampler
 from losses.randomness import SampleRandom
+from train.processes import Processes
 
 SOURCE = "source"
 """The baseline's name among the methods: the source image, returned unchanged."""
@@ -70,6 +72,7 @@ class Validation:
         seed: of the choice of rows and of every row's noise.
         grid_rows: rows that the picture shows.
         show_progress: draw a bar on stderr; not inside a training, which has its own.
+        processes: those that share the rows out and all call this; rank 0 writes. None for one process.
 
     Raises:
         ValueError: a number is not positive, or there are no rows.
@@ -88,6 +91,7 @@ class Validation:
         seed: int = 0,
         grid_rows: int = 8,
         show_progress: bool = False,
+        processes: Processes | None = None,
     ):
         sizes = {"num_rows": num_rows, "batch_size": batch_size, "grid_rows": grid_rows, "steps": min(steps, default=0)}
         for name, value in sizes.items():
@@ -97,7 +101,7 @@ class Validation:
             raise ValueError("validation needs at least one row, the cache has none")
         self.reader, self.decode, self.folder = reader, decode, Path(folder)
         self.sampler, self.steps, self.seed, self.batch_size = sampler, sorted(set(steps)), seed, batch_size
-        self.show_progress = show_progress
+        self.show_progress, self.processes = show_progress, processes
         self.rows = choose_rows(len(reader), num_rows, seed)
         self.shown = set(self.rows[:grid_rows])
         for index in self.rows:
@@ -108,9 +112,14 @@ class Validation:
         return self.write(denoiser, self.folder / f"step-{step:06d}")
 
     def write(self, denoiser: nn.Module, folder: Path) -> ValidationResult:
-        """Scores the denoiser, which is put back in the mode it was in, and writes `metrics.json` and `grid.png`."""
+        """Scores the denoiser, which is put back in the mode it was in, and writes `metrics.json` and `grid.png`.
+
+        On other ranks than 0 nothing is written, and the result is empty.
+        """
         with evaluating(denoiser), torch.no_grad():
             rows, seconds = self._score(denoiser)
+        if self.processes and not self.processes.is_main:
+            return ValidationResult({}, {})
         results = [rows[index] for index in self.rows]
         metrics = summarise(results, seconds) | {"sampler": describe_sampler(self.sampler)}
         with atomic_file(folder / "grid.png") as temporary:
@@ -126,17 +135,25 @@ class Validation:
         return {f"steps_{num_steps}": num_steps for num_steps in self.steps}
 
     def _score(self, denoiser: nn.Module) -> tuple[dict[int, RowResult], dict[str, list[float]]]:
-        """Results by index of the reader, and the seconds per edit of every batch by method."""
+        """Results by index of the reader, and the seconds per edit of every batch by method, of all ranks.
+
+        Every rank samples equally often, because under ZeRO-3 they need each other for a forward pass: a rank that has no
+        batch left samples the last one again and forgets it.
+        """
+        rank, world_size = (self.processes.rank, self.processes.world_size) if self.processes else (0, 1)
+        batches = list(self._batches())
         device = next(denoiser.parameters()).device
         rows: dict[int, RowResult] = {}
         seconds: dict[str, list[float]] = {method: [] for method in self._methods()}
         with progress("validating", len(self.rows), shown=self.show_progress) as advance:
-            for indices in self._batches():
+            for number in range(rank, math.ceil(len(batches) / world_size) * world_size, world_size):
+                indices = batches[min(number, len(batches) - 1)]
                 records = [self.reader[index] for index in indices]
                 edit = collate(records).to(device)
                 generator = SampleRandom(self.seed, [record.row["number"] for record in records])
                 files = [_read_files(record) for record in records]
-                rows.update((index, each.result) for index, each in zip(indices, files, strict=True))
+                if number < len(batches):
+                    rows.update((index, each.result) for index, each in zip(indices, files, strict=True))
                 for method, num_steps in self._methods().items():
                     start = time.perf_counter()
                     pixels = self.decode(self.sampler(denoiser, edit, num_steps, generator)).float().cpu()
@@ -144,7 +161,9 @@ class Validation:
                     for index, each, prediction in zip(indices, files, pixels, strict=True):
                         each.score(method, prediction, keep=index in self.shown)
                 advance(len(indices))
-        return rows, seconds
+        parts = self.processes.gather((rows, seconds)) if self.processes else [(rows, seconds)]
+        rows = {index: row for part, _ in parts for index, row in part.items()}
+        return rows, {method: [each for _, part in parts for each in part[method]] for method in seconds}
 
     def _batches(self) -> Iterator[list[int]]:
         """Rows of one bucket, `batch_size` at a time."""

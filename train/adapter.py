@@ -32,14 +32,18 @@ UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.pro
 class Adapter:
     """LoRA layers that live inside a denoiser.
 
-    `layers` maps the module's name in the transformer to its LoRA layer; `config` is what PEFT built them from.
+    `layers` maps the module's name in the transformer to its LoRA layer; `config` is what PEFT built them from; `masters`
+    are the weights that are trained when they are not the layers' own (see `detach`).
     """
 
     layers: dict[str, LoraLayer]
     config: LoraConfig
+    masters: dict[str, nn.Parameter] | None = None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """`<module>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` -> float32 parameter."""
+        if self.masters is not None:
+            return self.masters
         named = {}
         for name, layer in self.layers.items():
             named[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight
@@ -51,6 +55,11 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains, in a fixed order."""
         return list(self.named_parameters().values())
+
+    def detach(self, device: torch.device | str) -> None:
+        """From now on the adapter's weights are copies on `device`; the layers keep what they have until it is replaced."""
+        own = self.named_parameters()
+        self.masters = {name: nn.Parameter(weight.detach().to(device, copy=True)) for name, weight in own.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The exact training weights, unscaled, for resuming."""

@@ -163,6 +163,16 @@ class ParallelConfig:
             f"parallel.offload=true needs parallel.strategy=zero3, got {self.strategy}: use parallel=zero3_offload",
         )
 
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 without it."""
+        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def name(self) -> str:
+        """As on the command line: `parallel=NAME`."""
+        return self.strategy + ("_offload" if self.offload else "")
+
 
 @dataclass
 class Config:
@@ -201,6 +211,11 @@ class Config:
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
+        require(
+            not (self.adapter.dora and self.parallel.stage == 3),
+            f"adapter.dora=true needs every layer's whole weight, which parallel={self.parallel.name} cuts over the ranks: "
+            "use parallel=single, ddp or zero2",
+        )
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(
             not (prodigy and self.train.max_grad_norm is not None),

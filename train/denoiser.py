@@ -4,6 +4,8 @@ The modules are DiffSynth's; the forward pass is ours, because upstream's takes 
 text, rounds the timestep to bf16 and evaluates the feed-forward with another GELU than the weights were trained with.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffsynth.models.general_modules import AdaLayerNorm, RMSNorm, TimestepEmbeddings
@@ -224,8 +226,12 @@ def load_denoiser(
     dtype: torch.dtype = torch.bfloat16,
     zero_cond_t: bool | None = None,
     gradient_checkpointing: bool = False,
+    place: Callable[[nn.Parameter], None] | None = None,
 ) -> Denoiser:
     """Reads `transformer/` of a model directory, frozen and in evaluation mode, one tensor at a time.
+
+    Args:
+        place: as in `ModelDirectory.load_into`.
 
     Raises:
         InputError: weights are missing or unexpected, or `zero_cond_t` contradicts the model.
@@ -233,6 +239,6 @@ def load_denoiser(
     zero_cond_t = resolve_zero_cond_t(zero_cond_t, directory)
     with torch.device("meta"):
         dit = build_dit(directory.config("transformer"))
-    directory.load_into(dit, "transformer", torch.device(device), dtype)
+    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place)
     dit.requires_grad_(False).eval()
     return Denoiser(dit, zero_cond_t, gradient_checkpointing)

@@ -17,11 +17,14 @@ from losses.randomness import SampleRandom
 from losses.terms import LossTerms
 from train.adapter import Adapter
 from train.checkpoint import Checkpoints
-from train.denoiser import Denoiser
 from train.loggers import Loggers
 from train.optim import Optimizer
+from train.parallel import Parallel
+from train.processes import Processes
 
-Loss = Callable[[Denoiser, Batch, SampleRandom], LossTerms]
+Loss = Callable[[nn.Module, Batch, SampleRandom], LossTerms]
+Sums = dict[str, tuple[float, int]]
+"""Name -> sum and count of what is averaged over ranks."""
 
 
 class ValidationResult(Protocol):
@@ -60,38 +63,39 @@ class Stopwatch:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def numbers(self, num_samples: int) -> dict[str, float]:
-        """`seconds/<part>`, their sum and samples per second."""
-        total = sum(self.seconds.values())
-        parts = {f"seconds/{name}": value for name, value in self.seconds.items()}
-        return parts | {"seconds/step": total, "samples_per_s": num_samples / total}
+    def sums(self) -> Sums:
+        """`seconds/<part>` and `seconds/step`."""
+        parts = self.seconds | {"step": sum(self.seconds.values())}
+        return {f"seconds/{name}": (value, 1) for name, value in parts.items()}
 
 
 def train(
-    denoiser: Denoiser,
+    processes: Processes,
+    parallel: Parallel,
     adapter: Adapter,
     loss: Loss,
     optimizer: Optimizer,
     stream: BatchStream,
     checkpoints: Checkpoints,
     loggers: Loggers,
-    validate: Callable[[Denoiser, int], ValidationResult] | None,
+    validate: Callable[[nn.Module, int], ValidationResult] | None,
     every: Every,
     first_step: int,
     num_steps: int,
     seed: int,
-    device: torch.device,
     identity: dict[str, Any],
     max_grad_norm: float | None = None,
 ) -> None:
     """Trains from `first_step` (steps done) to `num_steps`, logging every step.
 
-    `identity` is saved with each checkpoint, to find out whether a continued run still has the same data.
+    Every rank calls this; what is logged is of all of them, and only rank 0 writes. `identity` is saved with each
+    checkpoint, to find out whether a continued run still has the same data.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite; names step, records and terms. Nothing is saved.
     """
     parameters = adapter.parameters()
+    parallel.publish()
     for step in range(first_step, num_steps):
         watch = Stopwatch()
         with watch.part("data"):
@@ -99,28 +103,34 @@ def train(
         collected: list[LossTerms] = []
         for micro in micro_batches:
             with watch.part("data"):
-                batch = micro.batch.to(device)
+                batch = micro.batch.to(processes.device)
             with watch.part("forward"):
-                terms = loss(denoiser, batch, SampleRandom(seed, micro.numbers))
+                terms = loss(parallel.denoiser, batch, SampleRandom(seed, micro.numbers))
             check_finite(terms.loss, step, batch.ids, terms)
             with watch.part("backward"):
-                (terms.loss.mean() / len(micro_batches)).backward()
+                parallel.backward(terms.loss.mean(), last=micro is micro_batches[-1])
             collected.append(terms)
         with watch.part("optimizer"):
             grad_norm = gradient_norm(parameters, max_grad_norm)
             check_finite(grad_norm, step, [id for micro in micro_batches for id in micro.batch.ids], collected[-1])
             optimizer.step(step)
+            parallel.publish()
 
         done = step + 1
-        numbers = means(collected) | {"grad_norm": grad_norm.item()} | optimizer.numbers()
-        loggers.log(done, numbers | watch.numbers(sum(map(len, (t.loss for t in collected)))) | memory())
+        numbers = over_ranks(processes, sums(collected) | watch.sums(), memory())
+        numbers["samples_per_s"] = stream.global_batch_size / numbers["seconds/step"]
+        loggers.log(done, numbers | {"grad_norm": grad_norm.item()} | optimizer.numbers())
         if validate and (done % every.validate == 0 or done == num_steps):
             with optimizer.averaged():
-                result = validate(denoiser, done)
+                parallel.publish()
+                result = validate(parallel.denoiser, done)
+            parallel.publish()
             loggers.log(done, {f"validation/{name}": value for name, value in result.numbers.items()})
             loggers.images(done, result.images)
         if done % every.save == 0 or done == num_steps:
-            checkpoints.save(done, adapter, optimizer, identity)
+            check_agreement(processes, done, adapter)
+            if processes.is_main:
+                checkpoints.save(done, adapter, optimizer, identity)
 
 
 def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -141,15 +151,32 @@ def check_finite(values: Tensor, step: int, ids: list[str], terms: LossTerms) ->
         )
 
 
-def means(collected: list[LossTerms]) -> dict[str, float]:
-    """`loss` and every term, averaged over the samples of the global batch that have it."""
+def sums(collected: list[LossTerms]) -> Sums:
+    """`loss`, and every term over the samples that have it (the others are NaN)."""
     losses = torch.cat([terms.loss.detach() for terms in collected])
-    numbers = {"loss": losses.mean().item()}
+    totals = {"loss": (losses.double().sum().item(), len(losses))}
     for name in {name: None for terms in collected for name in terms.logged}:
         values = torch.cat([terms.logged[name] for terms in collected if name in terms.logged])
-        if not bool(values.isnan().all()):
-            numbers[f"loss/{name}"] = values.nanmean().item()
-    return numbers
+        totals[f"loss/{name}"] = values.double().nansum().item(), int((~values.isnan()).sum())
+    return totals
+
+
+def over_ranks(processes: Processes, totals: Sums, peaks: dict[str, float]) -> dict[str, float]:
+    """Means over all samples of all ranks, and the largest of the peaks. The same on every rank."""
+    gathered = processes.gather((totals, peaks))
+    numbers = {}
+    for name in {name: None for part, _ in gathered for name in part}:
+        values, counts = zip(*(part[name] for part, _ in gathered if name in part), strict=True)
+        if sum(counts):
+            numbers[name] = sum(values) / sum(counts)
+    return numbers | {name: max(part[name] for _, part in gathered) for name in peaks}
+
+
+def check_agreement(processes: Processes, step: int, adapter: Adapter) -> None:
+    """Raises `TrainingDiverged` unless every rank holds bit for bit the same weights, as it must."""
+    sums = [weight.double().sum() for weight in adapter.state_dict().values()]
+    if len(set(processes.gather(torch.stack(sums).sum().item()))) > 1:
+        raise TrainingDiverged(f"step {step}: the ranks hold different LoRA weights. Nothing was saved")
 
 
 def memory() -> dict[str, float]:

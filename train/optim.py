@@ -35,10 +35,11 @@ class AdamW:
         lr: the peak.
         warmup_steps: linear rise from 0.
         schedule: "constant", or "cosine" down to 0 at `num_steps`.
+        bits: of the two moments; 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) with bitsandbytes.
         num_steps: length of the run, given by it.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or bitsandbytes is not installed.
     """
 
     def __init__(
@@ -50,13 +51,17 @@ class AdamW:
         eps: float = 1e-8,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "constant",
+        bits: Literal[8, 32] = 32,
         num_steps: int = 1,
     ):
         if lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {lr}")
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"optim.schedule must be constant or cosine, got {schedule!r}")
-        self.torch_optimizer = torch.optim.AdamW(params, lr, (betas[0], betas[1]), eps, weight_decay)
+        if bits not in (8, 32):
+            raise ValueError(f"optim.bits must be 8 or 32, got {bits}")
+        kind: Any = torch.optim.AdamW if bits == 32 else _adamw_8bit()
+        self.torch_optimizer = kind(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
         self.peak, self.warmup_steps, self.schedule, self.num_steps = lr, warmup_steps, schedule, num_steps
 
     def lr_at(self, step: int) -> float:
@@ -129,6 +134,14 @@ class Prodigy:
             self.torch_optimizer.train()
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.data.copy_(value)  # eval and train are inverse up to rounding only
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"optim.bits=8 needs bitsandbytes ({error}): run `uv pip install bitsandbytes`") from error
+    return AdamW8bit
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -27,25 +26,23 @@ from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
 from data_prep.rows import RejectedRow, Row, read_rows
-from train.adapter import attach_lora
-from train.checkpoint import Checkpoints
+from train.adapter import Adapter, attach_lora
+from train.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from train.config import Config, to_yaml
 from train.denoiser import load_denoiser, resolve_zero_cond_t
 from train.loggers import JsonLines, Loggers, Terminal
 from train.loop import Every, train
+from train.parallel import Parallel, Replicas, Zero, shard
+from train.processes import Processes, check_launch
+from train.zero import check_settings, launched_settings, zero_settings
 
 ENCODERS = ("vae", "text_encoder", "processor")
 MAY_CHANGE = (
-    *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "data.on_error", "data.validation"),
-    *(
-        "train.num_steps",
-        "train.save_every",
-        "train.validate_every",
-        "train.log_every",
-        "train.keep_last",
-        "train.device",
-    ),
+    *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel"),
+    *("data.on_error", "data.validation", "train.num_steps", "train.save_every", "train.validate_every"),
+    *("train.log_every", "train.keep_last", "train.device", "train.micro_batch_size", "train.grad_accum_steps"),
 )
+"""What a continued run may do otherwise; the global batch, a product, is compared by itself."""
 
 
 def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any) -> Any:
@@ -71,12 +68,12 @@ def read_split(config: Config) -> tuple[list[Row | RejectedRow], list[Row | Reje
     return training, [row for row in rows if isinstance(row, Row) and row.split == "validation"]
 
 
-def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, accelerator: Accelerator) -> None:
+def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes) -> None:
     """Phase 1. A finished cache is a no-op; the encoders are gone when it returns."""
     dtype = getattr(torch, config.model.dtype)
 
     def load_encoders() -> Encoders:
-        device = accelerator.device
+        device = processes.device
         return Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
 
     for split, rows in zip(("train", "validation"), read_split(config), strict=True):
@@ -96,30 +93,27 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, accel
             caption_dropout=split == "train" and config.data.caption_dropout > 0,
             negative=split == "validation",
             on_error=config.data.on_error,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            barrier=accelerator.wait_for_everyone,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            barrier=processes.barrier,
         )
-        if accelerator.is_main_process:
+        if processes.is_main:
             print(f"{split}: {summary}", file=sys.stderr, flush=True)
 
 
-def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, accelerator: Accelerator) -> None:
-    """Phase 2."""
-    if accelerator.num_processes > 1:
-        raise InputError(
-            f"parallel=single trains on one process, but {accelerator.num_processes} were launched: "
-            "use --num_processes 1, or phases=[cache] to share out the caching"
-        )
-    run_dir, device, dtype = Path(config.run_dir), accelerator.device, getattr(torch, config.model.dtype)
+def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes) -> None:
+    """Phase 2. Every rank runs it; rank 0 speaks and writes."""
+    run_dir, device, dtype = Path(config.run_dir), processes.device, getattr(torch, config.model.dtype)
     fingerprint = model.fingerprint(*ENCODERS)
     reader = CacheReader(Path(config.cache.dir) / "train", fingerprint=fingerprint, geometry=geometry)
     settings = config.train
     stream = BatchStream(
         reader,
         seed=config.seed,
-        global_batch_size=settings.micro_batch_size * settings.grad_accum_steps,
+        global_batch_size=settings.micro_batch_size * settings.grad_accum_steps * processes.world_size,
         micro_batch_size=settings.micro_batch_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
         caption_dropout=config.data.caption_dropout,
     )
     decode = lazy_decode(model, device, dtype)
@@ -127,47 +121,88 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, accel
     checkpoints = Checkpoints(
         run_dir / "checkpoints", settings.keep_last, adapter_metadata(config, loss, geometry), to_yaml(config), dtype
     )
-    checkpoint = checkpoints.find(config.resume)
+    checkpoint = find_checkpoint(checkpoints, config.resume, processes)
     identity = {"data": data_identity(reader), "global_batch_size": stream.global_batch_size}
     if checkpoint:
         check_continuation(config, checkpoint.path, checkpoint.run, identity)
+    first_step = checkpoint.step if checkpoint else 0
+    if first_step >= settings.num_steps:
+        say(processes, f"{run_dir} has its {settings.num_steps} steps: nothing to train")
+        return
 
-    denoiser = load_denoiser(model, device, dtype, config.model.zero_cond_t, settings.gradient_checkpointing == "full")
-    lora = config.adapter
-    adapter = attach_lora(
-        denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
-    )
+    adapter, parallel = build_model(config, model, processes)
     optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
     if checkpoint:
         checkpoint.restore(adapter, optimizer)
-        print(f"continuing from {checkpoint.path}", file=sys.stderr, flush=True)
-    first_step = checkpoint.step if checkpoint else 0
-    if first_step >= settings.num_steps:
-        print(f"{run_dir} has its {settings.num_steps} steps: nothing to train", file=sys.stderr, flush=True)
-        return
+        say(processes, f"continuing from {checkpoint.path}")
+    validate = build_validation(config, fingerprint, geometry, decode, processes)
+    if processes.is_main:
+        write_text(run_dir / "config.yaml", to_yaml(config))
+    loggers = build_loggers(config, first_step) if processes.is_main else Loggers([])
+    try:
+        train(
+            processes,
+            parallel,
+            adapter,
+            loss,
+            optimizer,
+            stream,
+            checkpoints,
+            loggers,
+            validate,
+            Every(settings.save_every, settings.validate_every),
+            first_step,
+            settings.num_steps,
+            config.seed,
+            identity,
+            settings.max_grad_norm,
+        )
+    finally:
+        loggers.close()
+        stream.close()
 
-    validate = build_validation(config, fingerprint, geometry, decode)
-    write_text(run_dir / "config.yaml", to_yaml(config))
-    loggers = build_loggers(config, first_step)
-    train(
-        denoiser,
-        adapter,
-        loss,
-        optimizer,
-        stream,
-        checkpoints,
-        loggers,
-        validate,
-        Every(settings.save_every, settings.validate_every),
-        first_step,
-        settings.num_steps,
-        config.seed,
-        device,
-        identity,
-        settings.max_grad_norm,
+
+def say(processes: Processes, text: str) -> None:
+    """Prints once, whatever the number of processes."""
+    if processes.is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
+def find_checkpoint(checkpoints: Checkpoints, resume: str, processes: Processes) -> Checkpoint | None:
+    """What to continue from. Rank 0 chooses, so that a slow shared disk cannot make ranks choose differently.
+
+    Raises:
+        InputError: as `Checkpoints.find`; on another rank, that the checkpoint is not there.
+    """
+    found = checkpoints.find(resume) if processes.is_main else None
+    chosen = processes.gather(found and found.path)[0]
+    return found if processes.is_main or chosen is None else read_checkpoint(chosen)
+
+
+def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
+    """The denoiser with LoRA, spread as `parallel` says. Under ZeRO-3 no rank ever holds the whole transformer."""
+    settings, spread, lora = config.train, config.parallel, config.adapter
+    dtype, checkpointing = getattr(torch, config.model.dtype), settings.gradient_checkpointing == "full"
+    zero = None
+    if spread.strategy.startswith("zero"):
+        zero = zero_settings(
+            spread.stage,
+            spread.offload,
+            spread.bucket_size,
+            spread.overlap_comm,
+            spread.contiguous_gradients,
+            settings.micro_batch_size,
+            settings.grad_accum_steps,
+            launched_settings(os.environ),
+        )
+    place = shard(zero, processes) if zero and spread.stage == 3 else None
+    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, checkpointing, place)
+    adapter = attach_lora(
+        denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )
-    loggers.close()
-    stream.close()
+    if zero:
+        return adapter, Zero(denoiser, adapter, processes, zero, spread.offload)
+    return adapter, Replicas(denoiser, adapter, processes, settings.grad_accum_steps)
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -185,16 +220,22 @@ def build_loss(config: Config, decode: Callable[[Tensor], Tensor]) -> Any:
     return build(config.loss, "loss", **({"decode": decode} if config.loss.get("pixel") else {}))
 
 
-def build_validation(config: Config, fingerprint: str, geometry: Geometry, decode: Callable[[Tensor], Tensor]) -> Any:
+def build_validation(
+    config: Config,
+    fingerprint: str,
+    geometry: Geometry,
+    decode: Callable[[Tensor], Tensor],
+    processes: Processes,
+) -> Any:
     """The validation, or None when there is none or no row to validate on."""
     if not config.validate:
         return None
     if not read_split(config)[1]:
-        print("no validation: data.validation is not set and no row has split=validation", file=sys.stderr, flush=True)
+        say(processes, "no validation: data.validation is not set and no row has split=validation")
         return None
     reader = CacheReader(Path(config.cache.dir) / "validation", fingerprint=fingerprint, geometry=geometry)
     folder = Path(config.run_dir) / "validation"
-    return build(config.validate, "validate", reader=reader, decode=decode, folder=folder)
+    return build(config.validate, "validate", reader=reader, decode=decode, folder=folder, processes=processes)
 
 
 def build_loggers(config: Config, first_step: int) -> Loggers:
@@ -241,7 +282,9 @@ def check_continuation(config: Config, checkpoint: Path, saved: dict[str, Any], 
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
-    if not differing and any(saved.get(name) != value for name, value in identity.items()):
+    if not differing and saved["global_batch_size"] != identity["global_batch_size"]:
+        differing = [f"a global batch of {saved['global_batch_size']} and not {identity['global_batch_size']}"]
+    if not differing and saved["data"] != identity["data"]:
         differing = ["the training data"]
     if differing:
         raise InputError(
@@ -261,13 +304,13 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     build_loss(config, lambda latents: latents)
     build(config.optim, "optim", [nn.Parameter(torch.zeros(1))], num_steps=config.train.num_steps)
     resolve_zero_cond_t(config.model.zero_cond_t, model)
-
-
-def make_accelerator(device: str | None) -> Accelerator:
-    """Devices and ranks. Processes on CPUs must be told to use gloo, or every one of them believes that it is alone."""
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and several else [])
+    spread = config.parallel
+    check_launch(spread.strategy, config.model.dtype, "train" in config.phases, os.environ)
+    launched = launched_settings(os.environ)
+    if launched:
+        check_settings(
+            launched, spread.stage, spread.offload, config.train.grad_accum_steps, config.train.max_grad_norm
+        )
 
 
 def run(config: Config) -> None:
@@ -279,10 +322,9 @@ def run(config: Config) -> None:
     model = ModelDirectory.resolve(config.model.path)
     geometry = Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
     check_nodes(config, model)
-    accelerator = make_accelerator(config.train.device)
+    processes = Processes.start(config.train.device)
     if "cache" in config.phases:
-        cache_phase(config, model, geometry, accelerator)
+        cache_phase(config, model, geometry, processes)
     if "train" in config.phases:
-        train_phase(config, model, geometry, accelerator)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        train_phase(config, model, geometry, processes)
+    processes.stop()
