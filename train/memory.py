@@ -146,7 +146,8 @@ class Transformer:
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
         denoiser = Denoiser(dit, self.zero_cond_t, checkpointing)
-        adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
+        with META:
+            adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)  # as when gradients accumulate
         latents, *references = (
@@ -232,16 +233,17 @@ class EncoderSizes:
         with init_empty_weights():
             model: Any = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(text_encoder))
         self.text_encoder_bytes = _parameter_bytes(model.to(dtype))
+        self.encode_bytes, self.decode_bytes = functools.cache(self._encode_bytes), functools.cache(self._decode_bytes)
 
     @torch.no_grad()
-    def encode_bytes(self, size: Size, batch_size: int) -> int:
+    def _encode_bytes(self, size: Size, batch_size: int) -> int:
         """The peak of encoding images of this size."""
         pixels = torch.empty(batch_size, 3, *size, device=META)
         with flash_attention(), LiveBytes() as live:
             self.vae.encode(pixels)
         return live.peak
 
-    def decode_bytes(self, latents: Size, batch_size: int, gradient: bool = False) -> int:
+    def _decode_bytes(self, latents: Size, batch_size: int, gradient: bool = False) -> int:
         """The peak of decoding, and with `gradient` of the way back."""
         start = torch.empty(batch_size, LATENT_CHANNELS, *latents, device=META, requires_grad=gradient)
         with torch.set_grad_enabled(gradient), flash_attention(), LiveBytes() as live:

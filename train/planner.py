@@ -1,0 +1,261 @@
+"""What a configuration needs on one rank, by part, and the settings that need less: a function of plain sizes."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_prep.encoders import LATENT_CHANNELS
+from data_prep.geometry import Geometry, Size
+from data_prep.model_dir import ModelDirectory
+from data_prep.sizes import Bucket, DatasetSizes, num_tokens
+from train.config import Config
+from train.denoiser import resolve_zero_cond_t
+from train.gpus import Gpu
+from train.memory import EncoderSizes, LoraSizes, Transformer, optimizer_bytes
+from train.optim import Optimizer
+
+GIB = 2**30
+ALLOWANCE = 3 * GIB // 2
+"""For what PyTorch does not count: the CUDA context, kernels' workspaces, and fragmentation."""
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Elements that DeepSpeed's ZeRO-3 keeps gathered at most, its default."""
+SMALL_BUCKET = 50_000_000
+FLOAT = 4
+
+BuildOptimizer = Callable[[dict[str, Any], list[nn.Parameter]], Optimizer]
+"""The config's `optim` node and parameters -> the optimizer."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank at the worst moment, by part."""
+
+    gpu: dict[str, int]
+    cpu: int = 0
+    """Offloaded parts."""
+
+    @property
+    def total(self) -> int:
+        """On the GPU."""
+        return sum(self.gpu.values())
+
+
+class Planner:
+    """Answers for one model and dataset, whatever the other settings.
+
+    Args:
+        config: whose model and data are meant.
+        model: its `config.json` files are read.
+        data: sizes of the rows.
+        build_optimizer: as in `make_plan`.
+    """
+
+    def __init__(self, config: Config, model: ModelDirectory, data: DatasetSizes, build_optimizer: BuildOptimizer):
+        self.dtype = getattr(torch, config.model.dtype)
+        zero_cond_t = resolve_zero_cond_t(config.model.zero_cond_t, model)
+        self.transformer = Transformer(model.config("transformer"), self.dtype, zero_cond_t)
+        self.encoders = EncoderSizes(model.config("vae"), model.config("text_encoder"), self.dtype)
+        self.text_width = model.config("transformer")["joint_attention_dim"]
+        self.data, self.build_optimizer = data, build_optimizer
+
+    def training(self, config: Config, world_size: int) -> Memory:
+        """Phase 2 at its worst moment: a backward pass on the longest sequence, or what is done between two steps."""
+        zero, num_frozen, num_lora = zero_stage(config), self.transformer.num_parameters, self.num_lora(config)
+        lora, optimizer = FLOAT * num_lora, self.optimizer_bytes(config)
+        frozen, offloaded = num_frozen * self.dtype.itemsize, config.parallel.offload
+        buffer = FLOAT * config.parallel.bucket_size * (2 if zero == 2 and config.parallel.overlap_comm else 1)
+        if not config.parallel.contiguous_gradients:
+            buffer = min(buffer, lora)  # as gradients come, instead of one buffer from the start
+        between = lora * (2 if zero else 1)  # the optimizer's temporaries or averaged weights; under ZeRO gradients too
+        backward, pixels = self.backward_bytes(config), self.pixel_bytes(config)
+        between += self.validation_bytes(config)
+        gpu = {"frozen weights" + (f", 1/{world_size} of them" if zero == 3 else ""): frozen}
+        if zero == 3:
+            gpu = {next(iter(gpu)): 0 if offloaded else -(-frozen // world_size)}
+            gathered = 0 if world_size == 1 and not offloaded else min(num_frozen, MAX_LIVE_PARAMETERS)
+            gpu["gathered weights"] = gathered * self.dtype.itemsize  # one rank alone has nothing to gather
+        gpu["LoRA weights"] = lora if not zero else lora // (world_size if zero == 3 else 1)
+        gpu["LoRA gradients"] = lora if not zero else lora // world_size
+        if zero:
+            gpu["DeepSpeed's copy of LoRA"] = lora // world_size
+            gpu["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
+            gpu["LoRA masters, on every rank"] = 0 if offloaded else lora
+        gpu["optimizer state"] = 0 if offloaded else optimizer
+        checkpointing = f"gradient_checkpointing={config.train.gradient_checkpointing}"
+        gpu[f"activations of {config.train.micro_batch_size} at the longest sequence, {checkpointing}"] = backward
+        if pixels:
+            gpu["pixel loss through the VAE (LPIPS not counted)"] = pixels
+        gpu["between steps, beyond activations"] = max(0, between - backward - pixels)
+        if config.validate or config.loss.get("pixel"):
+            gpu["VAE"] = self.encoders.vae_bytes
+        gpu["CUDA context, workspaces, fragmentation (allowance)"] = ALLOWANCE
+        cpu = frozen // world_size + 2 * lora + optimizer if offloaded else 0
+        return Memory({part: size for part, size in gpu.items() if size}, cpu)
+
+    def caching(self, config: Config) -> Memory:
+        """Phase 1."""
+        encoding = self.encoders.encode_bytes(self.longest(config).target, config.cache.batch_size)
+        return Memory(
+            {
+                "text encoder": self.encoders.text_encoder_bytes,
+                "VAE": self.encoders.vae_bytes,
+                "encoding": encoding,
+                "allowance": ALLOWANCE,
+            }
+        )
+
+    def backward_bytes(self, config: Config) -> int:
+        """Activations of one micro-batch of the longest sequence."""
+        batch_size = config.train.micro_batch_size * forwards_per_sample(config)
+        checkpointing = config.train.gradient_checkpointing == "full"
+        return self.transformer.activation_bytes(self.longest(config), batch_size, checkpointing, lora_sizes(config))
+
+    def pixel_bytes(self, config: Config) -> int:
+        """Of a loss that decodes its prediction."""
+        if not (pixel := config.loss.get("pixel")):
+            return 0
+        size, crop = self.longest(config).target.latent, pixel.get("crop", 32) or math.inf
+        cropped = Size(int(min(size.height, crop)), int(min(size.width, crop)))
+        return self.encoders.decode_bytes(cropped, config.train.micro_batch_size, gradient=True)
+
+    def validation_bytes(self, config: Config) -> int:
+        """Decoding the validation's pictures."""
+        if not config.validate:
+            return 0
+        return self.encoders.decode_bytes(self.longest(config).target.latent, config.validate.get("batch_size", 1))
+
+    def cache_bytes(self, config: Config) -> int:
+        """Of the training rows' records: latents of target, source and references, and prompt embeddings."""
+        prompts = 2 if config.data.caption_dropout > 0 else 1
+        latent = 4 * LATENT_CHANNELS  # values per token
+        per_row = sum(
+            bucket.share
+            * (
+                (num_tokens(bucket.target) + bucket.image_tokens) * latent
+                + prompts * bucket.text_tokens * self.text_width
+            )
+            for bucket in self.data.buckets(geometry_of(config))
+        )
+        return round(per_row * self.data.num_rows) * 2
+
+    def num_lora(self, config: Config) -> int:
+        """Trainable parameters."""
+        shapes = self.transformer.lora_shapes(lora_sizes(config)).values()
+        return sum(math.prod(shape) for group in shapes for shape in group)
+
+    def optimizer_bytes(self, config: Config) -> int:
+        """Of the optimizer's state."""
+        shapes = self.transformer.lora_shapes(lora_sizes(config)).values()
+        return optimizer_bytes([s for group in shapes for s in group], lambda p: self.build_optimizer(config.optim, p))
+
+    def longest(self, config: Config) -> Bucket:
+        """The bucket that needs most."""
+        return self.data.buckets(geometry_of(config))[0]
+
+    def advice(self, config: Config, world_size: int, gpu: Gpu) -> list[str]:
+        """Settings that would fit, for each phase that does not."""
+        advice = []
+        available = gpu.memory_gib * GIB
+        if self.caching(config).total > available >= self.caching(apply(config, {"cache.batch_size": 1})).total:
+            advice.append("cache.batch_size=1  (for caching)")
+        if self.training(config, world_size).total > available:
+            advice += self.training_advice(config, world_size, available)
+        return advice
+
+    def training_advice(self, config: Config, world_size: int, available: float) -> list[str]:
+        """Settings under which training fits: those that leave the result as it is, or else those and one more."""
+
+        def fits(candidate: Config, num_gpus: int = world_size) -> bool:
+            return self.training(candidate, num_gpus).total <= available
+
+        harmless = list(harmless_changes(config))
+        for count in range(1, len(harmless) + 1):
+            for chosen in itertools.combinations(harmless, count):
+                if fits(apply(config, *chosen)):
+                    return [text_of(*chosen)]
+        found = []
+        for family in further_changes(config, world_size):
+            hopeless = not family or not fits(apply(config, *harmless, family[-1][0]), family[-1][1])
+            for change, num_gpus in [] if hopeless else family:
+                if fits(apply(config, *harmless, change), num_gpus):
+                    launch = f"  (on {num_gpus} GPUs)" if num_gpus != world_size else ""
+                    found.append(text_of(*harmless, change) + launch)
+                    break
+        return found
+
+
+Change = dict[str, Any]
+"""Full key -> value; a group's name -> its keys."""
+
+
+def harmless_changes(config: Config) -> Iterator[Change]:
+    """What costs time and changes no result."""
+    settings = config.train
+    if settings.gradient_checkpointing == "off":
+        yield {"train.gradient_checkpointing": "full"}
+    if settings.micro_batch_size > 1:
+        accumulated = settings.micro_batch_size * settings.grad_accum_steps
+        yield {"train.micro_batch_size": 1, "train.grad_accum_steps": accumulated}
+    if zero_stage(config) and config.parallel.bucket_size > SMALL_BUCKET:
+        yield {"parallel.bucket_size": SMALL_BUCKET}
+
+
+def further_changes(config: Config, world_size: int) -> Iterator[list[tuple[Change, int]]]:
+    """What needs more GPUs or changes the result, by family; within one, the smaller change first."""
+    small = {"parallel.bucket_size": SMALL_BUCKET}
+    sharded = {"parallel.strategy": "zero3", "parallel.offload": False, **small}
+    if not config.adapter.dora:
+        counts = sorted({world_size, *(n for n in (2, 4, 8) if n > world_size)} - {1})
+        yield [(sharded, count) for count in counts]
+        if not config.parallel.offload:
+            yield [({**sharded, "parallel.offload": True}, world_size)]
+    if "Prodigy" not in config.optim["_target_"]:
+        yield [({"optim": {"_target_": "train.optim.Prodigy"}, "train.max_grad_norm": None}, world_size)]
+    yield [({"data.max_pixels": n * n}, world_size) for n in (768, 512, 384) if n * n < config.data.max_pixels]
+    halved = itertools.takewhile(lambda rank: rank >= 4, (config.adapter.rank >> n for n in itertools.count(1)))
+    yield [({"adapter.rank": rank}, world_size) for rank in halved]
+
+
+def apply(config: Config, *changes: Change) -> Config:
+    """The configuration with these keys changed."""
+    for key, value in (item for change in changes for item in change.items()):
+        section, _, name = key.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value}) if name else value})
+    return config
+
+
+def text_of(*changes: Change) -> str:
+    """As they are written on the command line."""
+    values = {key: value for change in changes for key, value in change.items()}
+    if values.pop("parallel.strategy", None):
+        group = "zero3_offload" if values.pop("parallel.offload") else "zero3"
+        values = {"parallel": group} | values
+    if "optim" in values:
+        values["optim"] = "prodigy"
+    return " ".join(f"{key}={'null' if value is None else value}" for key, value in values.items())
+
+
+def geometry_of(config: Config) -> Geometry:
+    """How images are sized."""
+    return Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
+
+
+def lora_sizes(config: Config) -> LoraSizes:
+    """How large the adapter is."""
+    return LoraSizes(config.adapter.rank, tuple(config.adapter.target_modules), config.adapter.dora)
+
+
+def zero_stage(config: Config) -> int:
+    """Of DeepSpeed; 0 without it."""
+    return {"zero2": 2, "zero3": 3}.get(config.parallel.strategy, 0)
+
+
+def forwards_per_sample(config: Config) -> int:
+    """2 for a loss that runs both of its streams on every sample."""
+    both = config.loss.get("combine") == "sum" and 0 < config.loss.get("sub_prob", 0.25) < 1
+    return 2 if both else 1
