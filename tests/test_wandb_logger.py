@@ -2,7 +2,9 @@
 
 import json
 import shlex
-import struct
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ import torch
 import wandb
 from PIL import Image
 from safetensors.torch import save_file
-from wandb.proto.wandb_internal_pb2 import Record
 
+from data_prep.errors import InputError
+from tests.commands import ROOT
+from tests.wandb_log import Written
+from tests.wandb_server import WandBServer
 from train.loggers import Loggers, Picture
 from train.wandb_logger import WandB, artifact_name
 
@@ -25,54 +30,23 @@ def no_account(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     yield
     wandb.teardown()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine."""
+    with WandBServer() as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        yield running
+        wandb.teardown()
 
 
 def start(tmp_path: Path, **keywords) -> WandB:
     """The logger as a run makes it."""
     return WandB(tmp_path, "my run", CONFIG, RECORD, **keywords)
-
-
-class Written:
-    """A transaction log, read back when W&B's process, which writes it, has ended.
-
-    Blocks of 32 KiB hold records in parts: checksum, length, kind (1 whole; 2, 3, 4 first, middle, last part).
-    """
-
-    def __init__(self, folder: Path):
-        wandb.teardown()
-        (path,) = folder.glob("run-*.wandb")
-        data, position, part, self.records = path.read_bytes(), 7, b"", []
-        while position < len(data):
-            if (left := 32768 - position % 32768) < 7:
-                position += left
-                continue
-            _, length, kind = struct.unpack_from("<IHB", data, position)
-            part += data[position + 7 : position + 7 + length]
-            position += 7 + length
-            if kind in (1, 4):
-                self.records.append(Record.FromString(part))
-                part = b""
-
-    def of(self, kind: str) -> list:
-        """Records of a kind."""
-        return [getattr(each, kind) for each in self.records if each.WhichOneof("record_type") == kind]
-
-    def config(self) -> dict:
-        """As uploaded."""
-        return {each.key: json.loads(each.value_json) for each in self.of("run")[0].config.update}
-
-    def history(self) -> list[dict]:
-        """Rows, with nested names joined by a slash."""
-        return [
-            {"/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in self.of("history")
-        ]
-
-    def summary(self) -> dict:
-        """What is left of all updates."""
-        updates = [update for each in self.of("summary") for update in each.update]
-        return {each.key or "/".join(each.nested_key): json.loads(each.value_json) for each in updates}
 
 
 def folders(tmp_path: Path) -> list[Path]:
@@ -167,7 +141,7 @@ def test_continues_in_the_project_that_it_began_in(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (RuntimeError, 1), (KeyboardInterrupt, 255)])
 def test_a_failed_run_is_marked_as_failed(tmp_path, error, code):
-    with pytest.raises(error) if error else Loggers({}), Loggers({"wandb": start(tmp_path)}):
+    with pytest.raises(error) if error else nullcontext(), Loggers({"wandb": start(tmp_path)}):
         if error:
             raise error
     assert [each.exit_code for each in only(tmp_path).of("exit")] == [code]
@@ -231,3 +205,67 @@ def test_adapter_as_an_artifact(tmp_path, wanted):
 def test_artifact_names_are_legal(name):
     legal = artifact_name(name)
     assert wandb.Artifact(legal, type="adapter").name == legal
+
+
+def test_a_kill_costs_a_second(tmp_path):
+    """The process is gone between one instruction and the next; W&B's own notices and ends as well."""
+    code = (
+        "import os, sys, time; from pathlib import Path; sys.path.insert(0, os.getcwd());"
+        "from train.wandb_logger import WandB; logger = WandB(Path(sys.argv[1]), 'n', {});"
+        "[logger.log(step, {'loss': 1.0}) for step in range(1, 9)]; time.sleep(3); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)
+    assert done.returncode == -9
+    assert [row["step"] for row in only(tmp_path).history()] == [1, 2, 3, 4, 5, 6, 7]  # the eighth may still grow
+
+
+def interrupted_and_continued(tmp_path: Path) -> None:
+    """Killed after step 7, continued from the checkpoint of step 5; finished with step 9."""
+    first = start(tmp_path)
+    for step in range(1, 8):
+        first.log(step, {"loss": 1 / step})
+    first.close(1)
+    second = start(tmp_path, resumed_step=5, state=first.state())
+    for step in range(6, 10):
+        second.log(step, {"loss": 1 / step})
+    second.summary({"final/loss": 1 / 9})
+    second.close()
+
+
+def check_uploaded(server: WandBServer) -> None:
+    """Every row has arrived, in rows that only go forward, and the run has ended well."""
+    rows = server.history()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9]
+    assert [row["_step"] for row in rows] == list(range(1, 12))
+    assert all(row["loss"] == 1 / row["step"] for row in rows)
+    assert server.exit_codes == [1, 0]
+    assert server.summary()["final/loss"] == 1 / 9
+    assert server.config["optim"] == {"value": CONFIG["optim"]}
+
+
+def test_online_the_continued_run_is_the_same_run(tmp_path, server, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    interrupted_and_continued(tmp_path)
+    check_uploaded(server)
+    lines = capfd.readouterr().err.splitlines()
+    assert not [line for line in lines if "WARNING" in line]
+    assert len([line for line in lines if line.startswith(f"W&B: {server.url}/")]) == 2
+
+
+def test_offline_and_uploaded_later_it_is_the_same_run(tmp_path, server, monkeypatch, capsys):
+    """With the command that was printed."""
+    interrupted_and_continued(tmp_path)
+    assert server.history() == []
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    words = shlex.split(capsys.readouterr().err.splitlines()[-1].partition(": ")[2])
+    assert words[0] == "wandb"
+    subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    check_uploaded(server)
+
+
+def test_a_server_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    with pytest.raises(InputError, match="WANDB_MODE=offline"):
+        start(tmp_path)

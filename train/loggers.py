@@ -59,6 +59,7 @@ class JsonLines(Logger):
     """`metrics.jsonl`: one object a line, `step` and every number. What is after `resumed_step` is dropped on opening."""
 
     def __init__(self, path: Path, resumed_step: int = 0):
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
         temporary = path.with_suffix(".tmp")
@@ -197,7 +198,7 @@ class Loggers:
         for logger in self.loggers.values():
             logger.log(step, numbers)
 
-    def images(self, step: int, images: Pictures) -> None:
+    def images(self, step: int, images: Mapping[str, Picture | Path]) -> None:
         """To every logger."""
         images = {name: Picture(each) if isinstance(each, Path) else each for name, each in images.items()}
         for logger in self.loggers.values():

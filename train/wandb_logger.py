@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from data_prep.errors import InputError
 from train.loggers import Logger, Numbers, Pictures
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "config.yaml")
@@ -44,25 +45,40 @@ class WandB(Logger):
         artifact: bool = False,
     ):
         import wandb
+        from wandb.errors import CommError
 
         self.wandb, self.artifacts = wandb, artifact
         record, state = record or {}, state or {}
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or state.get("project", "qwen-image"),
-            entity=os.environ.get("WANDB_ENTITY") or state.get("entity"),
-            name=os.environ.get("WANDB_NAME", name),
-            id=state.get("id"),
-            resume="allow" if state else None,
-            dir=str(run_dir),
-            config=config | {"record": record},
-            mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
-            settings=wandb.Settings(console="off", silent=True, git_commit=(record.get("git") or {}).get("commit")),
-        )
+        chosen = "WANDB_MODE" in os.environ
+        try:
+            has_key = not chosen and wandb.login(prompt=False, verify=False)
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or state.get("project", "qwen-image"),
+                entity=os.environ.get("WANDB_ENTITY") or state.get("entity"),
+                name=os.environ.get("WANDB_NAME", name),
+                id=state.get("id"),
+                resume="allow" if state else None,
+                dir=str(run_dir),
+                config=config | {"record": record},
+                mode=None if chosen or has_key else "offline",
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    git_commit=(record.get("git") or {}).get("commit"),
+                    x_transaction_log_flush_interval=1.0,  # seconds that a kill may cost, 15 by default
+                ),
+            )
+        except CommError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{reason}: check the key and the network, or set WANDB_MODE=offline to upload later"
+            ) from error
+        if not (self.run.offline or self.run.disabled):
+            print(f"W&B: {self.run.url}", file=sys.stderr, flush=True)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
         # Rows must not go backwards, or W&B drops them. Offline the counter begins anew, and `wandb sync` moves it on.
-        self.ahead = max(0, self.run.step - (resumed_step + 1))
+        self.ahead = max(0, self.run.starting_step - (resumed_step + 1))
 
     def log(self, step: int, numbers: Numbers) -> None:
         """Logs scalars."""
