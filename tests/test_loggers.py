@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_the_summary_of_a_continued_run_is_that_of_an_uninterrupted_one(tmp_path
     write_metrics(tmp_path / "b.jsonl", 130)
     write_metrics(tmp_path / "b.jsonl", 200, first_step=101)
     assert summarise(tmp_path / "a.jsonl") == summarise(tmp_path / "b.jsonl")
+
+
+def test_the_summary_takes_any_validation(tmp_path):
+    logger = JsonLines(tmp_path / "metrics.jsonl")
+    logger.log(
+        3, {"validation/liked": 0.7, "validation/steps_4/psnr_edited": 20.0, "validation/steps_4/psnr": math.nan}
+    )
+    logger.close()
+    summary = summarise(logger.path)
+    assert summary["final/validation/liked"] == 0.7
+    best = {name: value for name, value in summary.items() if name.startswith("best/")}
+    assert best == {"best/validation/steps_4/psnr_edited": 20, "best/validation/steps_4/psnr_edited_step": 3}
 
 
 def test_the_summary_of_a_run_that_failed_before_its_first_step(tmp_path):

@@ -49,5 +49,5 @@ def _add(totals: dict[str, float], name: str, value: float) -> None:
 
 def _has_best(name: str) -> bool:
     """`validation/steps_4/psnr_edited`: yes; `validation/source/psnr`, the untrained baseline: no."""
-    _, method, metric = name.split("/", 2)
+    method, _, metric = name.removeprefix("validation/").rpartition("/")
     return method != "source" and metric.split("_")[0] in HIGHER_IS_BETTER
