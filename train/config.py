@@ -333,6 +333,8 @@ def _unknown_override(key: str) -> str:
     kind: Any = Config
     for part in path:
         kind = typing.get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    if (CONFIGS / key).is_dir():
+        return f"{key}= takes a name: {', '.join(sorted(file.stem for file in (CONFIGS / key).glob('*.yaml')))}"
     if not is_dataclass(kind):
         return f"unknown key {key}: add it with +{key}=… if the group's class takes it"
     return f"unknown key {key}{_nearest(last, [item.name for item in fields(kind)], ''.join(f'{p}.' for p in path))}"

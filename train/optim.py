@@ -146,18 +146,18 @@ def _adamw_8bit() -> Any:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything the optimizer knows: tensors by name, and the rest as JSON values."""
-    state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors, values = {}, {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
+    for index, parameter in enumerate(parameters):
+        for name, value in optimizer.state.get(parameter, {}).items():
             (tensors if isinstance(value, Tensor) else values)[f"{index}/{name}"] = value
     groups = []
-    for number, group in enumerate(state["param_groups"]):
+    for number, group in enumerate(optimizer.param_groups):
         plain = {}
         for name, value in group.items():
             if isinstance(value, Tensor):
                 tensors[f"group{number}/{name}"] = value
-            else:
+            elif name != "params":
                 plain[name] = value
         groups.append(plain)
     return tensors, {"state": values, "param_groups": groups}

@@ -1,0 +1,31 @@
+"""Prints what a rank holds of a transformer that was loaded for ZeRO-3, as JSON. The argument is the model's folder."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from data_prep.model_dir import ModelDirectory
+from train.denoiser import load_denoiser
+from train.parallel import shard
+from train.processes import Processes
+from train.zero import zero_settings
+
+if __name__ == "__main__":
+    processes = Processes.start("cpu")
+    cut = shard(zero_settings(3, False, 1000, True, True, 1, 1), processes)
+    whole = 0
+
+    def watched(parameter: torch.nn.Parameter) -> None:
+        global whole
+        cut(parameter)
+        whole += parameter.numel()
+
+    denoiser = load_denoiser(ModelDirectory.resolve(sys.argv[1]), dtype=torch.float32, place=watched)
+    parts = [(p.ds_tensor.numel(), p.ds_numel) for p in denoiser.parameters()]
+    largest = max(part / total for part, total in parts if total % processes.world_size == 0)
+    print(json.dumps({"whole": whole, "largest_part": largest}), flush=True)
+    processes.stop()

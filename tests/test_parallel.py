@@ -1,0 +1,269 @@
+"""Training on several processes and under ZeRO equals training on one, is resumed exactly, and fails in words."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.commands import ROOT, launch, launcher, run_script
+from tests.test_train import adapter_bytes, metrics
+
+OPTIMS = {"adamw": ["optim=adamw", "optim.lr=3e-4"], "prodigy": ["optim=prodigy", "+optim.d0=1e-4"]}
+NUM_STEPS = 40
+ONE_RANK_CUTS, TWO_RANK_CUTS = ((8, 1), (2, 4)), ((4, 1), (1, 4))
+"""Micro-batch and accumulation that make a global batch of 8."""
+CASES = [
+    *((1, strategy, optim, cut) for strategy in ("zero2", "zero3") for optim in OPTIMS for cut in ONE_RANK_CUTS),
+    *((2, strategy, optim, cut) for strategy in ("ddp", "zero2", "zero3") for optim in OPTIMS for cut in TWO_RANK_CUTS),
+]
+VARIANTS = {
+    "sum": ["loss=lbm", "loss.combine=sum", "train.gradient_checkpointing=full"],
+    "bf16": ["model.dtype=bfloat16"],
+    "validated": [*OPTIMS["prodigy"], "validate=tiny_lbm", "validate.num_rows=3", "train.validate_every=2"],
+    "unvalidated": [*OPTIMS["prodigy"]],
+}
+
+
+@pytest.fixture(scope="module")
+def shallow_model_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    """The tiny model with two blocks: as much to shard, sooner done. Its encoders are the same, and so is the cache."""
+    folder = tmp_path_factory.mktemp("shallow") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 2}))
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith(DROPPED)}
+    save_file(kept, weights)
+    return folder
+
+
+DROPPED = tuple(f"transformer_blocks.{i}." for i in range(2, 5))
+
+
+@pytest.fixture(scope="module")
+def settings(shallow_model_dir, tiny_pairs, tiny_cache) -> list[str]:
+    """What all runs here share."""
+    data = [f"data.dataset={tiny_pairs}/train.json", f"data.validation={tiny_pairs}/validation.json"]
+    paths = [f"model.path={shallow_model_dir}", f"cache.dir={tiny_cache}"]
+    return ["+exp=tiny_lbm", *data, *paths, "adapter.rank=4", "train.save_every=100", "validate=none"]
+
+
+def cut_settings(cut: tuple[int, int]) -> list[str]:
+    return [f"train.micro_batch_size={cut[0]}", f"train.grad_accum_steps={cut[1]}"]
+
+
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory) -> Path:
+    """All runs of `CASES` and `VARIANTS`, each in a folder of its own, from one launch per number of processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs: dict[int, list[list[str]]] = {1: [], 2: []}
+
+    def add(num_processes: int, name: str, num_steps: int, *overrides: str) -> None:
+        job = [*settings, f"run_dir={folder}/{name}", f"train.num_steps={num_steps}", *overrides]
+        jobs[num_processes].append(job)
+
+    for optim, overrides in OPTIMS.items():
+        for cut in ((8, 1), (2, 4), (4, 2), (1, 8)):
+            add(1, run_name(1, "single", optim, cut), NUM_STEPS, *overrides, *cut_settings(cut))
+    for num_processes, strategy, optim, cut in CASES:
+        name = run_name(num_processes, strategy, optim, cut)
+        add(num_processes, name, NUM_STEPS, *OPTIMS[optim], *cut_settings(cut), f"parallel={strategy}")
+    for name, overrides in VARIANTS.items():
+        add(1, f"single-{name}", 6, *overrides, *cut_settings((2, 1)))
+        for strategy in ("zero3", "zero3_offload"):
+            add(2, f"{strategy}-{name}", 6, *overrides, *cut_settings((1, 1)), f"parallel={strategy}")
+    for num_processes, listed in jobs.items():
+        (folder / "jobs.json").write_text(json.dumps(listed))
+        launch(num_processes, "tests/train_many.py", folder / "jobs.json")
+    return folder
+
+
+def run_name(num_processes: int, strategy: str, optim: str, cut: tuple[int, int]) -> str:
+    return f"{num_processes}-{strategy}-{optim}-{cut[0]}x{cut[1]}"
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+def adapter(run_dir: Path, step: int) -> torch.Tensor:
+    """The exported weights as one vector."""
+    tensors = load_file(run_dir / "checkpoints" / f"step-{step:06d}" / "adapter_model.safetensors")
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def assert_same_training(run: Path, reference: Path, step: int, rel: float) -> None:
+    """Losses within `rel`, and the exported adapter within 1e-4 in relative L2."""
+    assert losses(run) == pytest.approx(losses(reference), rel=rel)
+    ours, theirs = adapter(run, step), adapter(reference, step)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=lambda case: run_name(*case))
+def test_every_way_to_split_the_work_trains_the_same(runs, case):
+    """Float32 sums in another order differ in the last of 24 bits (6e-8); 40 steps leave a few of them."""
+    num_processes, _, optim, cut = case
+    run = runs / run_name(*case)
+    assert_same_training(run, runs / run_name(1, "single", optim, (1, 8)), NUM_STEPS, rel=1e-5)
+    same_micro_batches = (cut[0], cut[1] * num_processes)
+    assert_same_training(run, runs / run_name(1, "single", optim, same_micro_batches), NUM_STEPS, rel=1e-6)
+    start, end = losses(run)[0], min(losses(run)[-5:])
+    assert abs(end - start) > 0.01 * start  # the weights do move
+    if optim == "prodigy":
+        d = [line["d"] for line in metrics(run)]
+        assert d[-1] > 10 * d[0]
+        assert d == pytest.approx(
+            [line["d"] for line in metrics(runs / run_name(1, "single", optim, (1, 8)))], rel=1e-5
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
+class TestVariants:
+    """On two ranks, against one process."""
+
+    def test_two_streams_and_recomputed_activations(self, runs, strategy):
+        assert_same_training(runs / f"{strategy}-sum", runs / "single-sum", 6, rel=1e-6)
+        assert "loss/latent/sub" in metrics(runs / f"{strategy}-sum")[0]
+
+    def test_bf16_within_its_rounding(self, runs, strategy):
+        """8 bits: 0.4 % a value. The batch of a forward pass differs, and with it the order of sums."""
+        assert losses(runs / f"{strategy}-bf16") == pytest.approx(losses(runs / "single-bf16"), rel=0.02)
+
+    def test_validation_leaves_training_unchanged(self, runs, strategy):
+        """Bit for bit: the averaged weights were in the model for a while, and went again."""
+        trained = [line for line in metrics(runs / f"{strategy}-validated") if "loss" in line]
+        assert trained == metrics(runs / f"{strategy}-unvalidated")
+        assert adapter_bytes(runs / f"{strategy}-validated", 6) == adapter_bytes(runs / f"{strategy}-unvalidated", 6)
+
+    def test_validation_is_shared_out_and_complete(self, runs, strategy):
+        """Three rows on two ranks: each once, with the scores of one process (8-bit pixels may round otherwise)."""
+        for step in (2, 4, 6):
+            ours, theirs = (
+                json.loads(
+                    (runs / f"{name}-validated" / "validation" / f"step-{step:06d}" / "metrics.json").read_text()
+                )
+                for name in (strategy, "single")
+            )
+            assert [row["id"] for row in ours["per_row"]] == [row["id"] for row in theirs["per_row"]]
+            assert ours["num_rows"] == 3
+            for method in ("source", *(name for name in theirs if name.startswith("steps_"))):
+                assert ours[method] == pytest.approx(theirs[method], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_rank_ends_the_job_and_the_same_command_continues_exactly(settings, tmp_path):
+    """Bit for bit, at the same number of processes; at another, within rounding, from the same files."""
+    seed = random.SystemRandom().randrange(1000)
+    kill_at = random.Random(seed).randrange(4, 10)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = [*OPTIMS["prodigy"], "train.num_steps=14", "train.save_every=3", "train.keep_last=9", "parallel=zero3"]
+
+    def command(run_dir: Path) -> list[str]:
+        return ["train/run.py", *settings, *options, *cut_settings((1, 2)), f"run_dir={run_dir}"]
+
+    launch(2, *command(whole))
+    process = subprocess.Popen([sys.executable, *launcher(2), *command(broken)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (broken / "metrics.jsonl").exists() or len(metrics(broken)) < kill_at:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    (second,) = (child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) != 0  # rank 0 does not hang
+    assert len(metrics(broken)) < 14
+    shutil.copytree(broken, tmp_path / "other")
+
+    done = launch(2, *command(broken))
+    assert done.stderr.count("continuing from") == 1
+    assert metrics(broken) == metrics(whole), f"seed {seed}"
+    assert adapter_bytes(broken, 14) == adapter_bytes(whole, 14), f"seed {seed}"
+    files = {path.name for path in (broken / "checkpoints" / "step-000014").iterdir()}
+
+    alone = [*settings, *options, "parallel=single", *cut_settings((1, 4)), f"run_dir={tmp_path}/other"]
+    assert "continuing from" in run_script("train/run.py", *alone).stderr
+    assert_same_training(tmp_path / "other", whole, 14, rel=1e-5)
+    assert {path.name for path in (tmp_path / "other" / "checkpoints" / "step-000014").iterdir()} == files
+
+    half = launch(2, "train/run.py", *settings, *options, *cut_settings((1, 1)), f"run_dir={broken}", check=False)
+    assert "a global batch of 4 and not 2" in half.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_fails_ends_the_job_with_its_own_message(settings, tmp_path):
+    """Rank 0 waits for a gradient that will never come; the launcher ends it within a minute."""
+    loss = ["loss=flow", "loss._target_=tests.failing.FailsOnRank", "+loss.rank=1", "+loss.step=3"]
+    start = time.monotonic()
+    options = [*loss, "parallel=zero3", "train.num_steps=20", f"run_dir={tmp_path}"]
+    done = launch(2, "train/run.py", *settings, *options, check=False)
+    assert done.returncode != 0
+    assert "rank 1 failed: ArithmeticError: this rank fails at step 3" in done.stderr
+    assert time.monotonic() - start < 60
+    assert len(metrics(tmp_path)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_mistake_that_all_ranks_see_is_said_once(settings, tmp_path):
+    done = launch(2, "train/run.py", *settings, f"run_dir={tmp_path}", check=False)
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("rank 0: error: parallel=single trains on one process, but 2 were launched")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_no_rank_holds_more_than_its_part(shallow_model_dir):
+    """Under ZeRO-3 a weight is cut as soon as it is read."""
+    done = launch(2, "tests/load_shards.py", shallow_model_dir)
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == [
+        {"whole": 0, "largest_part": 0.5}
+    ] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_accelerates_own_deepspeed_settings_are_honoured(settings, tmp_path):
+    """ZeRO-2 from the command line of accelerate, with the bucket size of a DeepSpeed file."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 12345}}))
+    options = launcher(2, "--use_deepspeed", "--deepspeed_config_file", str(file))
+    arguments = ["train/run.py", *settings, "train.num_steps=2"]
+    done = run_script(*options, *arguments, "parallel=zero2", f"run_dir={tmp_path}/run")
+    assert len(metrics(tmp_path / "run")) == 2, done.stderr
+    wrong = run_script(*options, *arguments, "parallel=zero3", f"run_dir={tmp_path}/wrong", check=False)
+    assert "accelerate was launched with DeepSpeed's ZeRO stage 2, but parallel=zero3" in wrong.stderr
+
+
+LAUNCHES = {
+    "parallel=single ACCELERATE_USE_DEEPSPEED=true": "launched with DeepSpeed, but parallel=single",
+    "parallel=zero3 ACCELERATE_USE_FSDP=true": "launched with FSDP, but parallel=zero3",
+    "parallel=zero3 ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=2": "ZeRO stage 2, but parallel=zero3",
+    "parallel=zero3 ACCELERATE_MIXED_PRECISION=fp16": "mixed precision fp16, but model.dtype=float32",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_launches_that_contradict_the_configuration_are_refused(settings, tmp_path, case):
+    """Settings of `accelerate launch` reach a process through its environment."""
+    strategy, *variables = case.split()
+    environment = os.environ | dict(variable.split("=") for variable in variables)
+    done = run_script("train/run.py", *settings, strategy, f"run_dir={tmp_path}", check=False, env=environment)
+    assert done.returncode == 2
+    assert LAUNCHES[case] in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,26 @@
+"""Trains several configurations, one after the other, in the processes that accelerate launched: starting them costs more
+than these trainings do. The argument is a JSON file with a list of override lists."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_prep.errors import exit_codes
+from data_prep.geometry import Geometry
+from data_prep.model_dir import ModelDirectory
+from train.config import compose
+from train.phases import check_nodes, train_phase
+from train.processes import Processes
+
+if __name__ == "__main__":
+    with exit_codes():
+        processes = Processes.start(None)
+        for overrides in json.loads(Path(sys.argv[1]).read_text()):
+            config = compose(overrides)
+            model = ModelDirectory.resolve(config.model.path)
+            check_nodes(config, model)
+            geometry = Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
+            train_phase(config, model, geometry, processes)
+        processes.stop()
