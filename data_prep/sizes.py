@@ -1,5 +1,6 @@
 """How large the rows of a dataset are, without encoding them: from a finished cache, or from the images' headers."""
 
+import functools
 import itertools
 import warnings
 from collections.abc import Iterable
@@ -70,12 +71,20 @@ class DatasetSizes:
     origin: str
     """Where this is from, in words."""
 
+    @functools.cached_property
+    def _groups(self) -> dict[tuple[Size, tuple[Size, ...]], list[int]]:
+        """The text lengths of the rows of each size: a large dataset has few sizes."""
+        groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
+        for row in self.rows:
+            groups.setdefault((row.target, row.references), []).append(row.text_tokens)
+        return groups
+
     def buckets(self, geometry: Geometry) -> list[Bucket]:
         """The buckets under a geometry, the longest sequence first."""
         groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
-        for row in self.rows:
-            references = tuple(map(geometry.reference_size, row.references))
-            groups.setdefault((geometry.target_size(row.target), references), []).append(row.text_tokens)
+        for (target, references), texts in self._groups.items():
+            sizes = geometry.target_size(target), tuple(map(geometry.reference_size, references))
+            groups.setdefault(sizes, []).extend(texts)
         found = [Bucket(*key, max(texts), len(texts) / len(self.rows)) for key, texts in groups.items()]
         return sorted(found, key=lambda bucket: -bucket.length)
 

@@ -100,7 +100,7 @@ def test_is_a_screen_of_text(real_model):
         ("H100", 1, ["train.micro_batch_size=8", "train.gradient_checkpointing=off"]),
         ("A100 40GB", 1, []),
         ("RTX 4090", 2, ["parallel=zero2", "optim=adamw", "adapter.rank=128"]),
-        ("RTX PRO 6000", 1, ["adapter.rank=1024", "optim=adamw"]),
+        ("H100", 1, ["adapter.rank=320", "optim=adamw_cosine"]),
     ],
 )
 def test_advice_fits(real_model, gpu, world_size, overrides):

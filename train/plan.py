@@ -60,8 +60,10 @@ class Plan:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """At the assumed utilisation; None for a GPU whose speed is not known."""
-        return self.gpu.tflops and self.flops_per_step / (self.gpu.tflops * 1e12 * UTILISATION)
+        """At the assumed utilisation; None where no speed is known: of another GPU, or with other weights than bfloat16."""
+        if self.gpu.tflops is None or self.dtype != "bfloat16":
+            return None
+        return self.flops_per_step / (self.gpu.tflops * 1e12 * UTILISATION)
 
     def render(self) -> str:
         """A screen of text."""
@@ -87,8 +89,8 @@ class Plan:
         if self.memory.cpu:
             yield f"    {self.memory.cpu / GIB:8.2f}  of CPU memory per process"
         yield (
-            f"  disk       {self.cache_bytes / GIB:.2f} GiB cache, {self.num_checkpoints} checkpoints of "
-            f"{self.checkpoint_bytes / GIB:.2f} GiB (one more while saving)"
+            f"  disk       {_size(self.cache_bytes)} cache, {self.num_checkpoints} checkpoints of "
+            f"{_size(self.checkpoint_bytes)} (one more while saving)"
         )
         yield f"  time       {self._time()}"
         yield "  it fits" if self.fits else "  IT DOES NOT FIT" + ("; this would:" if self.advice else "")
@@ -97,12 +99,11 @@ class Plan:
 
     def _time(self) -> str:
         work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({self.samples_per_step} samples per GPU)"
-        if self.seconds_per_step is None:
+        if self.seconds_per_step is None or self.seconds_per_step < 0.1:  # too little for a peak to say anything
             return work
-        hours = self.seconds_per_step * self.num_steps / 3600
         return (
-            f"{work}: about {_short(self.seconds_per_step)} s at {UTILISATION:.0%} of peak, {_short(hours)} h for "
-            f"{self.num_steps} steps"
+            f"{work}: about {_duration(self.seconds_per_step)} at {UTILISATION:.0%} of peak, "
+            f"{_duration(self.seconds_per_step * self.num_steps)} for {self.num_steps} steps"
         )
 
 
@@ -178,9 +179,14 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def _short(number: float) -> str:
-    """Two digits, or all that stand before the point."""
-    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    scale, unit = next((n, unit) for n, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * n or n == 1)
+    number = seconds / scale
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 
 def _describe(bucket: Bucket) -> str:

@@ -1,5 +1,6 @@
 """What a configuration needs on one rank, by part, and the settings that need less: a function of plain sizes."""
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -207,6 +208,8 @@ def harmless_changes(config: Config) -> Iterator[Change]:
 
 def further_changes(config: Config, world_size: int) -> Iterator[list[tuple[Change, int]]]:
     """What needs more GPUs or changes the result, by family; within one, the smaller change first."""
+    if config.optim["_target_"] == "train.optim.AdamW" and importlib.util.find_spec("bitsandbytes"):
+        yield [({"optim": {**config.optim, "bits": 8}}, world_size)]
     small = {"parallel.bucket_size": SMALL_BUCKET}
     sharded = {"parallel.strategy": "zero3", "parallel.offload": False, **small}
     if not config.adapter.dora:
@@ -214,8 +217,6 @@ def further_changes(config: Config, world_size: int) -> Iterator[list[tuple[Chan
         yield [(sharded, count) for count in counts]
         if not config.parallel.offload:
             yield [({**sharded, "parallel.offload": True}, world_size)]
-    if "Prodigy" not in config.optim["_target_"]:
-        yield [({"optim": {"_target_": "train.optim.Prodigy"}, "train.max_grad_norm": None}, world_size)]
     yield [({"data.max_pixels": n * n}, world_size) for n in (768, 512, 384) if n * n < config.data.max_pixels]
     halved = itertools.takewhile(lambda rank: rank >= 4, (config.adapter.rank >> n for n in itertools.count(1)))
     yield [({"adapter.rank": rank}, world_size) for rank in halved]
@@ -231,13 +232,13 @@ def apply(config: Config, *changes: Change) -> Config:
 
 def text_of(*changes: Change) -> str:
     """As they are written on the command line."""
-    values = {key: value for change in changes for key, value in change.items()}
+    values: Change = {key: value for change in changes for key, value in change.items()}
     if values.pop("parallel.strategy", None):
         group = "zero3_offload" if values.pop("parallel.offload") else "zero3"
         values = {"parallel": group} | values
-    if "optim" in values:
-        values["optim"] = "prodigy"
-    return " ".join(f"{key}={'null' if value is None else value}" for key, value in values.items())
+    if optim := values.pop("optim", None):
+        values["++optim.bits"] = optim["bits"]
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def geometry_of(config: Config) -> Geometry:
