@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# Caches and trains +exp=sft_2511. Everything else is passed on:
+# Flow matching on Qwen-Image-Edit-2511. Caches and trains; what follows is passed on:
 #
 #   WANDB_PROJECT=edits WANDB_NAME=first bash scripts/train_sft_2511.sh data.dataset=pairs.json data.root=photos run_dir=runs/mine
 #
-# NPROC: processes on this machine (default 1).
-set -euo pipefail
-cd "$(dirname "$0")/.."
-exec accelerate launch --num_processes "${NPROC:-1}" train/run.py +exp=sft_2511 "$@"
+# NPROC (by default every GPU) and the other variables: scripts/launch.sh
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh" +exp=sft_2511 "$@"

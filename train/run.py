@@ -32,17 +32,28 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. data.dataset=pairs.json train.num_steps=500"
     )
-    parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and exit")
-    return parser.parse_args()
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--cfg", action="store_true", help="print the resolved configuration and exit")
+    instead.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a run for every combination of values, e.g. python train/run.py -m +exp=NAME adapter.rank=16,64",
+    )
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":
     with exit_codes():
         arguments = parse_arguments()
-        config = compose(arguments.overrides)
-        if arguments.cfg:
-            print(to_yaml(config), end="")
+        if arguments.multirun:
+            from train.sweep import sweep
+
+            sweep(arguments.overrides)
+        elif arguments.cfg:
+            print(to_yaml(compose(arguments.overrides)), end="")
         else:
+            config = compose(arguments.overrides)
             from train.phases import run  # heavy: after the configuration, so that a typo is answered at once
 
             run(config)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Starts train/run.py with accelerate on this machine and passes on what follows. The other launchers call it.
+#
+#   NPROC=4 bash scripts/launch.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine
+#
+# NPROC                     processes on this machine; by default one for each of its GPUs, or one without a GPU
+# WANDB_PROJECT, WANDB_NAME where Weights & Biases puts the run; by default `qwen-image` and the run's name
+# ACCELERATE_CONFIG         your own accelerate file: it then decides everything but what is set here
+# NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT   for several machines; scripts/slurm_multinode.sh sets them
+#
+# Paths mean what they mean in the folder you are in. The environment is the active one, else the repository's .venv,
+# else whichever has an `accelerate`, else the one that uv makes.
+set -euo pipefail
+scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+repo=$(dirname "$scripts")
+
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+count_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true
+  else
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
+  fi
+}
+
+if [ -x "${VIRTUAL_ENV:-}/bin/accelerate" ]; then
+  PATH="$VIRTUAL_ENV/bin:$PATH" accelerate=(accelerate)
+elif [ -x "$repo/.venv/bin/accelerate" ]; then
+  PATH="$repo/.venv/bin:$PATH" accelerate=(accelerate) # PATH: DeepSpeed looks for ninja
+elif command -v accelerate >/dev/null; then
+  accelerate=(accelerate)
+elif command -v uv >/dev/null; then
+  accelerate=(uv run --project "$repo" accelerate)
+else
+  refuse "there is no accelerate: install with 'pip install uv', then run 'uv sync' in $repo"
+fi
+
+given=${NPROC:-}
+num_machines=${NUM_MACHINES:-1}
+NPROC=${NPROC:-$(count_gpus)}
+[ "$NPROC" = 0 ] && [ -z "$given" ] && NPROC=1
+[[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || refuse "NPROC must be a positive whole number, got '$NPROC'"
+total=$((NPROC * num_machines))
+
+if [ -z "${ACCELERATE_CONFIG:-}" ]; then
+  options=(--config_file "$scripts/accelerate.yaml" --num_processes "$total")
+  if ((total > 1)); then
+    options+=(--multi_gpu) # on CPU too: --cpu would start one process
+  fi
+else
+  [ -f "$ACCELERATE_CONFIG" ] || refuse "ACCELERATE_CONFIG=$ACCELERATE_CONFIG does not exist"
+  options=(--config_file "$ACCELERATE_CONFIG")
+  if [ -n "$given" ]; then
+    options+=(--num_processes "$total")
+  fi
+fi
+if ((num_machines > 1)); then
+  rank=${MACHINE_RANK:-${SLURM_NODEID:-}}
+  [ -n "$rank" ] && [ -n "${MASTER_ADDR:-}" ] && [ -n "${MASTER_PORT:-}" ] ||
+    refuse "NUM_MACHINES=$num_machines needs MACHINE_RANK, MASTER_ADDR and MASTER_PORT too"
+  options+=(--num_machines "$num_machines" --machine_rank "$rank" --rdzv_backend static)
+  options+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+elif ((total > 1)); then
+  options+=(--main_process_port "${MASTER_PORT:-0}") # 0: a free one, so that two runs can share a machine
+fi
+
+exec "${accelerate[@]}" launch "${options[@]}" "$repo/train/run.py" "$@"

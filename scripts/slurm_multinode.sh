@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=qwen-image-edit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#
+# One run over several machines of a Slurm cluster. Options of sbatch go before the script, overrides after it:
+#
+#   sbatch --nodes=4 --partition=gpu scripts/slurm_multinode.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine
+#
+# run_dir, the data, the model and this repository must be on a disk that all machines share. Two minutes before the time
+# limit the job goes back into the queue; started again, as after a failed machine or a preemption, it continues from the
+# newest checkpoint, because that is what the same command does. NPROC, WANDB_* and more: scripts/launch.sh
+set -euo pipefail
+: "${SLURM_JOB_ID:?start this with sbatch}" "${SLURM_JOB_NODELIST:?}" "${SLURM_NNODES:?}"
+
+# sbatch runs a copy of this file from its spool folder, so that the file's own place says nothing.
+submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*slurm_multinode\.sh\).*/\1/p')
+for repo in "${REPO:-}" "$(dirname "${submitted:-.}")/.." "${SLURM_SUBMIT_DIR:-.}" "$(dirname "${BASH_SOURCE[0]}")/.."; do
+  if [ -f "$repo/scripts/launch.sh" ]; then break; fi
+done
+[ -f "$repo/scripts/launch.sh" ] || {
+  echo "error: the repository is not found: submit from its folder, or set REPO=FOLDER" >&2
+  exit 2
+}
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) NUM_MACHINES=$SLURM_NNODES
+export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
+unset MACHINE_RANK                                  # every machine takes SLURM_NODEID
+
+# shellcheck disable=SC2329
+requeue() {
+  echo "the time limit is near: back into the queue" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+}
+trap requeue USR1
+
+srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  bash "$repo/scripts/launch.sh" "$@" &
+step=$!
+while true; do
+  code=0
+  wait "$step" || code=$?
+  kill -0 "$step" 2>/dev/null || break # still there: a signal has ended the waiting, not the step
+done
+exit "$code"
