@@ -28,6 +28,7 @@ from eval.metadata import describe_sampler
 from eval.metrics import compare, mean_scores
 from eval.samplers import Sampler
 from losses.randomness import SampleRandom
+from train.loggers import Picture
 from train.processes import Processes
 
 SOURCE = "source"
@@ -42,7 +43,7 @@ class ValidationResult:
 
     numbers: dict[str, float]
     """`source/psnr`, `steps_4/ssim`, `steps_4/seconds_per_edit`, …"""
-    images: dict[str, Path]
+    images: dict[str, Picture]
     """`validation/grid`: the picture grid."""
 
 
@@ -128,7 +129,7 @@ class Validation:
         methods = [SOURCE, *self._methods()]
         numbers = {f"{method}/{name}": value for method in methods for name, value in metrics[method].items()}
         numbers |= {f"{method}/seconds_per_edit": value for method, value in metrics["seconds_per_edit"].items()}
-        return ValidationResult(numbers, {"validation/grid": folder / "grid.png"})
+        return ValidationResult(numbers, {"validation/grid": Picture(folder / "grid.png")})
 
     def _methods(self) -> dict[str, int]:
         """`steps_4` -> 4."""

@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import run_script
+from tests.wandb_log import Written
 from train.loggers import JsonLines, Logger, Loggers, Picture, TensorBoard, Terminal
 from train.run_summary import summarise
 
@@ -180,20 +181,50 @@ def test_loggers_end_with_a_summary_and_know_whether_the_run_failed(tmp_path, er
 
 
 @pytest.mark.slow
-def test_tensorboard_and_wandb_offline(tiny_model_dir, tiny_pairs, tiny_cache, tmp_path, monkeypatch):
-    """Without a key W&B asks nothing and works offline; both have the numbers and the picture."""
+def test_tensorboard_and_wandb_of_a_run_that_is_continued(
+    tiny_model_dir, tiny_pairs, tiny_cache, tmp_path, monkeypatch
+):
+    """Without a key W&B asks nothing and works offline; both have all numbers, the picture, and what the run depended on."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no key in a .netrc either
     monkeypatch.setenv("WANDB_NAME", "named")
     data = [f"data.dataset={tiny_pairs}/train.json", f"data.validation={tiny_pairs}/validation.json"]
     paths = [f"model.path={tiny_model_dir}", f"cache.dir={tiny_cache}", f"run_dir={tmp_path}/run"]
-    small = ["adapter.rank=4", "train.micro_batch_size=2", "train.num_steps=2", "validate.num_rows=2", "logger=all"]
-    run_script("train/run.py", "+exp=tiny_lbm", *data, *paths, *small, env=dict(os.environ), timeout=300)
+    small = ["adapter.rank=4", "train.micro_batch_size=2", "validate.num_rows=2", "logger=all"]
+    artifact = "logger.wandb.artifact=true"
+    for num_steps in (2, 4):
+        steps = f"train.num_steps={num_steps}"
+        arguments = ["+exp=tiny_lbm", *data, *paths, *small, artifact, steps]
+        done = run_script("train/run.py", *arguments, env=dict(os.environ), timeout=300)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2]
-    assert events.Tags()["images"] == ["validation/grid"]
-    offline = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(offline) == 1
-    assert list(offline[0].glob("run-*.wandb"))
-    assert list(offline[0].rglob("*.png"))
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert "validation/grid" in events.Tags()["images"]
+    before, after = (Written(folder) for folder in sorted((tmp_path / "run" / "wandb").glob("offline-run-*")))
+    assert before.of("run")[0].run_id == after.of("run")[0].run_id
+    assert [row["step"] for row in before.history() + after.history()] == [1, 2, 3, 4]
+    assert after.history()[-1]["validation/grid/path"]
+    record = after.config()["record"]
+    assert record["world_size"] == 1
+    assert "train/run.py" in record["command"]
+    assert record["data"]
+    assert after.summary()["final/step"] == 4
+    assert [artifact.type for artifact in after.of("artifact")] == ["adapter"]
+    assert f"wandb sync {tmp_path}/run/wandb/offline-run-" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_from_another_runs_checkpoint_is_a_run_of_its_own(
+    tiny_model_dir, tiny_pairs, tiny_cache, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = [f"data.dataset={tiny_pairs}/train.json", "validate=none", "logger=wandb"]
+    paths = [f"model.path={tiny_model_dir}", f"cache.dir={tiny_cache}"]
+    small = ["adapter.rank=4", "train.micro_batch_size=2"]
+    first, second = tmp_path / "a", tmp_path / "b"
+    run_script("train/run.py", "+exp=tiny_lbm", *data, *paths, *small, f"run_dir={first}", "train.num_steps=1")
+    resume = [f"run_dir={second}", f"resume={first}/checkpoints/step-000001", "train.num_steps=2"]
+    run_script("train/run.py", "+exp=tiny_lbm", *data, *paths, *small, *resume)
+    ids = [Written(next(run.glob("wandb/offline-run-*"))).of("run")[0].run_id for run in (first, second)]
+    assert ids[0] != ids[1]

@@ -188,9 +188,8 @@ class Loggers:
         metrics: the `metrics.jsonl` that the summary is made of, or None for no summary.
     """
 
-    def __init__(self, loggers: Mapping[str, Logger] | list[Logger], metrics: Path | None = None):
-        # A list and bare paths (below) are what phases.py and eval/validation.py give until they know better.
-        self.loggers = {str(i): each for i, each in enumerate(loggers)} if isinstance(loggers, list) else loggers
+    def __init__(self, loggers: Mapping[str, Logger], metrics: Path | None = None):
+        self.loggers = loggers
         self.metrics = metrics
 
     def log(self, step: int, numbers: Numbers) -> None:
@@ -198,9 +197,8 @@ class Loggers:
         for logger in self.loggers.values():
             logger.log(step, numbers)
 
-    def images(self, step: int, images: Mapping[str, Picture | Path]) -> None:
+    def images(self, step: int, images: Pictures) -> None:
         """To every logger."""
-        images = {name: Picture(each) if isinstance(each, Path) else each for name, each in images.items()}
         for logger in self.loggers.values():
             logger.images(step, images)
 

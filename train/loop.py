@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from losses.randomness import SampleRandom
 from losses.terms import LossTerms
 from train.adapter import Adapter
 from train.checkpoint import Checkpoints
-from train.loggers import Loggers
+from train.loggers import Loggers, Picture
 from train.optim import Optimizer
 from train.parallel import Parallel
 from train.processes import Processes
@@ -31,7 +30,7 @@ class ValidationResult(Protocol):
     """What a validation returns."""
 
     numbers: dict[str, float]
-    images: dict[str, Path]
+    images: dict[str, Picture]
 
 
 class TrainingDiverged(RuntimeError):
@@ -130,7 +129,8 @@ def train(
         if done % every.save == 0 or done == num_steps:
             check_agreement(processes, done, adapter)
             if processes.is_main:
-                checkpoints.save(done, adapter, optimizer, identity)
+                folder = checkpoints.save(done, adapter, optimizer, identity | {"loggers": loggers.state()})
+                loggers.artifact(done, folder)
 
 
 def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from train.loggers import JsonLines, Loggers, Terminal
 from train.loop import Every, train
 from train.parallel import Parallel, Replicas, Zero, shard
 from train.processes import Processes, check_launch
+from train.provenance import provenance
 from train.zero import check_settings, launched_settings, zero_settings
 
 ENCODERS = ("vae", "text_encoder", "processor")
@@ -138,8 +140,10 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
     validate = build_validation(config, fingerprint, geometry, decode, processes)
     if processes.is_main:
         write_text(run_dir / "config.yaml", to_yaml(config))
-    loggers = build_loggers(config, first_step) if processes.is_main else Loggers([])
-    try:
+    record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
+    states = continued_states(checkpoint, checkpoints)
+    loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
+    with closing(stream), loggers:
         train(
             processes,
             parallel,
@@ -157,9 +161,13 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             identity,
             settings.max_grad_norm,
         )
-    finally:
-        loggers.close()
-        stream.close()
+
+
+def continued_states(checkpoint: Checkpoint | None, checkpoints: Checkpoints) -> dict[str, Any]:
+    """What the loggers were in the checkpoint, by name. A checkpoint of another run_dir begins a run of its own."""
+    if checkpoint is None or checkpoint.path.resolve().parent != checkpoints.folder.resolve():
+        return {}
+    return checkpoint.run.get("loggers", {})
 
 
 def say(processes: Processes, text: str) -> None:
@@ -238,13 +246,23 @@ def build_validation(
     return build(config.validate, "validate", reader=reader, decode=decode, folder=folder, processes=processes)
 
 
-def build_loggers(config: Config, first_step: int) -> Loggers:
+def build_loggers(config: Config, first_step: int, record: dict[str, Any], states: dict[str, Any]) -> Loggers:
     """metrics.jsonl, the terminal, and those of the configuration."""
     run_dir = Path(config.run_dir)
-    context = {"run_dir": run_dir, "name": config.name, "config": asdict(config), "resumed_step": first_step}
-    configured = [build(node, f"logger.{name}", **context) for name, node in config.logger.items()]
+    metrics = run_dir / "metrics.jsonl"
+    context = {
+        "run_dir": run_dir,
+        "name": config.name,
+        "config": asdict(config),
+        "record": record,
+        "resumed_step": first_step,
+    }
+    configured = {
+        name: build(node, f"logger.{name}", **context, state=states.get(name, {}))
+        for name, node in config.logger.items()
+    }
     terminal = Terminal(config.train.num_steps, config.train.log_every, first_step)
-    return Loggers([JsonLines(run_dir / "metrics.jsonl", first_step), terminal, *configured])
+    return Loggers({"metrics": JsonLines(metrics, first_step), "terminal": terminal, **configured}, metrics)
 
 
 def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
