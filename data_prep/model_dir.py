@@ -30,15 +30,18 @@ class ModelDirectory:
     path: Path
 
     @classmethod
-    def resolve(cls, model: str | os.PathLike) -> "ModelDirectory":
+    def resolve(cls, model: str | os.PathLike, weights: bool = True) -> "ModelDirectory":
         """A folder as it is, or a hub id, downloaded (or found in the hub's cache) with progress.
+
+        Args:
+            weights: download all of it, or only what says how large it is.
 
         Raises:
             InputError: neither, or the folder lacks a component.
         """
         path = Path(model).expanduser()
         if not path.is_dir():
-            path = download(str(model))
+            path = download(str(model), weights)
         missing = [name for name in COMPONENTS if not (path / name).is_dir()]
         if missing:
             raise InputError(
@@ -126,7 +129,7 @@ class ModelDirectory:
         return digest.hexdigest()
 
 
-def download(hub_id: str) -> Path:
+def download(hub_id: str, weights: bool = True) -> Path:
     """Fetches the components' files from the hub.
 
     Raises:
@@ -138,7 +141,8 @@ def download(hub_id: str) -> Path:
         raise InputError(
             f"no model at {hub_id}: set model.path to a folder or to a hub id such as Qwen/Qwen-Image-Edit-2511"
         )
-    patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
+    files = "*" if weights else "*.json"
+    patterns = ["model_index.json", *(f"{name}/{files}" for name in COMPONENTS)]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

@@ -10,8 +10,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data_prep.errors import exit_codes
 from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
+from train.builders import check_nodes
 from train.config import compose
-from train.phases import check_nodes, train_phase
+from train.phases import train_phase
 from train.processes import Processes
 
 if __name__ == "__main__":

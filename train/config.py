@@ -175,6 +175,22 @@ class ParallelConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What to plan for, when it is not this machine."""
+
+    gpu: str | None = None
+    """A name such as H100 or RTX 4090; by default the GPU that is here, or one of 96 GB."""
+    world_size: int | None = None
+    """Processes, one GPU each; by default those that were launched."""
+
+    def __post_init__(self):
+        require(
+            self.world_size is None or self.world_size >= 1,
+            f"plan.world_size must be at least 1, got {self.world_size}",
+        )
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -184,8 +200,8 @@ class Config:
     """Everything that the run writes."""
     seed: int = 0
     """Of the order of records, and of every draw."""
-    phases: list[Literal["cache", "train"]] = field(default_factory=lambda: ["cache", "train"])
-    """What to do."""
+    phases: list[Literal["plan", "cache", "train"]] = field(default_factory=lambda: ["cache", "train"])
+    """What to do. `[plan]` only says what the run needs: memory, time, disk."""
     resume: str = "auto"
     """`auto`: from the newest checkpoint in run_dir; `never`: refuse a run_dir that has one; or a checkpoint's path."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -194,6 +210,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     loss: dict[str, Any] = field(default_factory=dict)
     """`_target_` and arguments of the loss."""
     optim: dict[str, Any] = field(default_factory=dict)
@@ -207,7 +224,7 @@ class Config:
         require(
             self.model.path != "???", "model.path is not set: choose a model with model=tiny, or set model.path=FOLDER"
         )
-        require(len(self.phases) > 0, "phases is empty: use [cache,train], [cache] or [train]")
+        require(len(self.phases) > 0, "phases is empty: use [cache,train], [cache], [train] or [plan]")
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")

@@ -1,6 +1,7 @@
 """The processes that `accelerate launch` started: who this one is, and how they agree."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,11 @@ class Processes:
     def gather(self, value: Any) -> list[Any]:
         """What every process passed, by rank, on every process."""
         return gather_object([value])
+
+    def say(self, text: str) -> None:
+        """Prints once, whatever the number of processes."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Leaves together: a process that exits while another still talks to it may abort."""

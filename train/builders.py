@@ -1,0 +1,137 @@
+"""From the configuration to the objects that a run is made of."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from data_prep.encoders import load_vae
+from data_prep.errors import InputError
+from data_prep.geometry import Geometry
+from data_prep.model_dir import ModelDirectory
+from data_prep.records import CacheReader
+from train.adapter import Adapter, attach_lora
+from train.config import Config, to_yaml
+from train.denoiser import load_denoiser, resolve_zero_cond_t
+from train.loggers import JsonLines, Loggers, Terminal
+from train.parallel import Parallel, Replicas, Zero, shard
+from train.processes import Processes, check_launch
+from train.zero import check_settings, launched_settings, zero_settings
+
+
+def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any) -> Any:
+    """Builds the object that an open node's `_target_` names.
+
+    Raises:
+        InputError: its arguments are wrong.
+    """
+    try:
+        return instantiate(node | {"_partial_": True})(*positional, **keywords)
+    except (InstantiationException, TypeError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{name} ({node['_target_']}): {reason}") from error
+
+
+def check_nodes(config: Config, model: ModelDirectory) -> None:
+    """Builds what is cheap to build, so that a wrong argument is found before an hour of caching."""
+    build_loss(config, lambda latents: latents)
+    build(config.optim, "optim", [nn.Parameter(torch.zeros(1))], num_steps=config.train.num_steps)
+    resolve_zero_cond_t(config.model.zero_cond_t, model)
+    spread = config.parallel
+    check_launch(spread.strategy, config.model.dtype, "train" in config.phases, os.environ)
+    launched = launched_settings(os.environ)
+    if launched:
+        check_settings(
+            launched, spread.stage, spread.offload, config.train.grad_accum_steps, config.train.max_grad_norm
+        )
+
+
+def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
+    """The denoiser with LoRA, spread as `parallel` says. Under ZeRO-3 no rank ever holds the whole transformer."""
+    settings, spread, lora = config.train, config.parallel, config.adapter
+    dtype, checkpointing = getattr(torch, config.model.dtype), settings.gradient_checkpointing == "full"
+    zero = None
+    if spread.strategy.startswith("zero"):
+        zero = zero_settings(
+            spread.stage,
+            spread.offload,
+            spread.bucket_size,
+            spread.overlap_comm,
+            spread.contiguous_gradients,
+            settings.micro_batch_size,
+            settings.grad_accum_steps,
+            launched_settings(os.environ),
+        )
+    if dtype == torch.bfloat16:  # LoRA's float32 products have bf16 inputs, which TF32 holds exactly, eight times as fast
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    place = shard(zero, processes) if zero and spread.stage == 3 else None
+    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, checkpointing, place)
+    adapter = attach_lora(
+        denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
+    )
+    if zero:
+        return adapter, Zero(denoiser, adapter, processes, zero, spread.offload)
+    return adapter, Replicas(denoiser, adapter, processes, settings.grad_accum_steps)
+
+
+def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The VAE's decoder, loaded when it is first used."""
+
+    @functools.cache
+    def vae():
+        return load_vae(model, device, dtype)
+
+    return lambda latents: vae().decode(latents)
+
+
+def build_loss(config: Config, decode: Callable[[Tensor], Tensor]) -> Any:
+    """The loss; it is given the decoder if it has pixel terms."""
+    return build(config.loss, "loss", **({"decode": decode} if config.loss.get("pixel") else {}))
+
+
+def build_validation(
+    config: Config, reader: CacheReader, decode: Callable[[Tensor], Tensor], processes: Processes
+) -> Any:
+    """The validation on the held-out rows of `reader`."""
+    folder = Path(config.run_dir) / "validation"
+    return build(config.validate, "validate", reader=reader, decode=decode, folder=folder, processes=processes)
+
+
+def build_loggers(config: Config, first_step: int, record: dict[str, Any], states: dict[str, Any]) -> Loggers:
+    """metrics.jsonl, the terminal, and those of the configuration."""
+    run_dir = Path(config.run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    context = {
+        "run_dir": run_dir,
+        "name": config.name,
+        "config": asdict(config),
+        "record": record,
+        "resumed_step": first_step,
+    }
+    configured = {
+        name: build(node, f"logger.{name}", **context, state=states.get(name, {}))
+        for name, node in config.logger.items()
+    }
+    terminal = Terminal(config.train.num_steps, config.train.log_every, first_step)
+    return Loggers({"metrics": JsonLines(metrics, first_step), "terminal": terminal, **configured}, metrics)
+
+
+def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
+    """What an exported adapter says of itself."""
+    return {
+        "base_model": config.model.path,
+        "objective": loss.objective,
+        "sigma_convention": "1 = start (source, white or noise), 0 = target",
+        "loss": json.dumps(config.loss),
+        "geometry": json.dumps(asdict(geometry)),
+        "config_hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
+    }
