@@ -68,4 +68,5 @@ elif ((total > 1)); then
   options+=(--main_process_port "${MASTER_PORT:-0}") # 0: a free one, so that two runs can share a machine
 fi
 
-exec "${accelerate[@]}" launch "${options[@]}" "$repo/train/run.py" "$@"
+# --quiet: a mistake in the configuration is one sentence, without accelerate's own traceback behind it
+exec "${accelerate[@]}" launch --quiet "${options[@]}" "$repo/train/run.py" "$@"
