@@ -4,7 +4,7 @@
 
 Every job is a process of its own, started by scripts/launch.sh, so that it can have several GPUs and leaves nothing in the
 next one's memory. It is a run like any other, in `runs/sweeps/NAME/adapter.rank=16,optim=prodigy/`, and continues when the
-same command is given again. `hydra/launcher=` puts the jobs elsewhere: docs/sweeps.md.
+same command is given again. `hydra/launcher=` puts the jobs elsewhere: docs/cluster.md.
 """
 
 import hashlib
