@@ -54,6 +54,15 @@ def draw_grid(columns: Sequence[str], rows: Sequence[GridRow]) -> Image.Image:
     return canvas
 
 
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size, from left to right, with a small gap."""
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), BACKGROUND)
+    for number, picture in enumerate(pictures):
+        strip.paste(picture, (number * (width + GAP), 0))
+    return strip
+
+
 def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, top: int) -> None:
     lines = "\n".join(textwrap.wrap(row.prompt, width=22, max_lines=8, placeholder=" …"))
     draw.multiline_text((GAP, top), lines, fill=INK, font=_font(14, row.prompt), spacing=5)

@@ -23,7 +23,7 @@ from data_prep.geometry import LATENT_CELL, Size, fit, fit_mask, to_image, to_pi
 from data_prep.images import open_image, open_mask
 from data_prep.progress import progress
 from data_prep.records import CacheReader, Record
-from eval.grid import GridRow, draw_grid
+from eval.grid import GridRow, draw_grid, side_by_side
 from eval.metadata import describe_sampler
 from eval.metrics import compare, mean_scores
 from eval.samplers import Sampler
@@ -33,6 +33,7 @@ from train.processes import Processes
 
 SOURCE = "source"
 """The baseline's name among the methods: the source image, returned unchanged."""
+TARGET = "target"
 
 Scores = dict[str, float]
 
@@ -44,23 +45,22 @@ class ValidationResult:
     numbers: dict[str, float]
     """`source/psnr`, `steps_4/ssim`, `steps_4/seconds_per_edit`, …"""
     images: dict[str, Picture]
-    """`validation/grid`: the picture grid."""
+    """`validation/grid`: the picture grid; `validation/row-0` and on: source, edit with most steps, and target of a row."""
 
 
 @dataclass
 class RowResult:
-    """One row: its scores by method (`source`, `steps_1`, …) and its pictures at the target's size."""
+    """One row: its scores by method (`source`, `steps_1`, …) and, if it is shown, its pictures at the target's size."""
 
     id: str
     prompt: str
-    scores: dict[str, Scores]
-    source: Image.Image
-    target: Image.Image
-    predictions: dict[str, Image.Image] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    """By method, and the `target`."""
 
 
 class Validation:
-    """Edits fixed rows from fixed seeds with every step count, and writes `metrics.json` and `grid.png`.
+    """Edits fixed rows from fixed seeds with every step count, and writes `metrics.json`, `grid.png` and `row-N.jpg`.
 
     Args:
         reader: the cache of the held-out rows. Targets, sources and masks are read from the rows' own files.
@@ -113,7 +113,7 @@ class Validation:
         return self.write(denoiser, self.folder / f"step-{step:06d}")
 
     def write(self, denoiser: nn.Module, folder: Path) -> ValidationResult:
-        """Scores the denoiser, which is put back in the mode it was in, and writes `metrics.json` and `grid.png`.
+        """Scores the denoiser, which is put back in the mode it was in, and writes the folder's files.
 
         On other ranks than 0 nothing is written, and the result is empty.
         """
@@ -123,13 +123,28 @@ class Validation:
             return ValidationResult({}, {})
         results = [rows[index] for index in self.rows]
         metrics = summarise(results, seconds) | {"sampler": describe_sampler(self.sampler)}
-        with atomic_file(folder / "grid.png") as temporary:
-            self._draw([rows[index] for index in self.rows if index in self.shown]).save(temporary, format="png")
+        pictures = self._pictures(folder, [rows[index] for index in self.rows if index in self.shown])
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
         methods = [SOURCE, *self._methods()]
         numbers = {f"{method}/{name}": value for method in methods for name, value in metrics[method].items()}
         numbers |= {f"{method}/seconds_per_edit": value for method, value in metrics["seconds_per_edit"].items()}
-        return ValidationResult(numbers, {"validation/grid": Picture(folder / "grid.png")})
+        return ValidationResult(numbers, pictures)
+
+    def _pictures(self, folder: Path, rows: list[RowResult]) -> dict[str, Picture]:
+        """Writes the grid, and every shown row by itself in full size."""
+        with atomic_file(folder / "grid.png") as temporary:
+            self._draw(rows).save(temporary, format="png")
+        pictures = {"validation/grid": Picture(folder / "grid.png")}
+        last = list(self._methods())[-1]
+        for number, row in enumerate(rows):
+            file = folder / f"row-{number}.jpg"
+            with atomic_file(file) as temporary:
+                strip = side_by_side([row.pictures[name] for name in (SOURCE, last, TARGET)])
+                strip.save(temporary, format="jpeg", quality=92)
+            pictures[f"validation/row-{number}"] = Picture(
+                file, f"{row.prompt} · {row.scores[last]['psnr']:.1f} dB ({row.id}: source, {last}, target)"
+            )
+        return pictures
 
     def _methods(self) -> dict[str, int]:
         """`steps_4` -> 4."""
@@ -152,15 +167,18 @@ class Validation:
                 records = [self.reader[index] for index in indices]
                 edit = collate(records).to(device)
                 generator = SampleRandom(self.seed, [record.row["number"] for record in records])
-                files = [_read_files(record) for record in records]
+                files = [
+                    _read_files(record, keep=index in self.shown)
+                    for index, record in zip(indices, records, strict=True)
+                ]
                 if number < len(batches):
                     rows.update((index, each.result) for index, each in zip(indices, files, strict=True))
                 for method, num_steps in self._methods().items():
                     start = time.perf_counter()
                     pixels = self.decode(self.sampler(denoiser, edit, num_steps, generator)).float().cpu()
                     seconds[method].append((time.perf_counter() - start) / len(indices))
-                    for index, each, prediction in zip(indices, files, pixels, strict=True):
-                        each.score(method, prediction, keep=index in self.shown)
+                    for each, prediction in zip(files, pixels, strict=True):
+                        each.score(method, prediction)
                 advance(len(indices))
         parts = self.processes.gather((rows, seconds)) if self.processes else [(rows, seconds)]
         rows = {index: row for part, _ in parts for index, row in part.items()}
@@ -177,7 +195,7 @@ class Validation:
         steps = {method: f"{n} step{'s' if n > 1 else ''}" for method, n in self._methods().items()}
         lines = []
         for row in rows:
-            pictures = [row.source, *(row.predictions[method] for method in steps), row.target]
+            pictures = [row.pictures[name] for name in (SOURCE, *steps, TARGET)]
             captions = [f"{row.scores[method]['psnr']:.1f} dB" for method in (SOURCE, *steps)]
             lines.append(GridRow(row.prompt, pictures, [*captions, ""]))
         return draw_grid(["source", *steps.values(), "target"], lines)
@@ -232,16 +250,18 @@ class _Files:
     result: RowResult
     target: Tensor
     background: Tensor | None
+    keep: bool
+    """Keep the pictures, to show them."""
 
-    def score(self, method: str, prediction: Tensor, keep: bool) -> None:
-        """Scores pixels (3, H, W) in about [-1, 1], and keeps them as a picture for the grid if asked."""
+    def score(self, method: str, prediction: Tensor) -> None:
+        """Scores pixels (3, H, W) in about [-1, 1]."""
         unit = (prediction.clamp(-1, 1) + 1) / 2
         self.result.scores[method] = compare(unit, self.target, self.background)
-        if keep:
-            self.result.predictions[method] = to_image(prediction)
+        if self.keep:
+            self.result.pictures[method] = to_image(prediction)
 
 
-def _read_files(record: Record) -> _Files:
+def _read_files(record: Record, keep: bool) -> _Files:
     """Reads target, source and mask at the size of the record's target, and scores the source."""
     row, size = record.row, Size(*(side * LATENT_CELL for side in record.target_latents.shape[-2:]))
     target = fit(open_image(_truth(row)), size)
@@ -249,9 +269,10 @@ def _read_files(record: Record) -> _Files:
     background = None
     if row["back_mask"]:
         background = torch.from_numpy(np.array(fit_mask(open_mask(row["back_mask"]), size)) >= 128)
-    result = RowResult(record.id, row["prompt"], {}, source, target)
-    files = _Files(result, (to_pixels(target) + 1) / 2, background)
-    files.score(SOURCE, to_pixels(source), keep=False)
+    files = _Files(RowResult(record.id, row["prompt"]), (to_pixels(target) + 1) / 2, background, keep)
+    files.score(SOURCE, to_pixels(source))
+    if keep:
+        files.result.pictures[TARGET] = target
     return files
 
 

@@ -19,7 +19,7 @@ from data_prep.records import CacheReader
 from data_prep.rows import read_rows
 from data_prep.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
 from losses.batch import Condition
-from tests.commands import ROOT
+from scripts.gpu_smoke import TRANSFORMER, write_model
 from train.adapter import attach_lora
 from train.checkpoint import Checkpoints
 from train.config import DEFAULT_TARGETS, Config, compose
@@ -29,11 +29,12 @@ from train.memory import LiveBytes, LoraSizes, Transformer, flash_attention, opt
 from train.optim import AdamW, Optimizer, Prodigy
 from train.plan import GIB, Plan, dataset_sizes, make_plan
 
-REAL = {
-    **{"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584},
-    **{"in_channels": 64, "out_channels": 16, "axes_dims_rope": [16, 56, 56], "patch_size": 2, "zero_cond_t": True},
+SMALL = TRANSFORMER | {
+    "num_layers": 12,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "axes_dims_rope": [8, 12, 12],
 }
-SMALL = REAL | {"num_layers": 12, "num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12]}
 LORA = LoraSizes(8, tuple(DEFAULT_TARGETS))
 BUCKETS = [
     Bucket(Size(256, 256), (Size(256, 256),), 40, 1.0),
@@ -52,15 +53,7 @@ def build_optimizer(node: dict, parameters: list[nn.Parameter]) -> Optimizer:
 def real_model(tmp_path_factory) -> ModelDirectory:
     """`config.json` files of the published sizes, and no weights."""
     folder = tmp_path_factory.mktemp("real")
-    vae = json.loads((ROOT / "scripts/tiny/vae_config.json").read_text())
-    text = json.loads((ROOT / "scripts/tiny/text_encoder_config.json").read_text())
-    vae |= {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-    text["text_config"] |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-    text["text_config"] |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
-    text["vision_config"] |= {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
-    for component, config in {"transformer": REAL, "vae": vae, "text_encoder": text}.items():
-        (folder / component).mkdir()
-        (folder / component / "config.json").write_text(json.dumps(config))
+    write_model(folder, "full")
     return ModelDirectory(folder)
 
 

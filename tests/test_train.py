@@ -166,7 +166,7 @@ WRONG = {
     "loss.bridge_noise=-1": "bridge_noise must be 0 or more, got -1",
     "data.dataset=missing.json": "missing.json",
     "data.on_error=ignore": "data.on_error must be one of raise, skip, got 'ignore'",
-    "loss={_target_:losses.FlowMatchingLoss}": "loss= takes a name: flow, lbm, lbm_main",
+    "loss={rank:1}": "loss= takes a name: flow, lbm, lbm_main",
     "phases=[tune]": "phases[0] must be one of plan, cache, train, got 'tune'",
     "data.max_pixels=4096 data.vision_pixels=50176 phases=[train]": "phases=[cache",
     "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",

@@ -127,7 +127,7 @@ def train(
             loggers.log(done, {f"validation/{name}": value for name, value in result.numbers.items()})
             loggers.images(done, result.images)
         if done % every.save == 0 or done == num_steps:
-            check_agreement(processes, done, adapter)
+            check_agreement(processes, done, adapter, optimizer)
             if processes.is_main:
                 folder = checkpoints.save(done, adapter, optimizer, identity | {"loggers": loggers.state()})
                 loggers.artifact(done, folder)
@@ -172,11 +172,12 @@ def over_ranks(processes: Processes, totals: Sums, peaks: dict[str, float]) -> d
     return numbers | {name: max(part[name] for _, part in gathered) for name in peaks}
 
 
-def check_agreement(processes: Processes, step: int, adapter: Adapter) -> None:
-    """Raises `TrainingDiverged` unless every rank holds bit for bit the same weights, as it must."""
-    sums = [weight.double().sum() for weight in adapter.state_dict().values()]
-    if len(set(processes.gather(torch.stack(sums).sum().item()))) > 1:
-        raise TrainingDiverged(f"step {step}: the ranks hold different LoRA weights. Nothing was saved")
+def check_agreement(processes: Processes, step: int, adapter: Adapter, optimizer: Optimizer) -> None:
+    """Raises `TrainingDiverged` unless every rank holds bit for bit the same weights and step size, as it must."""
+    total = torch.stack([weight.double().sum() for weight in adapter.state_dict().values()]).sum().item()
+    everyone = processes.gather((total, optimizer.numbers()))
+    if any(each != everyone[0] for each in everyone):
+        raise TrainingDiverged(f"step {step}: the ranks disagree on weights or step size: {everyone}. Nothing was saved")
 
 
 def memory() -> dict[str, float]:
