@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from train.adapter import Adapter
 from train.processes import Processes
 
+GATHERED_TOGETHER = 32
+"""LoRA weights of one gathering: few calls, and little memory."""
+
 
 class Parallel(Protocol):
     """What the loop needs."""
@@ -101,9 +104,11 @@ class Zero:
         """As `Parallel.publish`. Gathering and partitioning anew replaces what the last forward pass had gathered."""
         from deepspeed import zero
 
-        for shard, master in zip(self.shards, self.masters, strict=True):
-            with zero.GatheredParameters([shard], modifier_rank=0, enabled=self.sharded):
-                shard.data.copy_(master)
+        for start in range(0, len(self.shards), GATHERED_TOGETHER):
+            part = slice(start, start + GATHERED_TOGETHER)
+            with zero.GatheredParameters(self.shards[part], modifier_rank=0, enabled=self.sharded):
+                for shard, master in zip(self.shards[part], self.masters[part], strict=True):
+                    shard.data.copy_(master)
 
 
 class Idle(torch.optim.Optimizer):
