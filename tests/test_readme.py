@@ -52,7 +52,7 @@ def quick(command: str) -> str:
         return f"{command} --out made/tiny"
     if "demo.sh" in command:
         return f"DEMO_DIR=$PWD/demo DEMO_MODEL=$PWD/models/tiny DEMO_STEPS=2 DEMO_CROPS=4 DEMO_HELD_OUT=1 {command}"
-    if "train/run.py" in command and "--cfg" not in command:
+    if ("train/run.py" in command or "scripts/train_" in command) and "--cfg" not in command:
         small = f"{QUICK} {FULL_SIZE}" if "2511" in command else QUICK
         return f"{command} {small} train.save_every=1"
     return command.replace("step-001000", "step-000001")
