@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from data_prep.errors import InputError
+
+PATIENCE = timedelta(hours=12)
+"""How long a rank waits for another: one may have many more images to cache. The launcher ends the job if one fails."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Processes:
         """
         cpu = device == "cpu" or not torch.cuda.is_available()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return cls(PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and several else {})))
+        backend = {"backend": "gloo"} if cpu and several else {}
+        return cls(PartialState(cpu=cpu, timeout=PATIENCE, **backend))
 
     @property
     def rank(self) -> int:
