@@ -1,6 +1,7 @@
 """Optimizers: schedules in closed form, averaged weights that leave training as it was, state restored bit for bit."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from torch import nn
 
 from train.optim import AdamW, Prodigy, optimizer_state, restore_optimizer_state
 
+EIGHT_BITS = {"lr": 0.05, "bits": 8, "shape": (80, 64)}
+"""bitsandbytes leaves tensors of fewer than 4,096 numbers in 32 bits."""
 
-def quadratic(optimizer_class, steps: int, **options):
+
+def quadratic(optimizer_class, steps: int, shape=(40, 36), **options):
     """Trains towards fixed targets; returns the parameters, the optimizer and a function that takes one more step."""
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(40, 36, generator=generator)), nn.Parameter(torch.zeros(7))]
+    params = [nn.Parameter(torch.randn(shape, generator=generator)), nn.Parameter(torch.zeros(7))]
     goals = [torch.randn(p.shape, generator=generator) for p in params]
     optimizer = optimizer_class(params, num_steps=100, **options)
 
@@ -35,7 +39,7 @@ def test_schedules():
     assert {constant.lr_at(step) for step in range(5)} == {2.0}
 
 
-@pytest.mark.parametrize(("kind", "options"), [(AdamW, {"lr": 0.05}), (Prodigy, {})])
+@pytest.mark.parametrize(("kind", "options"), [(AdamW, {"lr": 0.05}), (AdamW, EIGHT_BITS), (Prodigy, {})])
 def test_it_learns(kind, options):
     *_, losses = quadratic(kind, 60, **options)
     assert losses[-1] < 0.9 * losses[0]
@@ -59,7 +63,8 @@ def test_prodigy_exports_the_average_and_goes_on_unchanged():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(AdamW, {"lr": 0.05}), (Prodigy, {}), (Prodigy, {"betas": [0.95, 0.99]})]
+    ("kind", "options"),
+    [(AdamW, {"lr": 0.05}), (AdamW, EIGHT_BITS), (Prodigy, {}), (Prodigy, {"betas": [0.95, 0.99]})],
 )
 def test_state_is_restored_bit_for_bit(kind, options):
     params, optimizer, advance, _ = quadratic(kind, 20, **options)
@@ -75,6 +80,25 @@ def test_state_is_restored_bit_for_bit(kind, options):
     again, _ = optimizer_state(fresh.torch_optimizer)
     assert all(again[name].dtype == tensor.dtype for name, tensor in tensors.items())
     assert [fresh_advance(step) for step in range(20, 30)] == expected
+
+
+def test_eight_bits_are_a_quarter_of_the_memory_and_near_thirty_two():
+    states, losses = {}, {}
+    for bits in (8, 32):
+        _, optimizer, _, losses[bits] = quadratic(AdamW, 60, **EIGHT_BITS | {"bits": bits})
+        states[bits], _ = optimizer_state(optimizer.torch_optimizer)
+    large = {name for name, tensor in states[8].items() if tensor.dtype == torch.uint8}
+    assert {tensor.numel() for name, tensor in states[8].items() if name in large} == {80 * 64}
+    assert len(large) == 2
+    assert losses[8] == pytest.approx(losses[32], abs=0.01 * losses[32][0])
+
+
+def test_without_bitsandbytes_there_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    with pytest.raises(ValueError, match=r"optim.bits=8 needs bitsandbytes .* run `uv pip install bitsandbytes`"):
+        AdamW([nn.Parameter(torch.zeros(1))], bits=8)
+    with pytest.raises(ValueError, match="bits must be 8 or 32, got 16"):
+        AdamW([nn.Parameter(torch.zeros(1))], bits=16)  # type: ignore[arg-type]
 
 
 def test_options_that_do_nothing_are_refused():
