@@ -12,6 +12,7 @@ from data_prep.encoders import load_vae
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
+from eval.grid import GAP
 from eval.metrics import MAX_PSNR
 from eval.samplers import BridgeSampler, FlowSampler
 from eval.validation import Validation, choose_rows
@@ -88,9 +89,14 @@ def test_files_and_numbers_have_the_promised_shape(validation):
     assert [("psnr_edited" in row["source"]) for row in metrics["per_row"]] == [True, *[False] * 5]
     assert metrics["sampler"]["name"] == "BridgeSampler"
     assert result.numbers["steps_1/seconds_per_edit"] > 0
-    with Image.open(result.images["validation/grid"]) as grid:
+    with Image.open(result.images["validation/grid"].path) as grid:
         assert grid.format == "PNG"
         assert grid.width > 4 * 192
+    assert list(result.images) == ["validation/grid", *(f"validation/row-{i}" for i in range(6))]
+    shown, row = result.images["validation/row-3"], metrics["per_row"][3]
+    assert shown.caption == f"edit number 3 · {row['steps_2']['psnr']:.1f} dB (r3: source, steps_2, target)"
+    with Image.open(shown.path) as strip:
+        assert strip.size == (3 * 64 + 2 * GAP, 64)
     assert not list(made.folder.rglob("*.tmp"))
 
 

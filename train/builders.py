@@ -71,7 +71,9 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
             settings.grad_accum_steps,
             launched_settings(os.environ),
         )
-    if dtype == torch.bfloat16:  # LoRA's float32 products have bf16 inputs, which TF32 holds exactly, eight times as fast
+    if (
+        dtype == torch.bfloat16
+    ):  # LoRA's float32 products have bf16 inputs, which TF32 holds exactly, eight times as fast
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     place = shard(zero, processes) if zero and spread.stage == 3 else None
     denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, checkpointing, place)

@@ -278,6 +278,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What `to_yaml` wrote."""
+    return typing.cast(dict, OmegaConf.to_container(OmegaConf.load(path)))
+
+
 def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
     """Fills a dataclass from a mapping, refusing unknown keys and wrong types by their full key."""
     if not isinstance(values, Mapping):

@@ -177,7 +177,9 @@ def check_agreement(processes: Processes, step: int, adapter: Adapter, optimizer
     total = torch.stack([weight.double().sum() for weight in adapter.state_dict().values()]).sum().item()
     everyone = processes.gather((total, optimizer.numbers()))
     if any(each != everyone[0] for each in everyone):
-        raise TrainingDiverged(f"step {step}: the ranks disagree on weights or step size: {everyone}. Nothing was saved")
+        raise TrainingDiverged(
+            f"step {step}: the ranks disagree on weights or step size: {everyone}. Nothing was saved"
+        )
 
 
 def memory() -> dict[str, float]:

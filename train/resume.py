@@ -5,12 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from data_prep.errors import InputError
 from data_prep.records import CacheReader
 from train.checkpoint import Checkpoint, Checkpoints, read_checkpoint
-from train.config import Config
+from train.config import Config, read_yaml
 from train.processes import Processes
 
 MAY_CHANGE = (
@@ -48,7 +46,7 @@ def check_continuation(config: Config, checkpoint: Path, saved: dict[str, Any], 
     Raises:
         InputError: names the keys that differ.
     """
-    before = _flat(OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml")))
+    before = _flat(read_yaml(checkpoint / "config.yaml"))
     now = _flat(asdict(config))
     differing = [
         key
