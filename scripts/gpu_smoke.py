@@ -31,12 +31,10 @@ from data_prep.errors import InputError, exit_codes
 from data_prep.geometry import LATENT_CELL, Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.rows import read_rows
-from train.builders import build
 from train.config import Config, compose
 from train.denoiser import build_dit
-from train.gpus import find_gpu
-from train.phases import ENCODERS, train_phase
-from train.plan import GIB, dataset_sizes, make_plan
+from train.phases import ENCODERS, plan_run, train_phase
+from train.planner import GIB
 from train.processes import Processes
 
 SHIPPED = Path(__file__).parent / "tiny"
@@ -144,14 +142,7 @@ def main(arguments: argparse.Namespace) -> None:
     if processes.is_main:
         write_cache(config, model, geometry, out)
     processes.barrier()
-    plan = make_plan(
-        config,
-        model,
-        dataset_sizes(config, model),
-        processes.world_size,
-        find_gpu(config.plan.gpu),
-        lambda node, parameters: build(node, "optim", parameters, num_steps=config.train.num_steps),
-    )
+    plan = plan_run(config, model, processes.world_size)
     processes.say(plan.render())
     train_phase(config, model, geometry, processes)
     if processes.is_main:

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from data_prep.errors import InputError
 from tests.commands import ROOT, run_script
+from train.config import compose
+from train.phases import run
 
 TIMING = ("seconds/", "samples_per_s", "memory_peak_gib")
 
@@ -39,6 +42,13 @@ def metrics(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl, without what the clock decides."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in lines]
+
+
+def train_many(folder: Path, *commands: list[str]) -> None:
+    """Trains all of them in one process."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([arguments[1:] for arguments in commands]))
+    run_script("tests/train_many.py", file)
 
 
 def adapter_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
@@ -85,8 +95,11 @@ def test_killed_and_continued_equals_uninterrupted(command, tmp_path, optim):
 def test_accumulation_does_not_change_what_is_trained_on(command, tmp_path):
     """Micro-batches of 4, and 2 micro-batches of 2: the same samples with the same draws."""
     one, two = tmp_path / "one", tmp_path / "two"
-    run_script(*command(one, "train.micro_batch_size=4"))
-    run_script(*command(two, "train.micro_batch_size=2", "train.grad_accum_steps=2"))
+    train_many(
+        tmp_path,
+        command(one, "train.micro_batch_size=4"),
+        command(two, "train.micro_batch_size=2", "train.grad_accum_steps=2"),
+    )
     for a, b in zip(metrics(one), metrics(two), strict=True):
         # the sums are taken in another order in float32, and six optimizer steps amplify that
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -161,17 +174,20 @@ WRONG = {
     "train.num_steps=0": "train.num_steps must be at least 1, got 0",
     "model=tinny": "there is no configs/model/tinny.yaml: did you mean model=tiny?",
     "model.path=nowhere": "no model at nowhere: set model.path to a folder or to a hub id",
+    "data.dataset=missing.json": "missing.json",
+    "data.on_error=ignore": "data.on_error must be one of raise, skip, got 'ignore'",
+    "phases=[tune]": "phases[0] must be one of plan, cache, train, got 'tune'",
+    "loss={rank:1}": "loss= takes a name: flow, lbm, lbm_main",
+    "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",
+}
+WRONG_LATER = {
     "model.zero_cond_t=false": "model.zero_cond_t=false contradicts",
     "adapter.target_modules=[to_qq]": "did you mean 'to_q'?",
     "loss.bridge_noise=-1": "bridge_noise must be 0 or more, got -1",
-    "data.dataset=missing.json": "missing.json",
-    "data.on_error=ignore": "data.on_error must be one of raise, skip, got 'ignore'",
-    "loss={rank:1}": "loss= takes a name: flow, lbm, lbm_main",
-    "phases=[tune]": "phases[0] must be one of plan, cache, train, got 'tune'",
     "data.max_pixels=4096 data.vision_pixels=50176 phases=[train]": "phases=[cache",
-    "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",
     "optim=prodigy +optim.fused_back_pass=true": "fused_back_pass",
     "optim=prodigy optim.d_coef=0.5": "never lets the step size grow",
+    "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
     "resume=nowhere": "no checkpoint at nowhere",
 }
 
@@ -184,6 +200,15 @@ def test_wrong_commands_get_a_sentence(command, tmp_path, overrides):
     assert len(errors) == 1
     assert WRONG[overrides] in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("overrides", WRONG_LATER)
+def test_what_only_a_run_finds_gets_a_sentence_too(command, tmp_path, overrides):
+    """In this process: the command makes the same of an `InputError` every time, and takes its time to start."""
+    with pytest.raises(InputError) as caught:
+        run(compose(command(tmp_path, *overrides.split())[1:]))
+    assert WRONG_LATER[overrides] in str(caught.value)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_other_settings_are_not_continued(command, tmp_path):
@@ -215,10 +240,9 @@ VARIANTS = {
 @pytest.mark.slow
 def test_variants_train(command, tmp_path):
     """Each runs; recomputing activations changes nothing, and bf16 stays within its rounding (8 bits: 0.4 % a value)."""
-    run_script(*command(tmp_path / "plain"))
+    jobs = [command(tmp_path / name, *overrides) for name, overrides in VARIANTS.items()]
+    train_many(tmp_path, command(tmp_path / "plain"), *jobs)
     plain = metrics(tmp_path / "plain")
-    for name, overrides in VARIANTS.items():
-        run_script(*command(tmp_path / name, *overrides))
     losses = {name: [line["loss"] for line in metrics(tmp_path / name)] for name in VARIANTS}
     assert losses["checkpointing"] == [line["loss"] for line in plain]
     assert losses["bf16"] == pytest.approx([line["loss"] for line in plain], rel=0.05)

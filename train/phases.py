@@ -32,7 +32,7 @@ from train.config import Config, to_yaml
 from train.gpus import find_gpu
 from train.loggers import Loggers
 from train.loop import Every, train
-from train.plan import dataset_sizes, make_plan
+from train.plan import Plan, dataset_sizes, make_plan
 from train.processes import Processes
 from train.provenance import provenance
 from train.resume import check_continuation, continued_states, data_identity, find_checkpoint
@@ -82,17 +82,16 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
         processes.say(f"{split}: {summary}")
 
 
-def plan_phase(config: Config, model: ModelDirectory, processes: Processes) -> None:
-    """Says what the run will need, before anything is loaded."""
-    if not processes.is_main:
-        return
+def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:
+    """What the run will need, from sizes alone: nothing is loaded."""
 
     def build_optimizer(node: dict[str, Any], parameters: list[nn.Parameter]) -> Any:
         return build(node, "optim", parameters, num_steps=config.train.num_steps)
 
-    world_size, gpu = config.plan.world_size or processes.world_size, find_gpu(config.plan.gpu)
-    plan = make_plan(config, model, dataset_sizes(config, model), world_size, gpu, build_optimizer)
-    print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
+    gpu = find_gpu(config.plan.gpu)
+    return make_plan(
+        config, model, dataset_sizes(config, model), config.plan.world_size or world_size, gpu, build_optimizer
+    )
 
 
 def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes) -> None:
@@ -170,8 +169,9 @@ def run(config: Config) -> None:
     geometry = Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
     check_nodes(config, model)
     processes = Processes.start(config.train.device)
-    if config.phases != ["cache"]:
-        plan_phase(config, model, processes)
+    if processes.is_main and config.phases != ["cache"]:
+        plan = plan_run(config, model, processes.world_size)
+        print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
     if "cache" in config.phases:
         cache_phase(config, model, geometry, processes)
     if "train" in config.phases:
