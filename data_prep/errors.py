@@ -29,6 +29,10 @@ def exit_codes() -> Iterator[None]:
         print(f"{f'rank {rank}: ' if several else ''}error: {error}", file=sys.stderr, flush=True)
         _leave(2, several)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            error.add_note(
+                "The same command with phases=[plan] says what needs how much, and which settings need less."
+            )
         if not several:
             raise
         traceback.print_exc()

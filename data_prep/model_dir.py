@@ -94,6 +94,7 @@ class ModelDirectory:
         dtype: torch.dtype,
         rename: Callable[[str], str | None] = str,
         place: Callable[[nn.Parameter], None] | None = None,
+        read: bool = True,
     ) -> None:
         """Gives a module built on the meta device its weights, each tensor straight in its place: no second full copy.
 
@@ -102,6 +103,7 @@ class ModelDirectory:
         Args:
             rename: the module's name for a stored tensor, or None for a tensor that the module does without.
             place: called with every parameter as soon as it is loaded, for example to keep only a part of it.
+            read: false leaves the numbers undefined, for a `place` that gets them from another process, in the same order.
 
         Raises:
             InputError: a tensor is missing, unexpected, or of another shape.
@@ -109,10 +111,13 @@ class ModelDirectory:
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         stored = {own: shape for name, shape in self.shapes(component).items() if (own := rename(name))}
         _check_shapes(self.path / component, stored, expected)
-        for name, tensor in self.tensors(component):
+        empty = (
+            (name, torch.empty(shape, device=device, dtype=dtype)) for name, shape in self.shapes(component).items()
+        )
+        for name, tensor in self.tensors(component) if read else empty:
             if own := rename(name):
                 owner, _, leaf = own.rpartition(".")  # only its owner: the whole module would be walked for each tensor
-                weights = {leaf: tensor.to(device, dtype, copy=True)}
+                weights = {leaf: tensor.to(device, dtype, copy=read)}
                 module.get_submodule(owner).load_state_dict(weights, strict=False, assign=True)
                 if place:
                     place(module.get_parameter(own))

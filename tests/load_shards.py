@@ -16,7 +16,7 @@ from train.zero import zero_settings
 
 if __name__ == "__main__":
     processes = Processes.start("cpu")
-    cut = shard(zero_settings(3, False, 1000, True, True, 1, 1), processes)
+    cut = shard(zero_settings(3, False, 1000, True, True, {}, 1, 1), processes)
     whole = 0
 
     def watched(parameter: torch.nn.Parameter) -> None:
@@ -24,8 +24,13 @@ if __name__ == "__main__":
         cut(parameter)
         whole += parameter.numel()
 
-    denoiser = load_denoiser(ModelDirectory.resolve(sys.argv[1]), dtype=torch.float32, place=watched)
+    model = ModelDirectory.resolve(sys.argv[1])
+    denoiser = load_denoiser(model, dtype=torch.float32, place=watched, read=processes.is_main)
     parts = [(p.ds_tensor.numel(), p.ds_numel) for p in denoiser.parameters()]
+    equal = True
+    for p, expected in zip(denoiser.parameters(), load_denoiser(model, dtype=torch.float32).parameters(), strict=True):
+        own = expected.flatten()[processes.rank * p.ds_tensor.numel() :][: p.ds_tensor.numel()]
+        equal &= torch.equal(p.ds_tensor[: len(own)], own)
     largest = max(part / total for part, total in parts if total % processes.world_size == 0)
-    print(json.dumps({"whole": whole, "largest_part": largest}), flush=True)
+    print(json.dumps({"whole": whole, "largest_part": largest, "equal": equal}), flush=True)
     processes.stop()

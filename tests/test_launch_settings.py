@@ -9,13 +9,26 @@ import torch
 from torch import nn
 
 from data_prep.errors import InputError
+from data_prep.model_dir import ModelDirectory
+from train.builders import check_nodes
 from train.config import compose
 from train.loop import TrainingDiverged, check_agreement, over_ranks
 from train.optim import AdamW
+from train.planner import harmless_changes
 from train.processes import check_launch
+from train.resume import MAY_CHANGE
 from train.zero import check_settings, launched_settings, zero_settings
 
-USERS = {"stage": 3, "offload": False, "bucket_size": 500_000_000, "overlap_comm": True, "contiguous_gradients": True}
+USERS = {
+    "stage": 3,
+    "offload": False,
+    "bucket_size": 500_000_000,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "options": {},
+}
+
+RUN = {"micro_batch_size": 2, "grad_accum_steps": 16, "world_size": 4, "max_grad_norm": None}
 
 
 def test_the_settings_for_96_gb():
@@ -51,7 +64,7 @@ def test_settings_of_the_command_line_are_read(monkeypatch):
     assert launched is not None
     assert launched["zero_optimization"]["stage"] == 3
     assert "auto" not in json.dumps(launched)
-    check_settings(launched, stage=3, offload=False, grad_accum_steps=16, max_grad_norm=None)
+    check_settings(launched, stage=3, offload=False, **RUN)
 
 
 def test_a_deepspeed_file_without_zero_is_refused(monkeypatch, tmp_path):
@@ -79,6 +92,11 @@ REFUSED = {
         {"gradient_accumulation_steps": 4},
         "gradient_accumulation_steps 4, but train.grad_accum_steps=16",
     ),
+    "micro": ({"train_micro_batch_size_per_gpu": 7}, "train_micro_batch_size_per_gpu 7, but train.micro_batch_size=2"),
+    "batch": (
+        {"train_batch_size": 99},
+        "train_batch_size 99, but train.micro_batch_size x ",
+    ),
     "clipping": ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, but train.max_grad_norm=null"),
     "precision": ({"bf16": {"enabled": True}}, "bf16 section, but model.dtype decides the precision"),
     "owned": ({"optimizer": {"type": "AdamW"}}, "optimizer section, but optim= decides that"),
@@ -89,14 +107,14 @@ REFUSED = {
 def test_contradictions_name_both_sides(case):
     launched, message = REFUSED[case]
     with pytest.raises(InputError, match=r"^accelerate was launched with DeepSpeed's") as caught:
-        check_settings(launched, stage=3, offload=False, grad_accum_steps=16, max_grad_norm=None)
+        check_settings(launched, stage=3, offload=False, **RUN)
     assert message in str(caught.value)
 
 
 def test_offload_must_be_meant_on_both_sides():
-    check_settings({"zero_optimization": OFFLOADED}, stage=3, offload=True, grad_accum_steps=1, max_grad_norm=None)
+    check_settings({"zero_optimization": OFFLOADED}, stage=3, offload=True, **RUN)
     with pytest.raises(InputError, match="offload_param none and offload_optimizer none, but parallel=zero3_offload"):
-        check_settings({"zero_optimization": {}}, stage=3, offload=True, grad_accum_steps=1, max_grad_norm=None)
+        check_settings({"zero_optimization": {}}, stage=3, offload=True, **RUN)
 
 
 LAUNCHES = [
@@ -112,14 +130,13 @@ LAUNCHES = [
 @pytest.mark.parametrize(("strategy", "dtype", "environment", "message"), LAUNCHES)
 def test_launches_that_contradict_are_refused(strategy, dtype, environment, message):
     with pytest.raises(InputError) as caught:
-        check_launch(strategy, dtype, True, environment)
+        check_launch(strategy, dtype, environment)
     assert message in str(caught.value)
-    check_launch(strategy, dtype, False, environment)  # caching takes any launch
 
 
 def test_launches_that_agree_are_taken():
-    check_launch("ddp", "bfloat16", True, {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "8"})
-    check_launch("zero3", "float32", True, {"ACCELERATE_USE_DEEPSPEED": "true"})
+    check_launch("ddp", "bfloat16", {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "8"})
+    check_launch("zero3", "float32", {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +144,12 @@ def test_launches_that_agree_are_taken():
     [
         ("parallel.offload=true", "parallel.offload=true needs parallel.strategy=zero3, got single"),
         ("parallel.bucket_size=0", "parallel.bucket_size must be at least 1, got 0"),
+        (
+            "parallel.zero_options={x:2}",
+            "parallel.zero_options takes its keys one by one: +parallel.zero_options.NAME=VALUE",
+        ),
+        ("+parallel.zero_options.stage=2", "parallel.zero_options has stage, which parallel=NAME decides"),
+        ("train.device=cuda:3", "train.device must be cpu or null (what there is), got 'cuda:3'"),
         ("parallel=zero4", "there is no configs/parallel/zero4.yaml: did you mean parallel=zero"),
     ],
 )
@@ -139,6 +162,23 @@ def test_wrong_parallel_settings(override, message):
 def test_dora_needs_whole_weights():
     with pytest.raises(InputError, match=r"adapter\.dora=true needs every layer's whole weight, which parallel=zero3"):
         compose(["+exp=tiny_lbm", "data.dataset=x", "parallel=zero3", "adapter.dora=true"])
+
+
+def test_what_the_plan_calls_harmless_can_be_changed_in_a_continued_run():
+    """After an out-of-memory error a user follows the plan's advice and gives the command again."""
+    config = compose(["+exp=tiny_lbm", "data.dataset=x", "parallel=zero3", "train.micro_batch_size=4"])
+    keys = {key for change in harmless_changes(config) for key in change}
+    assert {"train.gradient_checkpointing", "train.micro_batch_size"} <= keys
+    assert all(any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE) for key in keys)
+
+
+def test_caching_takes_any_launch(monkeypatch, tiny_model_dir):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    arguments = ["+exp=tiny_lbm", "data.dataset=x", f"model.path={tiny_model_dir}"]
+    check_nodes(compose([*arguments, "phases=[cache]"]), ModelDirectory(tiny_model_dir))
+    with pytest.raises(InputError, match="launched with DeepSpeed, but parallel=single"):
+        check_nodes(compose(arguments), ModelDirectory(tiny_model_dir))
 
 
 @dataclass

@@ -47,12 +47,13 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     build(config.optim, "optim", [nn.Parameter(torch.zeros(1))], num_steps=config.train.num_steps)
     resolve_zero_cond_t(config.model.zero_cond_t, model)
     spread = config.parallel
-    check_launch(spread.strategy, config.model.dtype, "train" in config.phases, os.environ)
-    launched = launched_settings(os.environ)
-    if launched:
-        check_settings(
-            launched, spread.stage, spread.offload, config.train.grad_accum_steps, config.train.max_grad_norm
-        )
+    if "train" not in config.phases:
+        return  # the other phases take any launch
+    check_launch(spread.strategy, config.model.dtype, os.environ)
+    if launched := launched_settings(os.environ):
+        settings, world_size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
+        batch = settings.micro_batch_size, settings.grad_accum_steps, world_size
+        check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
 
 
 def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
@@ -67,16 +68,16 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
             spread.bucket_size,
             spread.overlap_comm,
             spread.contiguous_gradients,
+            spread.zero_options,
             settings.micro_batch_size,
             settings.grad_accum_steps,
             launched_settings(os.environ),
         )
-    if (
-        dtype == torch.bfloat16
-    ):  # LoRA's float32 products have bf16 inputs, which TF32 holds exactly, eight times as fast
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if dtype == torch.bfloat16:  # LoRA's float32 products: rounded to 11 bits, 3 more than what they are added to
+        torch.backends.cuda.matmul.allow_tf32 = True
     place = shard(zero, processes) if zero and spread.stage == 3 else None
-    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, checkpointing, place)
+    read = processes.is_main or place is None  # `place` sends what rank 0 reads
+    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, checkpointing, place, read)
     adapter = attach_lora(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )

@@ -109,13 +109,14 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Clip the gradient's norm. Must stay null with Prodigy."""
     device: str | None = None
-    """By default what accelerate finds: cuda if there is one, else cpu."""
+    """`cpu`; by default what accelerate finds: cuda if there is one, else cpu."""
 
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int):
                 require(value >= 1, f"train.{item.name} must be at least 1, got {value}")
+        require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")
 
@@ -155,6 +156,8 @@ class ParallelConfig:
     """ZeRO: communicate while computing."""
     contiguous_gradients: bool = True
     """ZeRO: copy gradients into one buffer as they are produced."""
+    zero_options: dict[str, Any] = field(default_factory=dict)
+    """ZeRO: further keys of DeepSpeed's `zero_optimization`, `+parallel.zero_options.NAME=VALUE`."""
 
     def __post_init__(self):
         require(self.bucket_size >= 1, f"parallel.bucket_size must be at least 1, got {self.bucket_size}")
@@ -162,6 +165,8 @@ class ParallelConfig:
             not self.offload or self.strategy == "zero3",
             f"parallel.offload=true needs parallel.strategy=zero3, got {self.strategy}: use parallel=zero3_offload",
         )
+        decided = sorted({"stage", "offload_param", "offload_optimizer"} & self.zero_options.keys())
+        require(not decided, f"parallel.zero_options has {', '.join(decided)}, which parallel=NAME decides")
 
     @property
     def stage(self) -> int:
@@ -359,4 +364,6 @@ def _unknown_override(key: str) -> str:
         return f"{key}= takes a name: {', '.join(sorted(file.stem for file in (CONFIGS / key).glob('*.yaml')))}"
     if not is_dataclass(kind):
         return f"unknown key {key}: add it with +{key}=… if the group's class takes it"
+    if last in {item.name for item in fields(kind)}:
+        return f"{key} takes its keys one by one: +{key}.NAME=VALUE"
     return f"unknown key {key}{_nearest(last, [item.name for item in fields(kind)], ''.join(f'{p}.' for p in path))}"

@@ -227,11 +227,12 @@ def load_denoiser(
     zero_cond_t: bool | None = None,
     gradient_checkpointing: bool = False,
     place: Callable[[nn.Parameter], None] | None = None,
+    read: bool = True,
 ) -> Denoiser:
     """Reads `transformer/` of a model directory, frozen and in evaluation mode, one tensor at a time.
 
     Args:
-        place: as in `ModelDirectory.load_into`.
+        place, read: as in `ModelDirectory.load_into`.
 
     Raises:
         InputError: weights are missing or unexpected, or `zero_cond_t` contradicts the model.
@@ -239,6 +240,6 @@ def load_denoiser(
     zero_cond_t = resolve_zero_cond_t(zero_cond_t, directory)
     with torch.device("meta"):
         dit = build_dit(directory.config("transformer"))
-    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place)
+    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place, read=read)
     dit.requires_grad_(False).eval()
     return Denoiser(dit, zero_cond_t, gradient_checkpointing)

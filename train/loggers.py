@@ -223,5 +223,7 @@ class Loggers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:  # before closing, which may take its time over a network
+            print(f"training stopped: {kind.__name__}: {error}", file=sys.stderr, flush=True)
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.close(0 if kind is None else 255 if stopped else 1)

@@ -138,6 +138,7 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
         write_text(run_dir / "config.yaml", to_yaml(config))
     record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
     states = continued_states(checkpoint, checkpoints)
+    checkpoint = None  # its tensors are in the optimizer now
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
     with closing(stream), loggers:
         train(
@@ -175,5 +176,8 @@ def run(config: Config) -> None:
     if "cache" in config.phases:
         cache_phase(config, model, geometry, processes)
     if "train" in config.phases:
+        if torch.cuda.is_available():  # what phase 1 needed is free again
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         train_phase(config, model, geometry, processes)
     processes.stop()

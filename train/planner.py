@@ -66,7 +66,7 @@ class Planner:
 
     def training(self, config: Config, world_size: int) -> Memory:
         """Phase 2 at its worst moment: a backward pass on the longest sequence, or what is done between two steps."""
-        zero, num_frozen, num_lora = zero_stage(config), self.transformer.num_parameters, self.num_lora(config)
+        zero, num_frozen, num_lora = config.parallel.stage, self.transformer.num_parameters, self.num_lora(config)
         lora, optimizer = FLOAT * num_lora, self.optimizer_bytes(config)
         frozen, offloaded = num_frozen * self.dtype.itemsize, config.parallel.offload
         buffer = FLOAT * config.parallel.bucket_size * (2 if zero == 2 and config.parallel.overlap_comm else 1)
@@ -202,7 +202,7 @@ def harmless_changes(config: Config) -> Iterator[Change]:
     if settings.micro_batch_size > 1:
         accumulated = settings.micro_batch_size * settings.grad_accum_steps
         yield {"train.micro_batch_size": 1, "train.grad_accum_steps": accumulated}
-    if zero_stage(config) and config.parallel.bucket_size > SMALL_BUCKET:
+    if config.parallel.stage and config.parallel.bucket_size > SMALL_BUCKET:
         yield {"parallel.bucket_size": SMALL_BUCKET}
 
 
@@ -249,11 +249,6 @@ def geometry_of(config: Config) -> Geometry:
 def lora_sizes(config: Config) -> LoraSizes:
     """How large the adapter is."""
     return LoraSizes(config.adapter.rank, tuple(config.adapter.target_modules), config.adapter.dora)
-
-
-def zero_stage(config: Config) -> int:
-    """Of DeepSpeed; 0 without it."""
-    return {"zero2": 2, "zero3": 3}.get(config.parallel.strategy, 0)
 
 
 def forwards_per_sample(config: Config) -> int:

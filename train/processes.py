@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from data_prep.errors import InputError
 
-PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=2)
 """How long a rank waits for another: one may have many more images to cache. The launcher ends the job if one fails."""
 
 
@@ -78,13 +78,12 @@ class Processes:
             torch.distributed.destroy_process_group()
 
 
-def check_launch(strategy: str, dtype: str, trains: bool, environment: Mapping[str, str]) -> None:
+def check_launch(strategy: str, dtype: str, environment: Mapping[str, str]) -> None:
     """Refuses settings of `accelerate launch` that contradict the configuration.
 
     Args:
         strategy: `parallel.strategy`.
         dtype: `model.dtype`.
-        trains: phase 2 is to run; phase 1 takes any launch.
         environment: the process's environment, in which accelerate passes its settings.
 
     Raises:
@@ -94,8 +93,6 @@ def check_launch(strategy: str, dtype: str, trains: bool, environment: Mapping[s
     def given(name: str) -> bool:
         return environment.get(name, "false").lower() == "true"
 
-    if not trains:
-        return
     num_processes = int(environment.get("WORLD_SIZE", "1"))
     if strategy == "single" and num_processes > 1:
         raise InputError(

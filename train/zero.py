@@ -17,6 +17,7 @@ def zero_settings(
     bucket_size: int,
     overlap_comm: bool,
     contiguous_gradients: bool,
+    options: dict[str, Any],
     micro_batch_size: int,
     grad_accum_steps: int,
     launched: dict[str, Any] | None = None,
@@ -31,6 +32,7 @@ def zero_settings(
         offload: frozen weights in CPU memory.
         bucket_size: elements per communication.
         overlap_comm, contiguous_gradients: DeepSpeed's options of these names.
+        options: further keys of `zero_optimization`.
         micro_batch_size, grad_accum_steps: of the run.
         launched: the user's own settings, from `launched_settings`; where they differ, they win.
     """
@@ -47,7 +49,7 @@ def zero_settings(
     if offload:
         zero |= {"offload_param": {"device": "cpu", "pin_memory": True}}
     given = launched or {}
-    zero |= given.get("zero_optimization", {})
+    zero |= options | given.get("zero_optimization", {})
     zero.pop("offload_optimizer", None)  # the optimizer is ours, on the masters
     return {
         **{key: value for key, value in given.items() if key not in OURS},
@@ -77,14 +79,21 @@ def launched_settings(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def check_settings(
-    launched: dict[str, Any], stage: int, offload: bool, grad_accum_steps: int, max_grad_norm: float | None
+    launched: dict[str, Any],
+    stage: int,
+    offload: bool,
+    micro_batch_size: int,
+    grad_accum_steps: int,
+    world_size: int,
+    max_grad_norm: float | None,
 ) -> None:
     """Refuses settings of accelerate that contradict the configuration.
 
     Args:
         launched: from `launched_settings`.
         stage, offload: of `parallel`.
-        grad_accum_steps, max_grad_norm: of `train`.
+        micro_batch_size, grad_accum_steps, max_grad_norm: of `train`.
+        world_size: processes.
 
     Raises:
         InputError: names both sides and the way out.
@@ -93,6 +102,8 @@ def check_settings(
     parallel = f"parallel=zero{stage}" + ("_offload" if offload else "")
     weights, optimizer = (zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer"))
     accumulation, clipping = launched.get("gradient_accumulation_steps", 1), launched.get("gradient_clipping")
+    micro = launched.get("train_micro_batch_size_per_gpu", micro_batch_size)
+    batch, own_batch = launched.get("train_batch_size"), micro_batch_size * grad_accum_steps * world_size
     precision = [name for name in ("fp16", "bf16") if launched.get(name, {}).get("enabled")]
     owned = [name for name in ("optimizer", "scheduler") if name in launched]
     fits_offload = (weights, optimizer) in ((("cpu", "none"), ("cpu", "cpu")) if offload else (("none", "none"),))
@@ -103,6 +114,18 @@ def check_settings(
             f"offload_param {weights} and offload_optimizer {optimizer}",
             parallel,
             "use parallel=zero3_offload with cpu, or parallel=zero3 with none",
+        ),
+        (
+            micro != micro_batch_size,
+            f"train_micro_batch_size_per_gpu {micro}",
+            f"train.micro_batch_size={micro_batch_size}",
+            "leave it to train.micro_batch_size",
+        ),
+        (
+            batch not in (None, own_batch),
+            f"train_batch_size {batch}",
+            f"train.micro_batch_size x train.grad_accum_steps x processes is {own_batch}",
+            "leave it to train",
         ),
         (
             accumulation not in (1, grad_accum_steps),
