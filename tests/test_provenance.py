@@ -1,7 +1,9 @@
 """What is recorded of the code and the machine."""
 
 import json
+import shlex
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,4 +60,4 @@ def test_the_record_is_json_and_names_what_runs():
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert None not in record["versions"].values()
     assert sum(record["gpus"].values()) == torch.cuda.device_count()
-    assert "pytest" in record["command"]
+    assert record["command"] == shlex.join(sys.orig_argv)

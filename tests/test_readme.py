@@ -54,6 +54,8 @@ def quick(command: str) -> str:
         return f"DEMO_DIR=$PWD/demo DEMO_MODEL=$PWD/models/tiny DEMO_STEPS=2 DEMO_CROPS=4 DEMO_HELD_OUT=1 {command}"
     if ("train/run.py" in command or "scripts/train_" in command) and "--cfg" not in command:
         small = f"{QUICK} {FULL_SIZE}" if "2511" in command else QUICK
+        if " -m " in command:  # which sweeps over the rank
+            small = small.replace("adapter.rank=4 ", "")
         return f"{command} {small} train.save_every=1"
     return command.replace("step-001000", "step-000001")
 
