@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.commands import ROOT, run_script
@@ -49,6 +49,8 @@ def test_what_is_quoted_is_read_back(text):
 
 
 @given(st.text())
+@example(".")
+@example("..")
 def test_a_jobs_folder_is_one_folder_and_its_own(swept):
     name = job_name(swept)
     assert "/" not in name

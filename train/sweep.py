@@ -198,7 +198,7 @@ def run_job(composed: DictConfig) -> None:
 
 def job_name(swept: str) -> str:
     """The swept overrides as the name of one folder."""
-    name = re.sub(r"[^\w.,=+-]+", "_", swept)[:LONGEST_NAME] or "run"
+    name = re.sub(r"[^\w.,=+-]+", "_", swept).lstrip(".")[:LONGEST_NAME] or "run"
     return name if name == swept or not swept else f"{name}-{hashlib.sha256(swept.encode()).hexdigest()[:6]}"
 
 
