@@ -77,6 +77,7 @@ def test_jobs_are_the_combinations():
         (["loss=lbm,fow"], "there is no configs/loss/fow.yaml: did you mean loss=flow?"),
         (["adapter.rank=4,["], "'adapter.rank=4,[' is not a valid override: "),
         (["run_dir=a,b"], "run_dir cannot be swept over: the sweep gives every job its own folder"),
+        (["adapter.rank=4,8", "adapter.rank=4"], "adapter.rank is given twice: once with the values"),
         (["hydra/launcher=submitt"], "there is no configs/hydra/launcher/submitt.yaml"),
         (["hydra.sweeep.dir=a"], "unknown key hydra.sweeep.dir"),
     ],

@@ -70,6 +70,8 @@ class Sweep:
         for each in swept:
             if each.key_or_group in ("run_dir", "cache.dir", "phases"):
                 raise InputError(f"{each.key_or_group} cannot be swept over: the sweep gives every job its own folder")
+            if sum(other.key_or_group == each.key_or_group for other in own) > 1:
+                raise InputError(f"{each.key_or_group} is given twice: once with the values to sweep over is enough")
         return cls(
             [each for each in parsed if each.is_hydra_override()], [each for each in own if each not in swept], swept
         )
