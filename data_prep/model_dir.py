@@ -111,16 +111,20 @@ class ModelDirectory:
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         stored = {own: shape for name, shape in self.shapes(component).items() if (own := rename(name))}
         _check_shapes(self.path / component, stored, expected)
-        empty = (
-            (name, torch.empty(shape, device=device, dtype=dtype)) for name, shape in self.shapes(component).items()
-        )
-        for name, tensor in self.tensors(component) if read else empty:
+        for name, tensor in self.tensors(component) if read else self._unread(component, device, dtype):
             if own := rename(name):
                 owner, _, leaf = own.rpartition(".")  # only its owner: the whole module would be walked for each tensor
                 weights = {leaf: tensor.to(device, dtype, copy=read)}
                 module.get_submodule(owner).load_state_dict(weights, strict=False, assign=True)
                 if place:
                     place(module.get_parameter(own))
+
+    def _unread(
+        self, component: str, device: torch.device | str, dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `tensors`, in its order, with undefined numbers."""
+        for name, shape in self.shapes(component).items():
+            yield name, torch.empty(shape, device=device, dtype=dtype)
 
     def fingerprint(self, *components: str) -> str:
         """Identifies the components' contents: configuration and tokenizer files whole, and of each safetensors file its

@@ -34,7 +34,7 @@ from data_prep.rows import read_rows
 from train.config import Config, compose
 from train.denoiser import build_dit
 from train.phases import ENCODERS, plan_run, train_phase
-from train.planner import GIB
+from train.planner import GIB, geometry_of
 from train.processes import Processes
 
 SHIPPED = Path(__file__).parent / "tiny"
@@ -138,7 +138,7 @@ def main(arguments: argparse.Namespace) -> None:
         write_model(out / "model", arguments.size)
     processes.barrier()
     model = RandomModel(out / "model", processes.device)
-    geometry = Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
+    geometry = geometry_of(config)
     if processes.is_main:
         write_cache(config, model, geometry, out)
     processes.barrier()

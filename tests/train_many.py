@@ -8,11 +8,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_prep.errors import exit_codes
-from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from train.builders import check_nodes
 from train.config import compose
 from train.phases import train_phase
+from train.planner import geometry_of
 from train.processes import Processes
 
 if __name__ == "__main__":
@@ -22,6 +22,5 @@ if __name__ == "__main__":
             config = compose(overrides)
             model = ModelDirectory.resolve(config.model.path)
             check_nodes(config, model)
-            geometry = Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
-            train_phase(config, model, geometry, processes)
+            train_phase(config, model, geometry_of(config), processes)
         processes.stop()

@@ -70,7 +70,7 @@ class Zero:
         denoiser: with LoRA attached; under ZeRO-3 its frozen weights are sharded already, by `shard`.
         adapter: its weights become masters, replicated on every rank.
         processes: of the run.
-        settings: DeepSpeed's configuration, from `train.zero.settings`.
+        settings: DeepSpeed's configuration, from `train.zero.zero_settings`.
         offload: keep the masters, and so the optimizer, in CPU memory.
     """
 

@@ -33,6 +33,7 @@ from train.gpus import find_gpu
 from train.loggers import Loggers
 from train.loop import Every, train
 from train.plan import Plan, dataset_sizes, make_plan
+from train.planner import geometry_of
 from train.processes import Processes
 from train.provenance import provenance
 from train.resume import check_continuation, continued_states, data_identity, find_checkpoint
@@ -167,7 +168,7 @@ def run(config: Config) -> None:
         InputError: the configuration or the input is wrong.
     """
     model = ModelDirectory.resolve(config.model.path, weights=config.phases != ["plan"])
-    geometry = Geometry(config.data.max_pixels, config.data.vision_pixels, config.data.reference_pixels)
+    geometry = geometry_of(config)
     check_nodes(config, model)
     processes = Processes.start(config.train.device)
     if processes.is_main and config.phases != ["cache"]:
