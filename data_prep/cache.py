@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,8 @@ from typing import Literal
 import pyarrow as pa
 import torch
 
-from data_prep.encode import Encoders, PreparedRow, ahead, encode_rows, encode_white, prepare_row
+from data_prep.ahead import ahead
+from data_prep.encode import Encoders, PreparedRow, encode_rows, encode_white, prepare_row
 from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.geometry import Geometry, Size
@@ -164,7 +166,7 @@ class _Encoding:
             return {}
         encoders = self.load_encoders()
         broken: dict[str, Failure] = {}
-        prepared = ahead(self._prepare, missing, self.workers, depth=self.shard_size)
+        prepared = ahead(self._prepare, missing, ThreadPoolExecutor(self.workers), depth=self.shard_size)
         with progress("caching", len(missing), shown=self.shown) as advance:
             for start in range(0, len(missing), self.shard_size):
                 keys = [each.key for each in missing[start : start + self.shard_size]]

@@ -1,10 +1,8 @@
 """A row becomes a record: its images are read and sized on worker threads, then encoded in batches of one size."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -18,9 +16,6 @@ from data_prep.shards import to_arrow
 
 ASPECT_TOLERANCE = 0.01
 """A mask whose aspect differs by more than this fraction belongs to another image."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class ImageEncoder(Protocol):
@@ -149,18 +144,3 @@ def _to_values(
         "mask": None if prepared.mask is None else to_arrow(prepared.mask.to(dtype)),
         **{name: to_arrow(embeddings[prompt].to(dtype)) for name, prompt in prompts.items()},
     }
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int) -> Iterator[Result]:
-    """`map` on threads, in order, at most `depth` results ahead of the consumer."""
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

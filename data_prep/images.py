@@ -14,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_ASPECT = 100
 """Longest side over shortest. The Qwen2.5-VL image processor refuses 200, and nothing useful is beyond 100."""
 
+MIN_SIDE = 16
+"""Pixels. Anything smaller is a placeholder or a tracking pixel, not a photograph."""
+
 
 class RejectedImage(ValueError):
     """One image file cannot be used; the rest of the dataset can. `path` and `reason` are for the report."""
@@ -30,7 +33,7 @@ def open_image(path: str | Path) -> Image.Image:
     Of an animation it is the first frame. CMYK is converted by Pillow's formula, without colour management.
 
     Raises:
-        RejectedImage: missing, unreadable, empty, truncated, not an image, too large or too thin.
+        RejectedImage: missing, unreadable, empty, truncated, not an image, too large, too small or too thin.
     """
     return _to_rgb(_decode(Path(path)), Path(path))
 
@@ -100,6 +103,8 @@ def _check_size(image: Image.Image, path: Path) -> None:
     """Refuses what Pillow only warns about, and shapes that no bucket can hold."""
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise RejectedImage(path, _bomb_reason())
+    if min(image.size) < MIN_SIDE:
+        raise RejectedImage(path, f"{image_size_text(image)} is too small: both sides need {MIN_SIDE} pixels or more")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise RejectedImage(
             path, f"{image_size_text(image)} is too thin: one side is over {MAX_ASPECT} times the other"

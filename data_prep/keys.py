@@ -4,11 +4,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.encode import ahead
+from data_prep.ahead import ahead
 from data_prep.images import RejectedImage, file_digest
 from data_prep.progress import progress
 from data_prep.ranks import Ranks
@@ -63,7 +64,7 @@ def _share(
 
     answers = []
     with progress("reading", len(rows), shown=shown) as advance:
-        for result in ahead(answer, rows, workers, depth=4 * workers):
+        for result in ahead(answer, rows, ThreadPoolExecutor(workers), depth=4 * workers):
             answers.append(result)
             advance(1)
     return answers

@@ -11,12 +11,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress(title: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Shows samples done, samples per second and the time left, on stderr.
 
     Args:
         title: what is being done, e.g. `caching`.
-        total: samples to do.
+        total: samples to do; None if that is not known.
         shown: False on the ranks that keep quiet.
 
     Yields:
@@ -48,7 +48,7 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, title: str, total: int, console: Console):
+    def __init__(self, title: str, total: int | None, console: Console):
         self.title, self.total, self.console = title, total, console
         self.done, self.start = 0, time.monotonic()
         self.last_line = self.start
@@ -56,13 +56,12 @@ class _Lines:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if self.done < self.total and now - self.last_line < SECONDS_BETWEEN_LINES:
+        if self.done != self.total and now - self.last_line < SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
         rate = self.done / max(now - self.start, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / max(rate, 1e-9)))
-        self.console.print(
-            f"{self.title} {self.done}/{self.total}, {rate:.1f} samples/s, {left} left",
-            highlight=False,
-            soft_wrap=True,
-        )
+        of, left = "", ""
+        if self.total is not None:
+            seconds = (self.total - self.done) / max(rate, 1e-9)
+            of, left = f"/{self.total}", f", {time.strftime('%H:%M:%S', time.gmtime(seconds))} left"
+        self.console.print(f"{self.title} {self.done}{of}, {rate:.1f} samples/s{left}", highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
 """Dataset files -> rows: JSON list, JSONL, CSV, Parquet, or a Hugging Face dataset (`save_to_disk` folder or hub id).
 
 Columns: `prompt`, `image` (target) and `edit_image` (sources) are required; `bridge_image`, `ref_gt`, `back_mask`,
-`negative_prompt`, `split` and `id` are optional, and an empty cell is an absent one. Where a cell can only be text
-(CSV), several sources are a JSON list: `["a.png", "b.png"]`. Text is UTF-8, with or without a byte-order mark.
+`negative_prompt`, `split`, `tag`, `group` and `id` are optional, and an empty cell is an absent one. Where a cell can
+only be text (CSV), several sources are a JSON list: `["a.png", "b.png"]`. Text is UTF-8, with or without a byte-order mark.
 
 What is wrong with one row rejects that row; what is wrong with the file is an `InputError`.
 """
@@ -44,6 +44,10 @@ class Row:
     """White = background to preserve."""
     negative_prompt: str = ""
     split: str = "train"
+    tag: str = ""
+    """What kind of edit it is, for stratified splits and for tables."""
+    group: str = ""
+    """Rows of one group show the same content: a split keeps them together."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _parse(number: int, default_id: str, values: dict[str, Any], root: Path) -> 
     for name in REQUIRED:
         if name not in present:
             raise BadRow(f"{name} is missing or empty")
-    edit_image = tuple(_path(value, "edit_image", root) for value in _edit_images(present["edit_image"]))
+    edit_image = tuple(resolve_path(value, "edit_image", root) for value in _edit_images(present["edit_image"]))
     if len(edit_image) > MAX_SOURCES:
         raise BadRow(f"edit_image has {len(edit_image)} images, the model takes at most {MAX_SOURCES}")
     bridge_image = _whole_number(present.get("bridge_image", 0), "bridge_image")
@@ -118,13 +122,15 @@ def _parse(number: int, default_id: str, values: dict[str, Any], root: Path) -> 
         number=number,
         id=str(present["id"]) if type(present.get("id")) is int else _text(present.get("id", default_id), "id"),
         prompt=_text(present["prompt"], "prompt"),
-        image=_path(present["image"], "image", root),
+        image=resolve_path(present["image"], "image", root),
         edit_image=edit_image,
         bridge_image=bridge_image,
-        ref_gt=_path(present["ref_gt"], "ref_gt", root) if "ref_gt" in present else None,
-        back_mask=_path(present["back_mask"], "back_mask", root) if "back_mask" in present else None,
+        ref_gt=resolve_path(present["ref_gt"], "ref_gt", root) if "ref_gt" in present else None,
+        back_mask=resolve_path(present["back_mask"], "back_mask", root) if "back_mask" in present else None,
         negative_prompt=_text(present.get("negative_prompt", ""), "negative_prompt"),
         split=_text(present.get("split", "train"), "split"),
+        tag=_text(present.get("tag", ""), "tag"),
+        group=_text(present.get("group", ""), "group"),
     )
 
 
@@ -168,8 +174,17 @@ def _edit_images(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _path(value: Any, name: str, root: Path) -> Path:
-    """Absolute paths are taken as they are; relative ones may not leave `root` (a symbolic link inside it may)."""
+def resolve_path(value: Any, name: str, root: Path) -> Path:
+    """The absolute path that a cell of a table means. Relative ones may not leave `root` (a symbolic link inside it may).
+
+    Args:
+        value: the cell.
+        name: of its column.
+        root: an absolute folder.
+
+    Raises:
+        BadRow: not the path of a file, or it leaves `root`.
+    """
     text = _text(value, name)
     if "\0" in text or re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
         raise BadRow(f"{name} must be the path of a file, got {text!r}")

@@ -1,84 +1,39 @@
-"""Checks a dataset file: reads every row and decodes every image, as caching will, and lists what it would refuse.
+"""Builds, splits and checks dataset files.
 
-python data_prep/run.py check --dataset pairs.json [--root photos] [--out rejected.jsonl]
+python data_prep/run.py COMMAND --help
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-import json
-from collections import Counter
+import typer
 
-from data_prep.encode import ahead, prepare_row
-from data_prep.errors import InputError, exit_codes
-from data_prep.files import write_text
-from data_prep.geometry import Geometry, Size
-from data_prep.images import RejectedImage
-from data_prep.progress import progress
-from data_prep.rows import RejectedRow, Row, read_rows
+from data_prep.cli import run_app
 
-WORKERS = 8
-
-
-def check_row(row: Row | RejectedRow, geometry: Geometry) -> str | RejectedRow:
-    """The row's bucket, as height x width, or why it cannot be used."""
-    if isinstance(row, RejectedRow):
-        return row
-    try:
-        return str(Size.of(prepare_row("", row, geometry).target))
-    except RejectedImage as error:
-        return RejectedRow(row.number, row.id, str(error.path), error.reason)
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Prints the buckets and every refused row.
-
-    Raises:
-        InputError: there is a row that cannot be used, or none that can.
-    """
-    geometry = Geometry(arguments.max_pixels)
-    rows = list(read_rows(arguments.dataset, arguments.root))
-    buckets: Counter[str] = Counter()
-    rejected: list[RejectedRow] = []
-    with progress("checking", len(rows)) as advance:
-        for answer in ahead(lambda row: check_row(row, geometry), rows, WORKERS, depth=4 * WORKERS):
-            if isinstance(answer, RejectedRow):
-                rejected.append(answer)
-            else:
-                buckets[answer] += 1
-            advance(1)
-    for bucket, count in buckets.most_common():
-        print(f"{count:6} rows of {bucket} pixels")
-    for row in rejected:
-        print(row)
-    if arguments.out:
-        lines = ({"row": row.number, "id": row.id, "path": row.path, "reason": row.reason} for row in rejected)
-        write_text(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    if rejected or not rows:
-        raise InputError(
-            f"{len(rejected)} of {len(rows)} rows cannot be used: mend them, or cache with data.on_error=skip"
-        )
+COMMANDS = {
+    "pairs": ("data_prep.build.pairs", "Folders of sources and targets, matched by file name."),
+    "table": ("data_prep.build.table", "A CSV, TSV, JSONL or Parquet file with columns of any names."),
+    "hf": ("data_prep.build.hf", "A Hugging Face dataset with images in it."),
+    "coco": ("data_prep.build.coco", "A COCO annotation file and its image folder."),
+    "overlay": ("data_prep.build.overlay", "Texts or images laid over photographs, to be added or removed."),
+    "synth": ("data_prep.build.synth", "Perfect pairs made of plain photographs."),
+    "mask": ("data_prep.build.mask", "Background masks from the difference of pairs, or given masks reworked."),
+    "split": ("data_prep.build.split", "Training and validation rows, whose content never overlaps."),
+    "check": ("data_prep.check.check", "What is wrong with a dataset, before a GPU hour is spent."),
+}
+"""Name -> the module of the function `command`, which is imported only when it is wanted, and a line of help."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python data_prep/run.py", description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "check", help="read every row and decode every image", description="Exit code 2 if any row is refused."
-    )
-    command.add_argument("--dataset", required=True, help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset")
-    command.add_argument("--root", help="folder that the rows' paths are relative to (default: the dataset's own)")
-    command.add_argument("--max-pixels", type=int, default=1024 * 1024, help="as data.max_pixels")
-    command.add_argument("--out", type=Path, help="also write the refused rows here, one JSON object a line")
-    command.set_defaults(run=check)
-    arguments = parser.parse_args()
-    with exit_codes():
-        arguments.run(arguments)
+    app = typer.Typer(help=__doc__.splitlines()[0] if __doc__ else None, add_completion=False)
+    wanted = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    for name, (module, line) in COMMANDS.items():
+        command = import_module(module).command if name == wanted else lambda: None
+        app.command(name, help=command.__doc__, short_help=line)(command)
+    run_app(app)
 
 
 if __name__ == "__main__":

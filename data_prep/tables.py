@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetNotFoundError
 from pyarrow import parquet
 
 from data_prep.errors import InputError
 
 REQUIRED = ("prompt", "image", "edit_image")
-COLUMNS = (*REQUIRED, "bridge_image", "ref_gt", "back_mask", "negative_prompt", "split", "id")
+COLUMNS = (*REQUIRED, "bridge_image", "ref_gt", "back_mask", "negative_prompt", "split", "tag", "group", "id")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -104,6 +102,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _read_folder(path: Path) -> Iterator[RawRow]:
+    import datasets  # here and below: a second that only these two kinds of dataset need
+
     try:
         return _read_splits(datasets.load_from_disk(str(path)), str(path))
     except FileNotFoundError:
@@ -111,6 +111,9 @@ def _read_folder(path: Path) -> Iterator[RawRow]:
 
 
 def _read_hub(name: str) -> Iterator[RawRow]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         return _read_splits(datasets.load_dataset(name), name)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -134,8 +137,7 @@ def _read_splits(loaded: Any, name: str) -> Iterator[RawRow]:
 
 def _is_text(feature: Any) -> bool:
     """Text, a number, or a list of texts, as opposed to `datasets.Image` and other structures."""
-    element = getattr(feature, "feature", feature)
-    return isinstance(element, datasets.Value)
+    return type(getattr(feature, "feature", feature)).__name__ == "Value"
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {

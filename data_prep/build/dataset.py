@@ -1,0 +1,132 @@
+"""What all builders share: items become rows, rows become a dataset file and a report of what was left out."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_prep.cli import OnErrorName
+from data_prep.errors import InputError
+from data_prep.files import atomic_file
+from data_prep.items import Done, Engine, Item, Result, run_items
+from data_prep.rows import RejectedRow
+
+DATASET_FILE, REJECTED_FILE, PARTS_FOLDER = "dataset.jsonl", "rejected.jsonl", ".parts"
+PATH_COLUMNS = ("image", "edit_image", "ref_gt", "back_mask")
+
+
+class MakeRows(Protocol):
+    """What a builder does to an item, in worker processes: a frozen dataclass; what its `repr` does not show, results
+    may not depend on."""
+
+    def __call__(self, item: Item, out: Path) -> list[dict[str, Any]]:
+        """The rows of the dataset file that this item gives, with paths as `Path`; pictures are saved below `out`.
+
+        Raises `RejectedImage` or `BadRow` for an item that cannot be used.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Build:
+    """A builder's work, with paths as the dataset file has them."""
+
+    make: MakeRows
+    out: Path = field(repr=False)
+
+    def __call__(self, item: Item) -> Result:
+        rows = [_written(row, self.out) for row in self.make(item, self.out)]
+        paths = {path for row in rows for name in PATH_COLUMNS if name in row for path in _as_list(row[name])}
+        return Result(rows, tuple(Path(path) for path in sorted(paths) if not os.path.isabs(path)))
+
+
+def build_dataset(
+    items: Iterable[Item | RejectedRow],
+    make: MakeRows,
+    out: Path,
+    engine: Engine,
+    *,
+    title: str,
+    total: int | None = None,
+    on_error: OnErrorName = "raise",
+) -> int:
+    """Writes `out/dataset.jsonl` and `out/rejected.jsonl`, in the order of the items, and says what was done.
+
+    Paths are relative to `out` where they are below it, so that the folder can be moved, and absolute elsewhere.
+
+    Args:
+        items: what there is to do; the rejected are reported.
+        make: turns one item into rows.
+        out: the dataset's folder, which is made; absolute paths in rows that are below it become relative.
+        engine: who does it.
+        title: for the progress bar.
+        total: the number of items, if it is known.
+        on_error: with "raise", rejected items are an error at the end, when the good rows are written.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: there are no rows, or rejected ones and `on_error` is "raise".
+    """
+    out = Path(os.path.abspath(out))
+    num_rows, num_rejected, first = 0, 0, None
+    answers = run_items(items, _Build(make, out), out / PARTS_FOLDER, engine, title, total)
+    with _lines_file(out / DATASET_FILE) as write_row, _lines_file(out / REJECTED_FILE) as write_rejected:
+        for answer in _unique(answers):
+            if isinstance(answer, RejectedRow):
+                num_rejected, first = num_rejected + 1, first or answer
+                line = {"row": answer.number, "id": answer.id, "path": answer.path, "reason": answer.reason}
+                write_rejected(line)
+            else:
+                num_rows += 1
+                write_row(answer)
+    print(f"{num_rows} rows in {out / DATASET_FILE}")
+    if first and (on_error == "raise" or not num_rows):
+        raise InputError(
+            f"{first}. {num_rejected} could not be used, all listed in {out / REJECTED_FILE}: mend or remove them, or add "
+            "--on-error skip"
+        )
+    if first:
+        print(f"{num_rejected} could not be used, listed in {out / REJECTED_FILE}")
+    return num_rows
+
+
+@contextmanager
+def _lines_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A JSONL file, whole or absent. Half characters, as in file names that are not UTF-8, are escaped."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        yield lambda values: print(json.dumps(values, ensure_ascii=False), file=file)
+
+
+def _unique(answers: Iterable[Done | RejectedRow]) -> Iterator[dict[str, Any] | RejectedRow]:
+    """The rows, but not a second one with an id that was there."""
+    seen: set[int] = set()  # hashes: strings would take several times the memory
+    for answer in answers:
+        if isinstance(answer, RejectedRow):
+            yield answer
+            continue
+        for row in answer.value:
+            if hash(row["id"]) in seen:
+                reason = f"the id {row['id']!r} is already used by an earlier row"
+                yield RejectedRow(answer.item.number, row["id"], str(answer.item.files[0]), reason)
+            else:
+                seen.add(hash(row["id"]))
+                yield row
+
+
+def _written(row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The row with paths as text, without what is empty."""
+    row = {name: value for name, value in row.items() if value not in (None, "", [], ())}
+    for name in PATH_COLUMNS:
+        if name in row:
+            paths = [str(path.relative_to(out) if path.is_relative_to(out) else path) for path in _as_list(row[name])]
+            row[name] = paths if len(paths) > 1 else paths[0]
+    return row
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,39 @@
+"""What the command lines share: options that mean the same everywhere, and mistakes answered in one sentence."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from data_prep.errors import InputError, exit_codes
+from data_prep.items import EngineName
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Cores that this process may use."""
+
+OnErrorName = Literal["raise", "skip"]
+
+Out = Annotated[Path, typer.Option(help="Folder of the new dataset: dataset.jsonl, rejected.jsonl and what is made.")]
+Processes = Annotated[int, typer.Option(help="Worker processes.", show_default="all cores")]
+Engine = Annotated[EngineName, typer.Option(help="This machine, or a Ray cluster.")]
+OnError = Annotated[
+    OnErrorName, typer.Option(help="With unusable input, keep the rest and end with code 2, or with code 0.")
+]
+Seed = Annotated[int, typer.Option(help="Of every random draw: the same seed makes the same dataset.")]
+
+
+def run_app(app: typer.Typer) -> None:
+    """Runs the command line that was given. A wrong one is answered in a sentence, with code 2."""
+    with exit_codes():
+        try:
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        except typer.TyperException as error:
+            message = getattr(error, "format_message", error.__str__)()
+            raise InputError(f"{message.rstrip('.')}; --help says more") from None
+        except (typer.Abort, KeyboardInterrupt):
+            print("interrupted: run the same command again to continue", file=sys.stderr)
+            code = 130
+    raise SystemExit(code or 0)

@@ -1,0 +1,56 @@
+"""Which image files a folder holds, however it is nested or linked."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from data_prep.errors import InputError
+
+
+def image_suffixes() -> frozenset[str]:
+    """`.jpg`, `.png`, …: what Pillow can open, by name."""
+    Image.init()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files below a folder, by their names' endings, sorted by path. Links are followed, loops once.
+
+    Hidden files and folders are left out.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    suffixes = image_suffixes()
+    found = sorted(path for path in _files(folder) if path.suffix.lower() in suffixes)
+    if not found:
+        raise InputError(f"there is no image file in {folder}")
+    return found
+
+
+def unique_names(paths: list[Path], folder: Path) -> list[str]:
+    """A name for each file, fit for files of its own: its path below `folder` without the ending, `/` as `__`.
+
+    Where two would be the same, the ending stays: `a.jpg` and `a.png` become `a.jpg` and `a.png`.
+    """
+    stems = [str(path.relative_to(folder).with_suffix("")).replace(os.sep, "__") for path in paths]
+    counts: dict[str, int] = {}
+    for stem in stems:
+        counts[stem] = counts.get(stem, 0) + 1
+    return [stem if counts[stem] == 1 else stem + path.suffix for stem, path in zip(stems, paths, strict=True)]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root) / name for name in files if not name.startswith("."))

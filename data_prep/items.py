@@ -1,0 +1,237 @@
+"""Work on many files by many processes: in order, whatever their number, and continued where it was interrupted.
+
+An item is one unit of a long job: a pair, a photograph, a row. Items are cut into parts at places that depend on their ids
+alone, so that one more item changes one part. What a part gives is written to one file that appears whole. Running again
+takes what is there, as long as neither the work, nor the items, nor their files have changed since.
+"""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from data_prep.ahead import ahead
+from data_prep.errors import InputError
+from data_prep.files import write_text
+from data_prep.images import RejectedImage
+from data_prep.progress import progress
+from data_prep.rows import RejectedRow
+from data_prep.tables import BadRow
+
+PART_SIZE = 16
+"""Items of a part, on average: the most work that a kill can cost a process."""
+
+EngineName = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One unit of work."""
+
+    number: int
+    """Place in the input, from 1, for reports. It does not change what is made."""
+    id: str
+    """Unique, and the same in every run: results, and the names of the files that are made, depend on it."""
+    files: tuple[Path, ...] = ()
+    """What is read. When one of them changes its size or its time, the item is done again."""
+    values: Any = None
+    """Anything else that the work needs, as JSON has it."""
+
+
+class Work(Protocol):
+    """What is done to each item, in worker processes: a frozen dataclass, whose `repr` says all that results depend on."""
+
+    def __call__(self, item: Item) -> "Result":
+        """Raises `RejectedImage` or `BadRow` for an item that cannot be used."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the work gives for one item."""
+
+    value: Any
+    """As JSON has it."""
+    files: tuple[Path, ...] = ()
+    """What was written, relative to the parts' parent folder. If one of them is gone, the item is done again."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """An item and what was made of it."""
+
+    item: Item
+    value: Any
+
+
+class Engine(Protocol):
+    """An ordered `map` over many processes."""
+
+    def __call__(self, function: Callable[["Part"], str], parts: Iterable["Part"]) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some items in a row, and where their results are kept."""
+
+    entries: tuple[Item | RejectedRow, ...]
+    """The rejected ones are passed through, to stay in order."""
+    path: Path
+
+    @property
+    def items(self) -> list[Item]:
+        """What there is to do."""
+        return [entry for entry in self.entries if isinstance(entry, Item)]
+
+
+def run_items(
+    items: Iterable[Item | RejectedRow], work: Work, folder: Path, engine: Engine, title: str, total: int | None = None
+) -> Iterator[Done | RejectedRow]:
+    """Does the work on all items. Yields an answer for each, in order.
+
+    Args:
+        items: a stream; what could not even become an item passes through.
+        work: called in the workers.
+        folder: where parts are kept; on a disk that all workers share.
+        engine: who does it.
+        title: for the progress bar.
+        total: the number of items, if it is known.
+    """
+    parts: list[Part] = []  # those that the engine has taken and not yet given back
+
+    def taken() -> Iterator[Part]:
+        for part in _cut(items, work, folder):
+            parts.append(part)
+            yield part
+
+    with progress(title, total) as advance:
+        for text in engine(partial(do_part, work), taken()):
+            part = parts.pop(0)
+            answers = iter(map(json.loads, _lines(text)))
+            for entry in part.entries:
+                if isinstance(entry, RejectedRow):
+                    yield entry
+                    continue
+                answer = next(answers)
+                if "reason" in answer:
+                    yield RejectedRow(entry.number, entry.id, answer["path"], answer["reason"])
+                else:
+                    yield Done(entry, answer["value"])
+            advance(len(part.entries))
+
+
+def do_part(work: Work, part: Part) -> str:
+    """The answers of a part as JSON lines: those that are kept, or new ones. Rejected items are tried anew each time."""
+    if (kept := _kept(part.path)) is not None:
+        return kept
+    lines = [_answer(work, item) for item in part.items]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if not any("reason" in line for line in lines):
+        write_text(part.path, text)
+    return text
+
+
+def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
+    """Processes of this machine; with one, this process itself.
+
+    Args:
+        processes: how many.
+        preload: installed modules that are imported once, for all of them.
+    """
+
+    def run(function: Callable[[Part], str], parts: Iterable[Part]) -> Iterator[str]:
+        if processes == 1:
+            yield from map(function, parts)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        try:
+            yield from ahead(function, parts, ProcessPoolExecutor(processes, context), depth=4 * processes)
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a worker process was killed, perhaps for want of memory: run the same command again to continue, "
+                "with fewer --processes"
+            ) from None
+
+    return run
+
+
+def _cut(items: Iterable[Item | RejectedRow], work: Work, folder: Path) -> Iterator[Part]:
+    """Cuts after ids whose hash is 0 modulo PART_SIZE, and at four times the size."""
+    entries: list[Item | RejectedRow] = []
+    for entry in items:
+        entries.append(entry)
+        ends = int.from_bytes(_digest(entry.id.encode(errors="surrogateescape"))[:4]) % PART_SIZE == 0
+        if ends or len(entries) == 4 * PART_SIZE:
+            yield _part(entries, work, folder)
+            entries = []
+    if entries:
+        yield _part(entries, work, folder)
+
+
+def _part(entries: list[Item | RejectedRow], work: Work, folder: Path) -> Part:
+    digest = hashlib.blake2b(repr(work).encode(errors="surrogateescape"), digest_size=16)
+    for item in entries:
+        if isinstance(item, Item):
+            identity = (item.id, [(str(path), _stamp(path)) for path in item.files], item.values)
+            digest.update(json.dumps(identity).encode())
+    return Part(tuple(entries), folder / f"{digest.hexdigest()}.jsonl")
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _lines(text: str) -> list[str]:
+    """Not `splitlines`, which cuts at Unicode's other line ends too."""
+    return text.split("\n")[:-1]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes when the file does; None if it cannot be looked at, which the work will report."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _kept(path: Path) -> str | None:
+    """The answers in a file, if what they speak of is still there."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    files = (file for line in _lines(text) for file in json.loads(line)["files"])
+    return text if all((path.parents[1] / file).exists() for file in files) else None
+
+
+def _answer(work: Work, item: Item) -> dict[str, Any]:
+    try:
+        result = work(item)
+    except RejectedImage as error:
+        return {"path": str(error.path), "reason": error.reason}
+    except BadRow as error:
+        return {"path": str(item.files[0]) if item.files else item.id, "reason": str(error)}
+    return {"value": result.value, "files": [str(file) for file in result.files]}
+
+
+def make_engine(name: EngineName, processes: int, preload: Iterable[str] = ()) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        InputError: a number of processes that cannot be, or Ray is not installed.
+    """
+    if processes < 1:
+        raise InputError(f"--processes must be 1 or more, got {processes}")
+    if name == "ray":
+        from data_prep.ray_engine import ray_engine
+
+        return ray_engine(processes)
+    return local_engine(processes, preload)
