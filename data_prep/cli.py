@@ -10,7 +10,6 @@ import typer
 from data_prep.errors import InputError, exit_codes
 from data_prep.items import EngineName
 
-
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Cores that this process may use."""
 
