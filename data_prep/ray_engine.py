@@ -29,7 +29,8 @@ def ray_engine(processes: int) -> Engine:
     def run(function: Callable[[Part], str], parts: Iterable[Part]) -> Iterator[str]:
         local = None if "RAY_ADDRESS" in os.environ else processes
         environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
-        ray.init(num_cpus=local, include_dashboard=False, runtime_env=environment, logging_level=logging.WARNING)
+        ray.init(num_cpus=local, include_dashboard=False, runtime_env=environment, logging_level=logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells every step of its plan
         try:
             context = DataContext.get_current()
             context.execution_options.preserve_order = True
