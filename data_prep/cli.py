@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,3 +37,10 @@ def run_app(app: typer.Typer) -> None:
             print("interrupted: run the same command again to continue", file=sys.stderr)
             code = 130
     raise SystemExit(code or 0)
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Runs a command line that has this one command."""
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    run_app(app)

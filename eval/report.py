@@ -10,19 +10,20 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.errors import InputError, exit_codes
+from data_prep.cli import run_command
+from data_prep.errors import InputError
 from data_prep.files import write_text
 from eval.chart import line_chart
 from eval.metrics import MAX_PSNR
@@ -214,19 +215,17 @@ def print_table(runs: Sequence[RunSummary]) -> None:
         Console().print(table)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Compares the last validations of runs on one self-contained page.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folders written by train/run.py")
-    parser.add_argument("--title", default="Validation", metavar="TEXT", help="of the page")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the HTML file to write")
-    return parser.parse_args()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Folders written by train/run.py.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Validation",
+) -> None:
+    """Compares the last validations of runs on one self-contained page."""
+    summaries = [read_run(folder) for folder in runs]
+    write_report(out, title, summaries)
+    print_table(summaries)
+    print(out)
 
 
 if __name__ == "__main__":
-    with exit_codes():
-        arguments = parse_arguments()
-        summaries = [read_run(folder) for folder in arguments.runs]
-        write_report(arguments.out, arguments.title, summaries)
-        print_table(summaries)
-        print(arguments.out)
+    run_command(report)

@@ -1,7 +1,7 @@
 """Scores adapters on a dataset file and writes `metrics.json`, `report.html` and a picture grid for each.
 
     python eval/run.py --model models/tiny --adapter runs/lbm/checkpoints/step-000400 \
-        --dataset pairs.json --root photos --steps 1 2 4 --out runs/scores
+        --dataset pairs.json --root photos --steps 1,2,4 --out runs/scores
 
 Without `--adapter` the base model is scored.
 """
@@ -11,25 +11,28 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import gc
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
 
 import torch
+import typer
 
 from data_prep.cache import build_cache
+from data_prep.cli import OnErrorName, run_command
 from data_prep.encode import Encoders
 from data_prep.encoders import load_prompt_encoder, load_vae
-from data_prep.errors import InputError, exit_codes
+from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
-from data_prep.rows import read_rows
+from data_prep.rows import RejectedRow, Row, read_rows
 from eval.editor import Editor
 from eval.metadata import choose_geometry, choose_sampler, read_metadata
+from eval.options import DEVICE, DTYPE, CfgScale, Device, Dtype, MaxPixels, Model, Seed, VisionPixels
 from eval.report import RunSummary, print_table, write_report
 from eval.validation import Validation
 
@@ -38,60 +41,80 @@ BASE = "base"
 """The name of the model without an adapter."""
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Scores every adapter in turn.
+def parse_steps(text: str) -> list[int]:
+    """`1,2,4`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"must look like 1,2,4, got {text!r}") from None
 
-    Raises:
-        InputError: an argument is wrong, or a row or file cannot be used.
+
+def score(
+    *,
+    model: Model,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Checkpoint folder or safetensors file; repeatable.", show_default="the base model"),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset.")],
+    root: Annotated[
+        str | None, typer.Option(help="Folder that the rows' paths are relative to.", show_default="the dataset's own")
+    ] = None,
+    steps: Annotated[
+        list | None,
+        typer.Option(
+            parser=parse_steps, metavar="N,N", help="Step counts.", show_default="1,2,4 for a bridge, 4,20 for flow"
+        ),
+    ] = None,
+    num_rows: Annotated[
+        int | None, typer.Option(help="Score so many rows, chosen by the seed.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of one size sampled together.")] = 1,
+    seed: Seed = 0,
+    cfg_scale: CfgScale = None,
+    max_pixels: MaxPixels = None,
+    vision_pixels: VisionPixels = None,
+    on_error: Annotated[OnErrorName, typer.Option(help="What an unusable row does.")] = "raise",
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    title: Annotated[str, typer.Option(help="Of the report.")] = "Evaluation",
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Scores adapters, or the base model, on a dataset file, beside the source unchanged.
+
+    PSNR and SSIM are against ref_gt, or image where a row has none; with back_mask also inside and outside.
     """
-    model = ModelDirectory.resolve(arguments.model)
-    editors = [(name, make_editor(arguments, model, path)) for name, path in named_adapters(arguments.adapter)]
-    for _, editor in editors:
-        choose_sampler(editor.metadata, arguments.cfg_scale)  # refuses before anything is cached
+    directory, place = ModelDirectory.resolve(model), (torch.device(device), getattr(torch, dtype))
+    editors = {}
+    for name, path in named_adapters(adapter or []):
+        geometry = choose_geometry(read_metadata(path) if path else {}, max_pixels, vision_pixels)
+        editors[name] = Editor(directory, path, *place, geometry)
+        choose_sampler(editors[name].metadata, cfg_scale)  # refuses before anything is cached
     runs = []
-    for name, editor in editors:
-        runs.append(score(arguments, name, editor))
+    for name, editor in editors.items():
+        reader = open_cache(editor, read_rows(dataset, root), out, on_error)
+        choice = choose_sampler(editor.metadata, cfg_scale)
+        counts, rows = steps or choice.compared, num_rows or len(reader)
+        try:
+            validation = Validation(
+                reader, editor.vae.decode, out, choice.sampler, counts, rows, batch_size, seed, show_progress=True
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        validation.write(editor.denoiser, out / name)
+        metrics = json.loads((out / name / "metrics.json").read_text(encoding="utf-8"))
+        runs.append(RunSummary(name, metrics, out / name / "grid.png"))
         del editor.denoiser  # room for the next
         gc.collect()
     metrics = {run.name: run.metrics for run in runs}
-    write_text(arguments.out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    write_report(arguments.out / "report.html", arguments.title, runs)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    write_report(out / "report.html", title, runs)
     print_table(runs)
-    print(arguments.out / "report.html")
+    print(out / "report.html")
 
 
-def make_editor(arguments: argparse.Namespace, model: ModelDirectory, adapter: Path | None) -> Editor:
-    """An editor, nothing loaded yet."""
-    metadata = read_metadata(adapter) if adapter else {}
-    geometry = choose_geometry(metadata, arguments.max_pixels, arguments.vision_pixels)
-    return Editor(model, adapter, torch.device(arguments.device), getattr(torch, arguments.dtype), geometry)
-
-
-def score(arguments: argparse.Namespace, name: str, editor: Editor) -> RunSummary:
-    """Caches the rows at the adapter's sizes, edits them, and writes `OUT/NAME/`."""
-    reader = open_cache(arguments, editor)
-    choice = choose_sampler(editor.metadata, arguments.cfg_scale)
-    try:
-        validation = Validation(
-            reader,
-            editor.vae.decode,
-            arguments.out,
-            choice.sampler,
-            arguments.steps or choice.compared,
-            arguments.num_rows or len(reader),
-            arguments.batch_size,
-            arguments.seed,
-            show_progress=True,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    validation.write(editor.denoiser, arguments.out / name)
-    metrics = json.loads((arguments.out / name / "metrics.json").read_text(encoding="utf-8"))
-    return RunSummary(name, metrics, arguments.out / name / "grid.png")
-
-
-def open_cache(arguments: argparse.Namespace, editor: Editor) -> CacheReader:
-    """The rows' cache in `OUT/cache`, built where it is not there already; the text encoder is gone afterwards."""
+def open_cache(editor: Editor, rows: Iterable[Row | RejectedRow], out: Path, on_error: OnErrorName) -> CacheReader:
+    """The rows' cache in `out/cache`, built where it is not there already; the text encoder is gone afterwards."""
     model, fingerprint = editor.model, editor.model.fingerprint(*ENCODERS)
 
     def load_encoders() -> Encoders:
@@ -99,18 +122,18 @@ def open_cache(arguments: argparse.Namespace, editor: Editor) -> CacheReader:
         return Encoders(load_vae(model, *place), load_prompt_encoder(model, *place))
 
     summary = build_cache(
-        read_rows(arguments.dataset, arguments.root),
+        rows,
         editor.geometry,
         load_encoders,
-        arguments.out / "cache",
+        out / "cache",
         fingerprint=fingerprint,
-        rejected_path=arguments.out / "rejected.jsonl",
+        rejected_path=out / "rejected.jsonl",
         dtype=editor.dtype,
         negative=True,
-        on_error=arguments.on_error,
+        on_error=on_error,
     )
     print(summary, file=sys.stderr, flush=True)
-    return CacheReader(arguments.out / "cache", fingerprint=fingerprint, geometry=editor.geometry)
+    return CacheReader(out / "cache", fingerprint=fingerprint, geometry=editor.geometry)
 
 
 def named_adapters(paths: Sequence[Path]) -> Iterator[tuple[str, Path | None]]:
@@ -130,40 +153,5 @@ def run_name(path: Path) -> str:
     return Path(parts[-1]).stem if parts else "adapter"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description="Scores adapters, or the base model, on a dataset file, beside the source unchanged.",
-        epilog="PSNR and SSIM are against ref_gt, or image where a row has none; with back_mask also inside and outside.",
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder or hub id in the layout of Qwen/Qwen-Image-Edit-2511")
-    add(
-        "--adapter",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="checkpoint or safetensors; repeatable",
-    )
-    add("--dataset", required=True, metavar="FILE", help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset")
-    add("--root", metavar="DIR", help="folder that the rows' paths are relative to (default: the dataset's own)")
-    add("--steps", type=int, nargs="+", metavar="N", help="step counts (default: 1 2 4 for a bridge, 4 20 for flow)")
-    add("--num-rows", type=int, metavar="N", help="score so many rows, chosen by the seed (default: all)")
-    add("--batch-size", type=int, default=1, metavar="N", help="rows of one size sampled together (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of the noise and the choice of rows (default 0)")
-    add("--cfg-scale", type=float, metavar="X", help="guidance of flow matching, 1 for none (default 4)")
-    add("--max-pixels", type=int, metavar="N", help="largest area of a picture (default: as the adapter was trained)")
-    add("--vision-pixels", type=int, metavar="N", help="area that the text encoder sees (default: as trained)")
-    add("--on-error", choices=("raise", "skip"), default="raise", help="what an unusable row does (default raise)")
-    add("--device", default="cuda" if cuda else "cpu", metavar="NAME", help="default: cuda if there is one, else cpu")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32", help="of the weights")
-    add("--title", default="Evaluation", metavar="TEXT", help="of the report")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    with exit_codes():
-        main(parse_arguments())
+    run_command(score)

@@ -150,7 +150,7 @@ def test_scores_two_adapters_and_reports_on_them(tiny_model_dir, tiny_pairs, tmp
     out = tmp_path / "scores"
     done = run_script(
         *("eval/run.py", "--model", tiny_model_dir, "--adapter", lbm, "--adapter", flow, "--cfg-scale", "1"),
-        *("--dataset", tiny_pairs / "validation.json", "--root", tiny_pairs, "--steps", "1", "2", "--out", out),
+        *("--dataset", tiny_pairs / "validation.json", "--root", tiny_pairs, "--steps", "1,2", "--out", out),
     )
     assert "4 rows cached (4 encoded now)" in done.stderr
     assert "4 rows cached (0 encoded now)" in done.stderr  # the second adapter has the same sizes
