@@ -50,6 +50,16 @@ def open_mask(path: str | Path) -> Image.Image:
     return _to_8_bit(image, Path(path)).convert("L")
 
 
+def open_cut_out(path: str | Path) -> Image.Image:
+    """Reads a picture with its transparency, mode RGBA: an object without its background, a logo. Opaque ones stay so.
+
+    Raises:
+        RejectedImage: as `open_image`.
+    """
+    image = _decode(Path(path))
+    return image.convert("RGBA") if _has_alpha(image) else _to_rgb(image, Path(path)).convert("RGBA")
+
+
 def file_digest(path: str | Path) -> str:
     """A hash of the file's bytes: the same for the same picture under another name or date.
 
