@@ -9,13 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.geometry import Geometry, Size, fit, fit_mask, mask_to_latent, stretch, to_pixels
-from data_prep.images import RejectedImage, image_size_text, open_image, open_mask
+from data_prep.images import check_mask_shape, open_image, open_mask
 from data_prep.records import CacheHeader, bucket_name
 from data_prep.rows import Row
 from data_prep.shards import to_arrow
-
-ASPECT_TOLERANCE = 0.01
-"""A mask whose aspect differs by more than this fraction belongs to another image."""
 
 
 class ImageEncoder(Protocol):
@@ -81,10 +78,7 @@ def prepare_row(key: str, row: Row, geometry: Geometry) -> PreparedRow:
 def _prepare_mask(row: Row, image: Image.Image, size: Size) -> Tensor:
     assert row.back_mask is not None
     mask = open_mask(row.back_mask)
-    aspect_ratio = (mask.width * image.height) / (mask.height * image.width)
-    if abs(aspect_ratio - 1) > ASPECT_TOLERANCE:
-        sizes = f"{image_size_text(mask)}, its image is {image_size_text(image)}"
-        raise RejectedImage(row.back_mask, f"the mask has another shape than its image: {sizes}")
+    check_mask_shape(mask, image, row.back_mask)
     return mask_to_latent(fit_mask(mask, size))
 
 

@@ -26,7 +26,7 @@ def list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     suffixes = image_suffixes()
-    found = sorted(path for path in _files(folder) if path.suffix.lower() in suffixes)
+    found = sorted(path for path in walk_files(folder) if path.suffix.lower() in suffixes)
     if not found:
         raise InputError(f"there is no image file in {folder}")
     return found
@@ -44,9 +44,14 @@ def unique_names(paths: list[Path], folder: Path) -> list[str]:
     return [stem if counts[stem] == 1 else stem + path.suffix for stem, path in zip(stems, paths, strict=True)]
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones. Links are followed, loops once; the order is the file system's.
+
+    Raises:
+        InputError: a folder that cannot be read: its files would be missing without a word.
+    """
     seen: set[tuple[int, int]] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -54,3 +59,7 @@ def _files(folder: Path) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root) / name for name in files if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"the folder {error.filename} cannot be read: {error.strerror}") from error

@@ -17,6 +17,9 @@ MAX_ASPECT = 100
 MIN_SIDE = 16
 """Pixels. Anything smaller is a placeholder or a tracking pixel, not a photograph."""
 
+MASK_TOLERANCE = 0.01
+"""A mask whose aspect differs from its image's by more than this fraction belongs to another image."""
+
 
 class RejectedImage(ValueError):
     """One image file cannot be used; the rest of the dataset can. `path` and `reason` are for the report."""
@@ -58,6 +61,18 @@ def open_cut_out(path: str | Path) -> Image.Image:
     """
     image = _decode(Path(path))
     return image.convert("RGBA") if _has_alpha(image) else _to_rgb(image, Path(path)).convert("RGBA")
+
+
+def check_mask_shape(mask: Image.Image, image: Image.Image, path: Path) -> None:
+    """Sizes may differ, shapes may not.
+
+    Raises:
+        RejectedImage: the mask, which was read from `path`, has another aspect than its image.
+    """
+    aspect_ratio = (mask.width * image.height) / (mask.height * image.width)
+    if abs(aspect_ratio - 1) > MASK_TOLERANCE:
+        sizes = f"{image_size_text(mask)}, its image is {image_size_text(image)}"
+        raise RejectedImage(path, f"the mask has another shape than its image: {sizes}")
 
 
 def file_digest(path: str | Path) -> str:

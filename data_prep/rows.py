@@ -84,7 +84,7 @@ def read_rows(dataset: str | Path, root: str | Path | None = None) -> Iterator[R
         try:
             if isinstance(values, BadRow):
                 raise values
-            row = _parse(number, default_id, values, folder)
+            row = parse_row(number, default_id, values, folder)
             if hash(row.id) in seen_ids:
                 raise BadRow(f"the id {row.id!r} is already used by an earlier row")
             seen_ids.add(hash(row.id))
@@ -107,8 +107,19 @@ def _root(source: str, root: str | Path | None) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _parse(number: int, default_id: str, values: dict[str, Any], root: Path) -> Row:
-    present = {name: value for name, value in values.items() if not _is_absent(value)}
+def parse_row(number: int, default_id: str, values: dict[str, Any], root: Path) -> Row:
+    """One row of a table whose columns have the names of a dataset file's.
+
+    Args:
+        number: place in the table, from 1.
+        default_id: for a row without one.
+        values: column -> cell; other columns are ignored, and empty cells are absent ones.
+        root: an absolute folder, which relative paths start from.
+
+    Raises:
+        BadRow: a cell is missing or not what its column holds.
+    """
+    present = {name: value for name, value in values.items() if not is_absent(value)}
     for name in REQUIRED:
         if name not in present:
             raise BadRow(f"{name} is missing or empty")
@@ -134,8 +145,8 @@ def _parse(number: int, default_id: str, values: dict[str, Any], root: Path) -> 
     )
 
 
-def _is_absent(value: Any) -> bool:
-    """None, blank text, an empty list, or pandas' NaN."""
+def is_absent(value: Any) -> bool:
+    """Whether a cell counts as empty: None, blank text, an empty list, or pandas' NaN."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value != value
