@@ -1,4 +1,4 @@
-"""Dataset files -> rows: JSON list, JSONL, CSV, Parquet, or a Hugging Face dataset (`save_to_disk` folder or hub id).
+"""Dataset files -> rows: JSON list, JSONL, CSV, TSV, Parquet, or a Hugging Face dataset (`save_to_disk` folder or hub id).
 
 Columns: `prompt`, `image` (target) and `edit_image` (sources) are required; `bridge_image`, `ref_gt`, `back_mask`,
 `negative_prompt`, `split`, `tag`, `group` and `id` are optional, and an empty cell is an absent one. Where a cell can
@@ -68,7 +68,7 @@ def read_rows(dataset: str | Path, root: str | Path | None = None) -> Iterator[R
     """Streams the rows of a dataset in order, good and bad; nothing is dropped.
 
     Args:
-        dataset: a .json, .jsonl, .csv or .parquet file, a folder of `datasets.save_to_disk`, or a hub id.
+        dataset: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of `datasets.save_to_disk`, or a hub id.
         root: the folder that relative paths start from and may not leave; by default the dataset's own folder.
 
     Raises:
