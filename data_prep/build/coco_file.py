@@ -1,0 +1,134 @@
+"""COCO annotation files: images, what is annotated in them, captions. https://cocodataset.org/#format-data"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.rows import RejectedRow
+from data_prep.tables import BadRow
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """An image, and what is known of it."""
+
+    number: int
+    """Place among the file's images, from 1."""
+    id: str
+    file_name: str
+    size: tuple[int, int] | None
+    """Width and height that the annotations refer to, if the file says so."""
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    """`id`, `category`, `supercategory`, `segmentation` and `iscrowd` of each."""
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """What an annotation file says."""
+
+    images: dict[str, CocoImage]
+    categories: dict[str, dict[str, Any]]
+    rejected: list[RejectedRow]
+    """Entries that could not be used."""
+
+
+def read_coco(path: Path, captions: Path | None = None) -> CocoFile:
+    """Reads an annotation file (instances, captions or both), and captions from a second one.
+
+    An annotation of an unknown category makes its image unusable: a mask without it would be wrong.
+
+    Raises:
+        InputError: not a COCO file, or it has no images.
+    """
+    parsed = _load(path)
+    categories = {str(entry["id"]): entry for entry in _entries(parsed, "categories") if {"id", "name"} <= entry.keys()}
+    rejected: list[RejectedRow] = []
+    images = _images(parsed, path, rejected)
+    if not images:
+        raise InputError(f'{path} has no images: a COCO annotation file lists them under "images"')
+    for number, entry in enumerate(_entries(parsed, "annotations"), start=1):
+        try:
+            _add(entry, images, categories)
+        except BadRow as error:
+            rejected.append(
+                RejectedRow(number, f"annotation-{entry.get('id', number)}", str(path), f"annotation {error}")
+            )
+    for entry in _entries(_load(captions), "annotations") if captions else ():
+        if (image := images.get(str(entry.get("image_id")))) is not None and isinstance(entry.get("caption"), str):
+            image.captions.append(entry["caption"])
+    return CocoFile(images, categories, rejected)
+
+
+def image_names(path: Path) -> dict[str, str]:
+    """Image id -> file name.
+
+    Raises:
+        InputError: not a COCO file.
+    """
+    return {id: image.file_name for id, image in _images(_load(path), path, []).items()}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, not JSON
+        raise InputError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("images", []), list):
+        raise InputError(
+            f"{path} is not a COCO annotation file: it must be an object with the lists images, annotations"
+        )
+    return parsed
+
+
+def _entries(parsed: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Those of a list; what is not an object becomes an empty one, to keep the count."""
+    entries = parsed.get(name, [])
+    return (entry if isinstance(entry, dict) else {} for entry in (entries if isinstance(entries, list) else []))
+
+
+def _images(parsed: dict[str, Any], path: Path, rejected: list[RejectedRow]) -> dict[str, CocoImage]:
+    images: dict[str, CocoImage] = {}
+    for number, entry in enumerate(_entries(parsed, "images"), start=1):
+        id, name = str(entry.get("id", "")), entry.get("file_name")
+        if not id or not isinstance(name, str) or not name:
+            rejected.append(
+                RejectedRow(number, id or f"image-{number}", str(path), "the image has no id or no file_name")
+            )
+        elif id in images:
+            reason = f"the image id {id} is already used by {images[id].file_name}"
+            rejected.append(RejectedRow(number, id, name, reason))
+        else:
+            images[id] = CocoImage(number, id, name, _size(entry))
+    return images
+
+
+def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    width, height = entry.get("width"), entry.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
+
+
+def _add(entry: dict[str, Any], images: dict[str, CocoImage], categories: dict[str, dict[str, Any]]) -> None:
+    """Puts an annotation to its image."""
+    id = str(entry.get("image_id"))
+    if id not in images:
+        raise BadRow(f"of the unknown image_id {id}")
+    if isinstance(entry.get("caption"), str):
+        images[id].captions.append(entry["caption"])
+        return
+    category = categories.get(str(entry.get("category_id")), {})
+    images[id].objects.append(
+        {
+            "id": str(entry.get("id", "")),
+            "category_id": entry.get("category_id"),
+            "category": category.get("name"),
+            "supercategory": category.get("supercategory") or "",
+            "segmentation": entry.get("segmentation"),
+            "iscrowd": bool(entry.get("iscrowd")),
+        }
+    )

@@ -1,0 +1,40 @@
+"""Pictures that a builder makes: their names, how they are written, and the exact mask of an edit."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+from data_prep.files import atomic_file
+from data_prep.tables import BadRow
+
+PNG_LEVEL = 3
+"""Half the time of Pillow's default, for a few percent more bytes."""
+
+
+def save_result(image: Image.Image, folder: Path, id: str) -> Path:
+    """Writes a picture as PNG, whole or not at all, with a name of its own for each id.
+
+    Returns:
+        Its path.
+    """
+    plain = re.sub(r"[^\w-]", "_", id)[:40]  # letters of any script; a file system allows 255 bytes
+    name = plain if plain == id else f"{plain}-{hashlib.blake2b(id.encode(), digest_size=6).hexdigest()}"
+    path = folder / f"{name}.png"
+    with atomic_file(path) as temporary:
+        image.save(temporary, "PNG", compress_level=PNG_LEVEL)
+    return path
+
+
+def exact_mask(source: Image.Image, target: Image.Image) -> Image.Image:
+    """Mode L: 0 exactly where the two (mode RGB, same size) differ, 255 elsewhere.
+
+    Raises:
+        BadRow: they are the same.
+    """
+    red, green, blue = ImageChops.difference(source, target).split()
+    mask = ImageChops.lighter(ImageChops.lighter(red, green), blue).point([255] + [0] * 255)
+    if mask.getextrema() == (255, 255):
+        raise BadRow("the edit changes no pixel: what is laid on is transparent, or has the colour of what is there")
+    return mask
