@@ -1,0 +1,200 @@
+"""Pictures that are the same to the eye, whatever was done to their files, found among a million.
+
+A picture's hash is its perceptual hash (DCT signs of a 64 x 64 grey picture, by imagehash) and its colours in four
+quarters. Two pictures are near-duplicates when their hashes have a small Hamming distance, their colours are alike, and
+they agree in two of the blocks that the search goes by. Pairs are then joined to groups.
+
+The limits were measured on 192 crops of 16 photographs, among them grass, gravel, bricks and stars, and on eleven changes
+of each. Of 256 bits differ: after JPEG at quality 50, a resize or +-5 % of brightness at most 14; after cropping 3 % 41 in
+the median and 72 in one of a hundred; between different pictures never under 92, between crops of one photograph that
+share less than 70 % of their area never under 98.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import imagehash
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+DCT_SIDE = 16
+DCT_BYTES = DCT_SIDE * DCT_SIDE // 8
+COLOUR_SIDE = 2
+COLOUR_BYTES = COLOUR_SIDE * COLOUR_SIDE * 3
+HASH_BYTES = DCT_BYTES + COLOUR_BYTES
+"""Length of a picture's hash."""
+
+MAX_DISTANCE = 72
+"""Bits of the 256 that may differ."""
+MAX_COLOUR = 14 * COLOUR_BYTES
+"""Sum of the differences of colour, each in [0, 255]: 5 % of the brightness of white is 12.75."""
+NUM_BLOCKS, BLOCK_BITS = 12, 9
+"""Two of these blocks must be equal. Whatever differs in at most 10 of their 108 bits, those of the lowest frequencies, is
+found; of what was cropped by 3 %, 94 %. Two blocks without a bit say nothing: only plain pictures, all of whose blocks are
+so, are compared for that."""
+BRIGHTNESS_BITS = 12
+MAX_BRIGHTNESS = (1 << BRIGHTNESS_BITS) - 1
+SLICE = 1 << 16
+"""Rows that are compared at a time, so that they stay in the processor's cache."""
+
+
+def image_hash(image: Image.Image) -> bytes:
+    """The perceptual hash of a picture, `HASH_BYTES` long. Its size and aspect do not count, its colours a little.
+
+    Args:
+        image: upright, of any size; made RGB.
+    """
+    small = image.convert("RGB").reduce(max(1, min(image.size) // 256))
+    signs = imagehash.phash(small, hash_size=DCT_SIDE).hash[_BY_FREQUENCY]
+    colours = np.asarray(small.resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX))
+    return np.packbits(signs).tobytes() + colours.tobytes()
+
+
+def near_duplicates(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Groups of near-duplicates. What is alike in a chain is one group.
+
+    Args:
+        hashes: of `image_hash`, shape (N, HASH_BYTES).
+
+    Returns:
+        For each row the smallest index of its group, shape (N,): its own where the picture has no earlier double.
+    """
+    if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != HASH_BYTES:
+        raise ValueError(f"hashes must be uint8 of shape (N, {HASH_BYTES}), got {hashes.dtype} {hashes.shape}")
+    first, number = _collapse(hashes)
+    labels = _label_similar(hashes, first)[number]
+    smallest = np.empty(len(first), dtype=np.int64)
+    smallest[labels[::-1]] = np.arange(len(hashes))[::-1]  # of those that go to one place, the last stays
+    return smallest[labels]
+
+
+def _collapse(hashes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """One row of each different hash, and for every row the number of its hash among these."""
+    order = np.argsort(np.ascontiguousarray(hashes).view(np.dtype((np.void, HASH_BYTES)))[:, 0])
+    new = np.ones(len(hashes), dtype=bool)
+    for start in range(1, len(hashes), SLICE):
+        sorted_hashes = hashes[order[start - 1 : start + SLICE]]
+        new[start : start + SLICE] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
+    number = np.empty(len(hashes), dtype=np.int32)
+    number[order] = np.cumsum(new, dtype=np.int32) - 1
+    return order[new], number
+
+
+def _label_similar(hashes: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    """A group's number for each of these rows. Those that agree in two blocks stand together when sorted."""
+    groups = _Groups(len(rows))
+    blocks, brightness = _blocks(hashes, rows)
+    for a, b in combinations(range(NUM_BLOCKS), 2):
+        keys = blocks[a].astype(np.uint32)  # one number to sort by: 18 bits of two blocks, then 12 of the brightness
+        keys <<= BLOCK_BITS
+        keys |= blocks[b]
+        keys <<= BRIGHTNESS_BITS
+        keys |= brightness
+        order = np.argsort(keys)
+        told = np.searchsorted(keys, MAX_BRIGHTNESS, side="right", sorter=order)
+        _join_sorted(hashes, rows, keys, order[told:], groups)
+    plain = np.flatnonzero(~blocks.any(axis=0))
+    order = plain[np.argsort(brightness[plain])]
+    _join_sorted(hashes, rows, brightness.astype(np.uint32), order, groups)
+    return groups.labels
+
+
+def _join_sorted(
+    hashes: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    keys: NDArray[np.uint32],
+    order: NDArray[np.int64],
+    groups: "_Groups",
+) -> None:
+    """Compares all that agree in their keys' upper bits, in the order of the keys."""
+    for start, stop in _slices(keys[order]):
+        places = order[start:stop]
+        _join_slice(hashes[rows[places]], keys[places], places, groups)
+    groups.settle()
+
+
+def _join_slice(
+    hashes: NDArray[np.uint8], keys: NDArray[np.uint32], rows: NDArray[np.int64], groups: "_Groups"
+) -> None:
+    """Compares each row of a slice with those after it, as long as these agree with it and are not too bright."""
+    words = np.ascontiguousarray(hashes[:, :DCT_BYTES]).view(np.uint64).T.copy()
+    colours = hashes[:, DCT_BYTES:].astype(np.int16)
+    last = keys | MAX_BRIGHTNESS  # of the rows that agree in the two blocks
+    limit = np.minimum(last, keys + MAX_COLOUR)
+    left, step = np.arange(len(keys)), 0
+    while len(left):
+        step += 1
+        left = left[: np.searchsorted(left, len(keys) - step)]
+        left = left[keys[left + step] <= limit[left]]  # who has no neighbour at this step has none further on
+        apart = left[groups.labels[rows[left]] != groups.labels[rows[left + step]]]
+        distance = sum(np.bitwise_count(word[apart] ^ word[apart + step]).astype(np.int16) for word in words)
+        near = apart[distance <= MAX_DISTANCE]
+        near = near[np.abs(colours[near] - colours[near + step]).sum(axis=1) <= MAX_COLOUR]
+        groups.join(rows[near], rows[near + step])
+
+
+class _Groups:
+    """Which rows belong together."""
+
+    def __init__(self, num_rows: int):
+        self.labels = np.arange(num_rows, dtype=np.int32)
+        """Rows of one number belong together; what was joined since `settle` does not show yet."""
+        self._pairs: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
+        self._waiting = 0
+
+    def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
+        """Puts each row of `left` in one group with that of `right`."""
+        if not len(left):
+            return
+        self._pairs.append((self.labels[left], self.labels[right]))
+        self._waiting += len(left)
+        if self._waiting > len(self.labels):  # so many that they would take more memory than the rows
+            self.settle()
+
+    def settle(self) -> None:
+        """Brings `labels` up to date."""
+        if not self._pairs:
+            return
+        left, right = (np.concatenate(side) for side in zip(*self._pairs, strict=True))
+        size = len(self.labels)
+        graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size))
+        self.labels = connected_components(graph, directed=False)[1][self.labels]
+        self._pairs, self._waiting = [], 0
+
+
+def _blocks(hashes: NDArray[np.uint8], rows: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """The bits that the search goes by, shape (NUM_BLOCKS, N), each block a number; and the sum of the colours."""
+    weights = 1 << np.arange(BLOCK_BITS, dtype=np.uint16)
+    blocks = np.empty((NUM_BLOCKS, len(rows)), dtype=np.uint16)
+    brightness = np.empty(len(rows), dtype=np.uint16)
+    for start in range(0, len(rows), SLICE):
+        some = slice(start, start + SLICE)
+        of_slice = hashes[rows[some]]
+        bits = np.unpackbits(of_slice[:, :DCT_BYTES], axis=1, count=NUM_BLOCKS * BLOCK_BITS)
+        blocks[:, some] = (bits.reshape(-1, NUM_BLOCKS, BLOCK_BITS) @ weights).T
+        brightness[some] = of_slice[:, DCT_BYTES:].sum(axis=1)
+    return blocks, brightness
+
+
+def _slices(keys: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
+    """Cuts sorted keys into slices of about SLICE, or of as many as agree in the two blocks."""
+    start = 0
+    while start < len(keys):
+        last = keys[min(start + SLICE, len(keys)) - 1] | MAX_BRIGHTNESS
+        stop = int(np.searchsorted(keys, last, side="right"))
+        yield start, stop
+        start = stop
+
+
+def _by_frequency() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows and columns of the DCT's signs, low frequencies first, which change least; the mean, always set, last."""
+    row, column = np.divmod(np.arange(DCT_SIDE**2), DCT_SIDE)
+    order = np.argsort(row**2 + column**2, kind="stable")
+    order = np.roll(order, -1)
+    return row[order], column[order]
+
+
+_BY_FREQUENCY = _by_frequency()
