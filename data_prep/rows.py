@@ -159,6 +159,8 @@ def _text(value: Any, name: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise BadRow(f"{name} is not UTF-8 text") from None
+    if "\0" in value:
+        raise BadRow(f"{name} holds a zero byte: {reprlib.repr(value)}")
     return value
 
 
@@ -197,7 +199,7 @@ def resolve_path(value: Any, name: str, root: Path) -> Path:
         BadRow: not the path of a file, or it leaves `root`.
     """
     text = _text(value, name)
-    if "\0" in text or re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+    if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
         raise BadRow(f"{name} must be the path of a file, got {text!r}")
     path = Path(os.path.normpath(root / text))
     if not os.path.isabs(text) and not path.is_relative_to(root):
