@@ -33,6 +33,8 @@ HUES = ((20, "pink"), (44, "red"), (82, "orange"), (112, "yellow"), (170, "green
 PAINTS = {"red": (38, 65), "orange": (64, 66), "yellow": (98, 62), "green": (138, 50), "turquoise": (195, 38)}
 PAINTS |= {"blue": (280, 50), "purple": (318, 55), "pink": (355, 50)}
 """Hue angle in degrees and chroma of what a thing may become."""
+LEAST_DIFFERENCE = 20
+"""Mean distance in CIELAB between the old colour and the new: below it both are much the same."""
 TRIED = 3
 """Regions, of which the first with a colour that has a name is taken."""
 
@@ -55,12 +57,15 @@ def recolour(draft: Draft, scene: Scene) -> Draft:
     Raises:
         NoEdit: no region stands out, or the new colour does not show.
     """
-    lab = rgb2lab(draft.target)
+    lab = _lab(draft.target)
     chosen = _choose(draft.target, lab, scene.rng)
     names = [name for name in PAINTS if name != chosen.before]
     target = _painted(draft.target, lab, chosen.weight, pick(scene.rng, names))
-    after = main_colour(rgb2lab(target), chosen.weight)
-    if not after or after == chosen.before or after in GREYS:
+    painted = _lab(target)
+    after = main_colour(painted, chosen.weight)
+    core = chosen.weight > 0.7
+    difference = np.linalg.norm(painted[core] - lab[core], axis=-1).mean() if core.any() else 0
+    if not after or after == chosen.before or after in GREYS or difference < LEAST_DIFFERENCE:
         raise NoEdit("the new colour does not show")
     prompts = EVERYWHERE if not chosen.where else REGION if chosen.before else UNNAMED_REGION
     words = {"before": chosen.before, "after": after, "where": chosen.where}
@@ -83,18 +88,22 @@ def colour_names(lab: Lab) -> NDArray[np.str_]:
     return np.where((chroma < 11) | (lightness < 10), greys, names)
 
 
-def main_colour(lab: Lab, weight: Plane) -> str:
-    """The name that most of the pixels have where `weight` is high; empty if there is no such name."""
+def main_colour(lab: Lab, weight: Plane, share: float = 0.5) -> str:
+    """The name that more than this share of the pixels have where `weight` is high; empty if there is no such name."""
     names, counts = np.unique(colour_names(lab[weight > 0.7]), return_counts=True)
-    return str(names[counts.argmax()]) if counts.size and counts.max() > 0.5 * counts.sum() else ""
+    return str(names[counts.argmax()]) if counts.size and counts.max() > share * counts.sum() else ""
 
 
 def _choose(picture: Picture, lab: Lab, rng: np.random.Generator) -> Chosen:
     regions = [region for region in find_regions(picture) if 0.02 < region.share < 0.5 and region.solidity > 0.5]
     if not regions:
         raise NoEdit("no region stands out")
-    chosen = [_chosen(picture, lab, regions[i]) for i in rng.permutation(len(regions))[:TRIED]]
-    return next((one for one in chosen if one.before and one.before not in GREYS), chosen[0])
+    chosen = []
+    for i in rng.permutation(len(regions))[:TRIED]:
+        chosen.append(_chosen(picture, lab, regions[i]))
+        if chosen[-1].before and chosen[-1].before not in GREYS:
+            return chosen[-1]
+    return chosen[0]
 
 
 def _chosen(picture: Picture, lab: Lab, region: Region) -> Chosen:
@@ -102,7 +111,7 @@ def _chosen(picture: Picture, lab: Lab, region: Region) -> Chosen:
     before = main_colour(lab, weight)
     if before not in GREYS and before:
         everywhere = _alike(lab, weight)
-        if 0.02 < everywhere.mean() < 0.6 and main_colour(lab, everywhere) == before:
+        if 0.02 < everywhere.mean() < 0.6 and main_colour(lab, everywhere, 0.65) == before:
             return Chosen(everywhere, before, "")
     return Chosen(weight, before, place(*region.centre))
 
@@ -112,13 +121,17 @@ def _alike(lab: Lab, weight: Plane) -> Plane:
     a, b = np.average(lab[..., 1:], axis=(0, 1), weights=np.broadcast_to(weight[..., None], (*weight.shape, 2)))
     chroma = np.hypot(lab[..., 1], lab[..., 2])
     cosine = (lab[..., 1] * a + lab[..., 2] * b) / np.maximum(chroma * np.hypot(a, b), 1e-6)
-    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    near, far = np.cos(np.radians((24, 38)))  # degrees of hue
     saturation = chroma / np.maximum(lab[..., 0], 15)
     usual = float(np.average(saturation, weights=weight))
-    rough = np.clip((38 - angle) / 14, 0, 1) * np.clip((chroma - 9) / 8, 0, 1)
+    rough = np.clip((cosine - far) / (near - far), 0, 1) * np.clip((chroma - 9) / 8, 0, 1)
     rough *= np.clip((saturation / max(usual, 1e-6) - 0.45) / 0.15, 0, 1)
     smooth = gaussian_filter(rough, 1.2, truncate=3)
     return np.clip((smooth - 0.08) / 0.84, 0, 1).astype(np.float32)
+
+
+def _lab(picture: Picture) -> Lab:
+    return rgb2lab(picture.astype(np.float32) / 255)  # in float32, at half the time
 
 
 def _painted(picture: Picture, lab: Lab, weight: Plane, paint: str) -> Picture:
@@ -136,6 +149,7 @@ def _painted(picture: Picture, lab: Lab, weight: Plane, paint: str) -> Picture:
         colours = strength[..., None] * direction + lab[..., 1:]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*negative Z values.*")  # out of gamut: clipped, as it should be
-        painted = lab2rgb(np.dstack([lab[..., 0], colours]))
-    mixed = to_bytes(picture / 255 + weight[..., None] * (painted - picture / 255))
+        painted = lab2rgb(np.dstack([lab[..., 0], colours]).astype(np.float32))
+    before = picture.astype(np.float32) / 255
+    mixed = to_bytes(before + weight[..., None] * (painted - before))
     return np.where(weight[..., None] > 0, mixed, picture)

@@ -58,8 +58,8 @@ def cut_from(path: Path, rng: np.random.Generator) -> CutOut:
 
 
 def _is_object(region: Region) -> bool:
-    """It may pass for a thing: of middling size, not cut off by the photograph's edge, and compact."""
-    return 0.015 < region.share < 0.3 and region.inside and region.solidity > 0.8 and region.elongation < 2.5
+    """It may pass for a thing: not too large, not cut off by the photograph's edge, and compact."""
+    return region.share < 0.3 and region.inside and region.solidity > 0.8 and region.elongation < 2.5
 
 
 @lru_cache(maxsize=16)

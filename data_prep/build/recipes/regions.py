@@ -13,6 +13,8 @@ from data_prep.build.recipes.draft import Picture, Plane, luminance, resize_plan
 
 SMALL = 160
 """Pixels of the longest side when regions are looked for: details only cost time."""
+LEAST_SHARE = 0.015
+"""Of the photograph's area: smaller regions are of no use to any recipe."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Region:
 
 
 def find_regions(picture: Picture, scale: float = 150.0) -> list[Region]:
-    """The regions of the graph-based segmentation, holes filled, largest first.
+    """The regions of the graph-based segmentation, holes filled; small ones are left out.
 
     Args:
         picture: the photograph.
@@ -43,8 +45,8 @@ def find_regions(picture: Picture, scale: float = 150.0) -> list[Region]:
     image = Image.fromarray(picture)
     image.thumbnail((SMALL, SMALL), Image.Resampling.BOX)
     labels = felzenszwalb(np.asarray(image), scale=scale, sigma=0.8, min_size=image.width * image.height // 150)
-    found = [_region(labels == number) for number in range(labels.max() + 1)]
-    return sorted(found, key=lambda region: -region.share)
+    large = np.flatnonzero(np.bincount(labels.ravel()) > LEAST_SHARE * labels.size)
+    return [_region(labels == number) for number in large]
 
 
 def soft_mask(picture: Picture, region: Region, radius: int = 4) -> Plane:
