@@ -75,7 +75,7 @@ def build_dataset(
     out = Path(os.path.abspath(out))
     num_rows, num_rejected, first = 0, 0, None
     answers = run_items(items, _Build(make, out), out / PARTS_FOLDER, engine, title, total)
-    with _lines_file(out / DATASET_FILE) as write_row, _lines_file(out / REJECTED_FILE) as write_rejected:
+    with lines_file(out / DATASET_FILE) as write_row, lines_file(out / REJECTED_FILE) as write_rejected:
         for answer in _unique(answers):
             if isinstance(answer, RejectedRow):
                 num_rejected, first = num_rejected + 1, first or answer
@@ -85,18 +85,26 @@ def build_dataset(
                 num_rows += 1
                 write_row(answer)
     print(f"{num_rows} rows in {out / DATASET_FILE}")
-    if first and (on_error == "raise" or not num_rows):
-        raise InputError(
-            f"{first}. {num_rejected} could not be used, all listed in {out / REJECTED_FILE}: mend or remove them, or add "
-            "--on-error skip"
-        )
-    if first:
-        print(f"{num_rejected} could not be used, listed in {out / REJECTED_FILE}")
+    tell_rejected(first, num_rejected, out / REJECTED_FILE, "raise" if not num_rows else on_error)
     return num_rows
 
 
+def tell_rejected(first: RejectedRow | None, number: int, report: Path, on_error: OnErrorName) -> None:
+    """The last word of a command that left something out.
+
+    Raises:
+        InputError: something was left out, and `on_error` is "raise".
+    """
+    if first and on_error == "raise":
+        raise InputError(
+            f"{first}. {number} could not be used, all listed in {report}: mend or remove them, or add --on-error skip"
+        )
+    if first:
+        print(f"{number} could not be used, listed in {report}")
+
+
 @contextmanager
-def _lines_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def lines_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A JSONL file, whole or absent. Half characters, as in file names that are not UTF-8, are escaped."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         yield lambda values: print(json.dumps(values, ensure_ascii=False), file=file)
