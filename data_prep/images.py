@@ -5,17 +5,22 @@ the editor and the web page see the same pixels.
 """
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_ASPECT = 100
 """Longest side over shortest. The Qwen2.5-VL image processor refuses 200, and nothing useful is beyond 100."""
 
 MIN_SIDE = 16
 """Pixels. Anything smaller is a placeholder or a tracking pixel, not a photograph."""
+
+ANIMATED = ("GIF", "WEBP", "PNG", "TIFF")
+"""Formats whose further pictures are frames or pages; those of a phone's MPO are other views for other purposes."""
 
 MASK_TOLERANCE = 0.01
 """A mask whose aspect differs from its image's by more than this fraction belongs to another image."""
@@ -30,6 +35,16 @@ class RejectedImage(ValueError):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class OpenedImage:
+    """A photograph, and what was done to it."""
+
+    image: Image.Image
+    """Upright, 8-bit RGB."""
+    conversions: tuple[str, ...]
+    """In words; none for a plain file."""
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Reads a photograph: EXIF rotation applied, any mode made 8-bit RGB, transparency composited on white.
 
@@ -38,7 +53,18 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         RejectedImage: missing, unreadable, empty, truncated, not an image, too large, too small or too thin.
     """
-    return _to_rgb(_decode(Path(path)), Path(path))
+    return inspect_image(path).image
+
+
+def inspect_image(path: str | Path) -> OpenedImage:
+    """`open_image`, and what it had to convert.
+
+    Raises:
+        RejectedImage: as `open_image`.
+    """
+    conversions: list[str] = []
+    image = _decode(Path(path), conversions)
+    return OpenedImage(_to_rgb(image, Path(path)), tuple(conversions))
 
 
 def open_mask(path: str | Path) -> Image.Image:
@@ -105,12 +131,14 @@ def _open(path: Path) -> BufferedReader:
         raise RejectedImage(path, f"cannot be read: {error.strerror}") from None
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, conversions: list[str] | None = None) -> Image.Image:
     """Decodes the whole file, so that a truncated one is found here and not later in a worker."""
     try:
         with _open(path) as file, Image.open(file) as image:
             _check_size(image, path)
             image.load()
+            if conversions is not None:
+                conversions += _conversions(image, path)
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
@@ -122,6 +150,23 @@ def _decode(path: Path) -> Image.Image:
         if isinstance(error, RejectedImage):
             raise
         raise RejectedImage(path, f"cannot be decoded: {error}") from None
+
+
+def _conversions(image: Image.Image, path: Path) -> Iterator[str]:
+    """What is not plain about a decoded file. What its name promises is for people only: it is read all the same."""
+    promised = Image.registered_extensions().get(path.suffix.lower())
+    if promised not in (None, image.format) and {promised, image.format} != {"JPEG", "MPO"}:
+        yield f"its name says {promised}, it is {image.format}"
+    if image.mode in ("CMYK", "LAB"):
+        yield f"{image.mode} made RGB without colour management"
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        yield "16 bits made 8"
+    if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        yield "transparency laid on white"
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        yield "turned as its EXIF says"
+    if image.format in ANIMATED and getattr(image, "is_animated", False):
+        yield "animated: the first frame"
 
 
 def _check_size(image: Image.Image, path: Path) -> None:

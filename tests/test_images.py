@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images import RejectedImage, open_image, open_mask
+from data_prep.images import RejectedImage, inspect_image, open_image, open_mask
 
 GRADIENT = np.linspace(0, 255, 64 * 48, dtype=np.uint8).reshape(48, 64)
 
@@ -85,6 +85,32 @@ def test_of_an_animation_it_is_the_first_frame(suffix, tmp_path):
 
 def test_a_wrong_extension_does_not_matter(photograph, tmp_path):
     assert_close(open_image(save(photograph, tmp_path / "liar.jpg", format="PNG")), photograph, 0)
+
+
+def test_what_was_converted_is_told(photograph, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    half = photograph.convert("RGBA")
+    half.putalpha(128)
+    opaque = photograph.convert("RGBA")
+    files = {
+        "plain.png": (photograph, {}, ""),
+        "opaque.png": (opaque, {}, ""),
+        "palette.png": (photograph.quantize(16), {}, ""),
+        "print.jpg": (photograph.convert("CMYK"), {}, "CMYK made RGB without colour management"),
+        "deep.png": (Image.fromarray(GRADIENT.astype(np.uint16) * 257), {}, "16 bits made 8"),
+        "half.png": (half, {}, "transparency laid on white"),
+        "turned.jpg": (photograph, {"exif": exif}, "turned as its EXIF says"),
+        "moving.gif": (photograph, {"save_all": True, "append_images": [opaque]}, "animated: the first frame"),
+        "still.gif": (photograph, {}, ""),
+        "liar.jpg": (photograph, {"format": "PNG"}, "its name says JPEG, it is PNG"),
+        "phone.jpg": (photograph, {"format": "MPO", "save_all": True, "append_images": [photograph]}, ""),
+        "noname": (photograph, {"format": "PNG"}, ""),
+    }
+    found = {name: inspect_image(save(image, tmp_path / name, **how)) for name, (image, how, _) in files.items()}
+    told = {name: "; ".join(opened.conversions) for name, opened in found.items()}
+    assert told == {name: expected for name, (_, _, expected) in files.items()}
+    assert all(opened.image.mode == "RGB" for opened in found.values())
 
 
 def cut_in_half(format):
