@@ -10,6 +10,9 @@ from data_prep.errors import InputError
 from data_prep.rows import RejectedRow
 from data_prep.tables import BadRow
 
+COCO_DIGITS = 12
+"""COCO's file names are its image ids, padded with zeros."""
+
 
 @dataclass(frozen=True)
 class CocoImage:

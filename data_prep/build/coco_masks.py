@@ -29,9 +29,10 @@ def to_rle(segmentation: Any, size: tuple[int, int]) -> RLE:
     """
     width, height = size
     if isinstance(segmentation, dict):
-        rle = coco_mask.frPyObjects({"size": [height, width], "counts": _counts(segmentation, size)}, height, width)
+        lengths: Any = {"size": [height, width], "counts": _counts(segmentation, size)}
+        rle = coco_mask.frPyObjects(lengths, height, width)
     elif isinstance(segmentation, list) and segmentation:
-        polygons = [_polygon(points, size) for points in segmentation]
+        polygons: Any = [_polygon(points, size) for points in segmentation]
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     else:
         raise BadRow("has no segmentation")
@@ -47,7 +48,12 @@ def share(rle: RLE) -> float:
 
 def union(rles: Iterable[RLE]) -> Image.Image:
     """Mode L: 255 where any of them covers."""
-    return Image.fromarray(np.ascontiguousarray(coco_mask.decode(coco_mask.merge(list(rles)))) * np.uint8(255))
+    rle: RLE = coco_mask.merge(list(rles))
+    height, width = rle["size"]
+    # Not `coco_mask.decode`: it warns under NumPy 2, and it is the one that fills in whatever memory holds.
+    counts = _decompressed(rle["counts"].decode())
+    columns = np.repeat(np.arange(len(counts)) % 2 * 255, counts).astype(np.uint8).reshape(width, height)
+    return Image.fromarray(np.ascontiguousarray(columns.T))
 
 
 def annotated_size(size: tuple[int, int] | None, photo: Image.Image, path: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.build.coco_file import CocoFile, CocoImage
+from data_prep.build.coco_file import COCO_DIGITS, CocoFile, CocoImage
 from data_prep.folders import list_images
 from data_prep.items import Item
 from data_prep.rows import RejectedRow, resolve_path
@@ -34,13 +34,16 @@ class Targets:
 
     def find(self, image: CocoImage, ending: str) -> Path | None:
         """The picture called as the image or its id, and `ending`. Raises `BadRow` if several files may be meant."""
-        names = dict.fromkeys([Path(image.file_name).stem, image.id, image.id.zfill(12)])
-        found = [name + ending for name in names if name + ending in self.paths]
+        found = [name + ending for name in _names(image) if name + ending in self.paths]
         self.used.update(found)
         files = [path for name in found for path in self.paths[name]]
         if len(files) > 1:
             raise BadRow(f"several edited pictures may be its target: {', '.join(map(str, files[:3]))}")
         return files[0] if files else None
+
+    def leave(self, image: CocoImage) -> None:
+        """The image is rejected: its picture is not to be reported too."""
+        self.used.update(_names(image))
 
     def unused(self) -> Iterator[RejectedRow]:
         """The pictures that no row asked for."""
@@ -79,6 +82,8 @@ class Choice:
                     else:
                         yield _item(image, ending, shown, photo, target)
             except BadRow as error:
+                if targets:
+                    targets.leave(image)
                 yield RejectedRow(image.number, image.id, image.file_name, str(error))
         if targets:
             yield from targets.unused()
@@ -105,6 +110,11 @@ class Choice:
             yield from ((f"_{each['id']}", [each]) for each in objects)
         elif objects or not self.needs_objects:
             yield "", objects
+
+
+def _names(image: CocoImage) -> list[str]:
+    """What edited pictures of an image may be called, without ending; each once."""
+    return list(dict.fromkeys([Path(image.file_name).stem, image.id, image.id.zfill(COCO_DIGITS)]))
 
 
 def _item(image: CocoImage, ending: str, objects: list[dict[str, Any]], photo: Path, target: Path | None) -> Item:

@@ -15,6 +15,9 @@ from data_prep.tables import BadRow
 ENOUGH_CONTRAST = 4.5
 """WCAG 2.1, success criterion 1.4.3, for text of any size."""
 
+ENOUGH_FOR_OUTLINE = 7.0
+"""WCAG 2.1, success criterion 1.4.6: an outline is thin, and what is around it is busy."""
+
 BUSY_SHARE = 5.0
 """Percent of a region's pixels that may have less contrast before the letters get an outline or a box."""
 
@@ -121,7 +124,9 @@ def _colours(region: Image.Image, style: Style, rng: random.Random) -> tuple[RGB
         return clear[0], "none"
     if behind == "none":
         return max(choice, key=lambda colour: contrast(colour, sample, opacity)), "none"
-    return (clear or choice)[0], behind
+    colour = (clear or choice)[0]
+    thin = contrast(_opposite(colour), Image.new("RGB", (1, 1), colour)) < ENOUGH_FOR_OUTLINE
+    return colour, "box" if thin and style.backing == "auto" else behind
 
 
 def _opposite(colour: RGB) -> RGB:

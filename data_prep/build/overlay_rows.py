@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from data_prep.build.coco_file import COCO_DIGITS
 from data_prep.build.overlay_style import PARSERS
 from data_prep.errors import InputError
 from data_prep.folders import image_suffixes
@@ -20,9 +21,6 @@ from data_prep.tables import BadRow, read_file
 CONTENT = ("overlay_text", "overlay_image", "text")
 """Columns of which a row fills one."""
 COLUMNS = ("image_id", *CONTENT, "prompt", "prompt_add", "prompt_remove", "direction", "id", *PARSERS)
-
-COCO_DIGITS = 12
-"""COCO's file names are its image ids, padded with zeros."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +146,6 @@ def _check_columns(names: list[str], where: str, *, complete: bool) -> None:
     if complete and not any(name in names for name in CONTENT):
         raise InputError(f"{where} has none of the columns {', '.join(CONTENT)}: one of them says what is laid over")
     for name in names:
-        nearest = difflib.get_close_matches(re.sub(r"\W+", "_", name.lower()), COLUMNS, n=1, cutoff=0.85)
+        nearest = difflib.get_close_matches(re.sub(r"\W+", "_", name.lower()), COLUMNS, n=1, cutoff=0.82)
         if name not in COLUMNS and nearest:
-            raise InputError(f"unknown column {name!r} in {where}: did you mean {nearest[0]!r}?")
+            raise InputError(f"unknown column {name!r} in {where}: did you mean {nearest[0]!r}? Rename it if not")
