@@ -1,6 +1,5 @@
 """Perfect pairs made of plain photographs: the edit is ours, so source, target, instruction and mask agree to the bit."""
 
-import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -14,31 +13,21 @@ import typer
 from PIL import Image
 
 from data_prep.build.dataset import build_dataset
-from data_prep.build.recipes.book import ATTEMPTS, exact_mask, instruction, make_draft, parse_recipes
+from data_prep.build.recipes.book import ATTEMPTS, instruction, make_draft, parse_recipes, preserved
 from data_prep.build.recipes.cutouts import cut_from, load_object
-from data_prep.build.recipes.draft import CutOut, Draft, NoEdit, Picture, Scene, pick
+from data_prep.build.recipes.draft import CutOut, Draft, NoEdit, Scene, pick
+from data_prep.build.recipes.frame import SMALLEST, STEP, framed
 from data_prep.build.recipes.grade import load_cube
+from data_prep.build.results import save_result
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
 from data_prep.errors import InputError
-from data_prep.files import atomic_file
 from data_prep.folders import list_images, unique_names
-from data_prep.images import RejectedImage, image_size_text, open_image
+from data_prep.images import RejectedImage, open_image
 from data_prep.items import Item, make_engine
 from data_prep.tables import BadRow
 
-STEP = 32
-"""Sides are multiples of it, so that no bucket crops or resizes a pair: what is preserved stays so to the bit."""
-SMALLEST = 64
-"""Pixels of a pair's shortest side."""
-ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)
-"""Width over height; the nearest to the photograph's is taken. Few shapes make few buckets."""
 OBJECTS = 3
 """Objects, or photographs to cut them from, that a pair may choose from."""
-PNG_LEVEL = 3
-"""Half the time of the default for 6 % more bytes."""
-LONGEST_NAME = 120
-"""Bytes; a file system allows 255, temporary and derived names are longer."""
-
 PRELOAD = (
     "numpy",
     "PIL.Image",
@@ -117,9 +106,8 @@ class Plan:
     def items(self) -> Iterator[Item]:
         """One for each photograph and variation. Pairs of one photograph take the recipes in turns, in an order of their own."""
         lenders = {split: self._lenders(split) for split in (False, True)}
-        for place, (path, name) in enumerate(
-            zip(self.photographs, unique_names(self.photographs, self.folder), strict=True)
-        ):
+        names = [_utf8(name) for name in unique_names(self.photographs, self.folder)]
+        for place, (path, name) in enumerate(zip(self.photographs, names, strict=True)):
             rng = random.Random(f"{self.seed}/{name}/order")
             order = rng.sample(self.recipes, len(self.recipes))
             for n in range(self.per_image):
@@ -189,64 +177,23 @@ class MakePair:
         raise NoEdit("none of the photographs that it would take an object from can be read")
 
 
-def framed(photograph: Image.Image, size: int, rng: np.random.Generator, whole: bool) -> Picture:
-    """A crop of about size x size pixels in area, its sides multiples of STEP; never enlarged.
-
-    Args:
-        photograph: RGB.
-        size: the square root of the greatest area in pixels.
-        rng: of the draws.
-        whole: as much of the photograph as the shape allows, from the middle; otherwise a random part of it.
-
-    Raises:
-        BadRow: the photograph is too small for any pair.
-    """
-    aspect = min(ASPECTS, key=lambda aspect: abs(math.log(aspect * photograph.height / photograph.width)))
-    wanted = (size * math.sqrt(aspect), size / math.sqrt(aspect))
-    fit = min(1.0, photograph.width / wanted[0], photograph.height / wanted[1])
-    width, height = (int(side * fit + STEP / 2 * (fit == 1)) // STEP * STEP for side in wanted)
-    width, height = (
-        min(side, length // STEP * STEP) for side, length in ((width, photograph.width), (height, photograph.height))
-    )
-    if min(width, height) < SMALLEST:
-        raise BadRow(f"{image_size_text(photograph)} is too small: a pair needs {SMALLEST} pixels a side")
-    most = min(photograph.width / width, photograph.height / height)
-    scale = most if whole else rng.uniform(max(1.0, 0.6 * most), most)
-    spare = (photograph.width - scale * width, photograph.height - scale * height)
-    left, top = (x / 2 for x in spare) if whole else (rng.uniform(0, max(x, 1e-9)) for x in spare)
-    if scale == 1:  # nothing to resample
-        left, top = int(left), int(top)
-    box = (left, top, min(left + scale * width, photograph.width), min(top + scale * height, photograph.height))
-    return np.asarray(photograph.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3))
-
-
 def _save(draft: Draft, item: Item, out: Path) -> dict[str, Any]:
     """Writes the pictures and gives the row."""
-    stem = file_stem(item.id)
-    mask = exact_mask(draft)
-    pictures = {"source": draft.source, "target": draft.target} | ({} if mask is None else {"mask": mask})
-    pictures |= {f"picture{2 + i}": picture for i, picture in enumerate(draft.references)}
-    paths = {kind: out / "images" / f"{stem}_{kind}.png" for kind in pictures}
-    for kind, picture in pictures.items():
-        with atomic_file(paths[kind]) as temporary:
-            Image.fromarray(picture).save(temporary, "PNG", compress_level=PNG_LEVEL)
+    pictures = {"target": Image.fromarray(draft.target), "source": Image.fromarray(draft.source)}
+    pictures |= {f"picture{2 + i}": Image.fromarray(picture) for i, picture in enumerate(draft.references)}
+    if mask := preserved(draft):
+        pictures["mask"] = mask
+    paths = {kind: save_result(picture, out / kind, item.id) for kind, picture in pictures.items()}
     return {
         "id": item.id,
         "prompt": instruction(draft.prompts),
         "image": paths["target"],
-        "edit_image": [paths["source"], *(paths[kind] for kind in paths if kind.startswith("picture"))],
+        "edit_image": [path for kind, path in paths.items() if kind not in ("target", "mask")],
         "back_mask": paths.get("mask"),
         "split": "validation" if item.values["held_out"] else None,
         "tag": item.values["recipe"],
         "group": item.values["name"],
     }
-
-
-def file_stem(name: str) -> str:
-    """A name that any file system takes. Where something had to go, a hash of the whole keeps it unique."""
-    encoded = name.encode(errors="surrogateescape")
-    short = encoded[:LONGEST_NAME].decode(errors="ignore")
-    return short if short == name else f"{short}-{hashlib.blake2b(encoded, digest_size=6).hexdigest()}"
 
 
 def _held_out(photographs: list[Path], validation: float, seed: int) -> frozenset[Path]:
@@ -270,8 +217,13 @@ def _draw(paths: list[Path], number: int, seed: str) -> frozenset[Path]:
     return frozenset(random.Random(seed).sample(paths, number))
 
 
+def _utf8(name: str) -> str:
+    """A file's name may be any bytes, an id may not: those that are not UTF-8 are written as `\\xff`."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def _generator(seed: str) -> np.random.Generator:
-    return np.random.default_rng(list(seed.encode(errors="surrogateescape")))
+    return np.random.default_rng(list(seed.encode()))
 
 
 @lru_cache(maxsize=1)

@@ -4,10 +4,11 @@ import difflib
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 
 from data_prep.build.recipes import colour, damage, grade, light, objects, outpaint, weather
 from data_prep.build.recipes.draft import Backward, Draft, Edit, Forward, NoEdit, Picture, Scene
+from data_prep.build.results import exact_mask
 from data_prep.errors import InputError
 
 ATTEMPTS = 8
@@ -93,16 +94,16 @@ def instruction(prompts: tuple[str, ...]) -> str:
     return ", then ".join([prompts[0], *(prompt[0].lower() + prompt[1:] for prompt in prompts[1:])]) + "."
 
 
-def exact_mask(draft: Draft) -> NDArray[np.uint8] | None:
-    """255 where source and target are the same bit for bit, 0 elsewhere: shape (height, width).
+def preserved(draft: Draft) -> Image.Image | None:
+    """The exact mask, 255 where source and target are the same bit for bit and 0 elsewhere.
 
     None if not one whole latent's worth of pixels is preserved, as with most edits of the whole picture, where single pixels
     are the same by chance.
     """
-    same = (draft.source == draft.target).all(axis=-1)
-    rows, columns = (side // CELL for side in same.shape)
-    cells = same[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL).all(axis=(1, 3))
-    return np.where(same, np.uint8(255), np.uint8(0)) if cells.any() else None
+    mask = exact_mask(Image.fromarray(draft.source), Image.fromarray(draft.target))
+    rows, columns = mask.height // CELL, mask.width // CELL
+    cells = np.asarray(mask)[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL)
+    return mask if cells.all(axis=(1, 3)).any() else None
 
 
 def _combination(word: str) -> str:
