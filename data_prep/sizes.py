@@ -21,6 +21,8 @@ TOKEN_SIDE = 16
 TOKENS_PER_IMAGE, TOKENS_PER_ROW, BYTES_PER_TOKEN = 7, 5, 3
 """The edit template's own words, after its 64 dropped tokens, and UTF-8 bytes of a prompt per token (English has about
 4, Chinese 3 to 5)."""
+VALUES_PER_TOKEN = 64
+"""Of an image's latents: 16 channels, 2 x 2 cells."""
 TURNED = range(5, 9)
 """EXIF orientations that swap height and width."""
 
@@ -89,6 +91,28 @@ class DatasetSizes:
         return sorted(found, key=lambda bucket: -bucket.length)
 
 
+def record_bytes(latent_tokens: int, text_tokens: int, text_width: int, num_prompts: int = 1) -> int:
+    """What a cached record takes on disk, in 16 bits a value.
+
+    Args:
+        latent_tokens: of the target, the source at the target's size, and the references.
+        text_tokens: length of the prompt embeddings.
+        text_width: of the text encoder's hidden states.
+        num_prompts: embeddings per row: 2 with caption dropout.
+    """
+    return 2 * (latent_tokens * VALUES_PER_TOKEN + num_prompts * text_tokens * text_width)
+
+
+def cache_bytes(data: DatasetSizes, geometry: Geometry, text_width: int, num_prompts: int = 1) -> int:
+    """What all records take, each with the longest text of its bucket. Arguments as in `record_bytes`."""
+    per_row = sum(
+        bucket.share
+        * record_bytes(num_tokens(bucket.target) + bucket.image_tokens, bucket.text_tokens, text_width, num_prompts)
+        for bucket in data.buckets(geometry)
+    )
+    return round(per_row * data.num_rows)
+
+
 def cached_sizes(folder: str | Path) -> DatasetSizes:
     """The sizes of all records of a finished cache; no latents are read.
 
@@ -137,10 +161,23 @@ def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
     target, *references = sizes
     if target is None or None in references:
         return None
-    seen = [geometry.vision_size(size) for size in references if size]
+    words = -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
+    sizes = tuple(size for size in references if size)
+    return RowSize(target, sizes, text_length(words, sizes, geometry, vision_side))
+
+
+def text_length(words: int, references: Iterable[Size], geometry: Geometry, vision_side: int = 28) -> int:
+    """Tokens of the prompt embeddings: the instruction's, the template's, and the images' as Qwen2.5-VL sees them.
+
+    Args:
+        words: tokens of the instruction.
+        references: sizes of the images.
+        geometry: says how large they are seen.
+        vision_side: pixels of the side of one vision token.
+    """
+    seen = [geometry.vision_size(size) for size in references]
     vision = sum(max(1, round(s.height / vision_side)) * max(1, round(s.width / vision_side)) for s in seen)
-    words = TOKENS_PER_ROW + TOKENS_PER_IMAGE * len(seen) + -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
-    return RowSize(target, tuple(size for size in references if size), vision + words)
+    return vision + words + TOKENS_PER_ROW + TOKENS_PER_IMAGE * len(seen)
 
 
 def image_size(path: Path) -> Size | None:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.encoders import LATENT_CHANNELS
 from data_prep.geometry import Geometry, Size
 from data_prep.model_dir import ModelDirectory
-from data_prep.sizes import Bucket, DatasetSizes, num_tokens
+from data_prep.sizes import Bucket, DatasetSizes, cache_bytes
 from train.config import Config
 from train.denoiser import resolve_zero_cond_t
 from train.gpus import Gpu
@@ -132,17 +131,8 @@ class Planner:
 
     def cache_bytes(self, config: Config) -> int:
         """Of the training rows' records: latents of target, source and references, and prompt embeddings."""
-        prompts = 2 if config.data.caption_dropout > 0 else 1
-        latent = 4 * LATENT_CHANNELS  # values per token
-        per_row = sum(
-            bucket.share
-            * (
-                (num_tokens(bucket.target) + bucket.image_tokens) * latent
-                + prompts * bucket.text_tokens * self.text_width
-            )
-            for bucket in self.data.buckets(geometry_of(config))
-        )
-        return round(per_row * self.data.num_rows) * 2
+        num_prompts = 2 if config.data.caption_dropout > 0 else 1
+        return cache_bytes(self.data, geometry_of(config), self.text_width, num_prompts)
 
     def num_lora(self, config: Config) -> int:
         """Trainable parameters."""
