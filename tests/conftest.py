@@ -13,6 +13,15 @@ from tests.commands import run_script
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest tests first, so that no worker begins one when the others are done."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        slow = sum(item.get_closest_marker(name) is not None for name in ("slow", "distributed"))
+        weights[item.path] = weights.get(item.path, 0) + slow
+    items.sort(key=lambda item: -weights[item.path])
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
     """The tiny model, as `scripts/make_tiny_model.py` writes it."""
