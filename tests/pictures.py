@@ -44,3 +44,11 @@ def rejected(folder: Path) -> dict[str, tuple[int, str, str]]:
     return {
         each["id"]: (each["row"], Path(each["path"]).name, each["reason"]) for each in lines(folder / "rejected.jsonl")
     }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files below a folder but hidden ones."""
+    found = ((path.relative_to(folder), path) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(name): path.read_bytes() for name, path in found if not any(part.startswith(".") for part in name.parts)
+    }
