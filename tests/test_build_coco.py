@@ -149,6 +149,9 @@ def coco(tmp_path_factory) -> Path:
     add("unedited.png", polygon(0, 0, 8, 8))
     save("photos/unedited.png")
     save("edited/nobody.png")
+    for corner in (0, 20):
+        annotations.append({"id": 3000, "image_id": images[-1]["id"], "category_id": 17})
+        annotations[-1]["segmentation"] = polygon(corner, corner, corner + 10, corner + 10)
     images.append({"id": united, "file_name": "again.png"})
     annotations.append({"id": 9999, "image_id": 5, "category_id": 18, "segmentation": polygon(0, 0, 8, 8)})
 
@@ -263,6 +266,8 @@ def test_rows_of_annotations_filters_and_captions(coco, tmp_path):
     assert row["prompt"] == "Two animals. Take away the cat."
     assert row["image"] == str(coco / "edited/united_2017.png")
     np.testing.assert_array_equal(background(tmp_path / "out", row), ~box(20, 20, 30, 30))
+    reasons = {Path(line["path"]).name: line["reason"] for line in read(tmp_path / "out/rejected.jsonl")}
+    assert "several have '3000'" in reasons["unedited.png"]
 
 
 def test_cut_outs_are_the_same_with_any_number_of_processes(coco, tmp_path):

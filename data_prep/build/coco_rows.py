@@ -107,6 +107,11 @@ class Choice:
     def _groups(self, objects: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """What one row shows, and how its name ends."""
         if self.per == "annotation":
+            ids = [each["id"] for each in objects]
+            if repeated := [id for id in ids if not id or ids.count(id) > 1]:
+                raise BadRow(
+                    f"its annotations must have an id each for --per annotation, but several have {repeated[0]!r}"
+                )
             yield from ((f"_{each['id']}", [each]) for each in objects)
         elif objects or not self.needs_objects:
             yield "", objects

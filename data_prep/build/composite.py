@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from data_prep.build.overlay_style import ANCHORS, RGB, Style
 from data_prep.build.typography import MIN_FONT_SIZE, TextBlock, lay_out
@@ -182,13 +182,14 @@ def _box(size: tuple[int, int], border: int) -> Image.Image:
 
 
 def _turned(image: Image.Image, angle: float) -> Image.Image:
-    return image.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else image
+    """Turned about its centre; a rim of nothing makes its edges smooth."""
+    return ImageOps.expand(image, 1).rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else image
 
 
 def _turned_size(width: float, height: float, angle: float) -> tuple[float, float]:
-    """Of the upright box around a turned one; a pixel more for rounding."""
+    """Of the upright box around a turned one; some more for its rim and for rounding."""
     sine, cosine = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
-    more = 2 if angle else 0
+    more = 5 if angle else 0
     return width * cosine + height * sine + more, width * sine + height * cosine + more
 
 
