@@ -76,8 +76,12 @@ def command(
         raise InputError(f"--size must be a multiple of {STEP} and {SMALLEST} or more, got {size}")
     if per_image < 1:
         raise InputError(f"--per-image must be 1 or more, got {per_image}")
+    if out.resolve().is_relative_to(images.resolve()):
+        raise InputError(
+            f"--out {out} is in the folder of the photographs: the next run would take its pictures for some"
+        )
     if lut:
-        load_cube(lut)
+        load_cube(lut)  # a wrong one is told before any work is done
     photographs = list_images(images)
     held_out = _held_out(photographs, validation, seed)
     things = list_images(objects) if objects else None
@@ -124,11 +128,12 @@ class Plan:
                 yield Item(place * self.per_image + n + 1, f"{name}-{n}-{recipe}", (path, *look, *lend), values)
 
     def _lenders(self, held_out: bool) -> list[Path]:
-        """What objects come from, for held-out photographs or for the others: no object is on both sides."""
+        """What objects come from, for held-out photographs or for the others: none is on both sides, unless it is the only one."""
         if self.objects is None:
             return [path for path in self.photographs if (path in self.held_out) == held_out]
         share = len(self.held_out) / len(self.photographs)
-        known = _draw(self.objects, round(share * len(self.objects)), f"{self.seed}/objects") if share else frozenset()
+        number = min(math.ceil(share * len(self.objects)), len(self.objects) - 1)
+        known = _draw(self.objects, number, f"{self.seed}/objects")
         found = [path for path in self.objects if (path in known) == held_out]
         return found or self.objects
 
