@@ -1,5 +1,6 @@
 """The folders source*/ target/ mask/ ref_gt/ caption/ beside each other: which files in them belong together."""
 
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ LAYOUT = (
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one folder: their stem, which is the path below it without the ending -> the paths below it (one,
-    unless names clash)."""
+    """The files of one folder: their stem, which is the path below it without the ending -> their endings (one, unless
+    names clash), or their paths below it where these are not the stem and an ending. It takes few bytes a file."""
 
     path: Path
     pictures: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -31,11 +32,12 @@ class Files:
 
     def find(self, stem: str) -> list[str]:
         """The pictures of this stem."""
-        return [str(self.path / file) for file in self.pictures.get(stem, ())]
+        return [str(self.path / _path(stem, file)) for file in sorted(self.pictures.get(stem, ()))]
 
     def find_caption(self, stem: str) -> str | None:
         """The caption file of this stem, if there is one."""
-        found = sorted(self.captions.get(stem, ()), key=lambda file: ENDINGS.index(Path(file).suffix.lower()))
+        found = [_path(stem, file) for file in self.captions.get(stem, ())]
+        found.sort(key=lambda file: ENDINGS.index(Path(file).suffix.lower()))
         return str(self.path / found[0]) if found else None
 
 
@@ -118,18 +120,24 @@ def _list_optional(folder: Path, target: Files) -> Files | None:
 
 def _list(folder: Path) -> Files:
     suffixes = image_suffixes()
+    known, endings = suffixes.union(ENDINGS), {}
     files = Files(folder)
-    for path in sorted(walk_files(folder)):
-        relative, suffix = path.relative_to(folder), path.suffix.lower()
+    for path in walk_files(folder):
+        real, suffix = path.relative_to(folder).with_suffix("").as_posix(), path.suffix
         # letters with accents can be written in two ways, and macOS writes another one than Linux and Windows
-        stem = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())
-        if suffix in suffixes:
-            files.pictures[stem] = (*files.pictures.get(stem, ()), str(relative))
-        elif suffix in ENDINGS:
-            files.captions[stem] = (*files.captions.get(stem, ()), str(relative))
-        else:
-            files.others[suffix] += 1
+        stem = sys.intern(unicodedata.normalize("NFC", real))
+        if suffix.lower() not in known:
+            files.others[suffix.lower()] += 1
+            continue
+        kind = files.pictures if suffix.lower() in suffixes else files.captions
+        entry = (*kind.get(stem, ()), suffix if stem == real else real + suffix)
+        kind[stem] = endings.setdefault(entry, entry) if entry == (suffix,) else entry
     return files
+
+
+def _path(stem: str, file: str) -> str:
+    """What `file` stands for: an ending, or a path, which never begins with a dot, as hidden files are left out."""
+    return stem + file if file.startswith(".") else file
 
 
 def _item(pairs: PairFolders, number: int, stem: str) -> Item:
@@ -160,4 +168,5 @@ def _item(pairs: PairFolders, number: int, stem: str) -> Item:
 
 def _orphans(files: Files, stems: dict[str, tuple[str, ...]], target: Files) -> Iterator[str]:
     if orphans := stems.keys() - target.pictures.keys():
-        yield f"{files.path}: {len(orphans)} left out that belong to no target, e.g. {stems[min(orphans)][0]}"
+        example = _path(stem := min(orphans), stems[stem][0])
+        yield f"{files.path}: {len(orphans)} left out that belong to no target, e.g. {example}"
