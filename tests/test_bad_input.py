@@ -72,7 +72,7 @@ BAD = {
     "page.jpg": (lambda path: path.write_text("<html>404 not found</html>"), "not an image"),
     "1x1.png": (lambda path: save(path, size=(1, 1)), "1x1 is too small"),
     "long.png": (lambda path: Image.new("1", (30_000, 20)).save(path), "30000x20 is too thin"),
-    "huge.png": (lambda path: Image.new("1", (30_000, 30_000)).save(path), "decompression-bomb limit"),
+    "huge.png": (lambda path: path.write_bytes(png_header(30_000, 30_000)), "decompression-bomb limit"),
     "bomb.png": (lambda path: path.write_bytes(png_header(60_000, 60_000)), "decompression-bomb limit"),
     "no pixels.png": (lambda path: path.write_bytes(png_header(64, 48)), "cannot be read"),
     "loop.png": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
@@ -97,6 +97,7 @@ GOOD = {
         turn,
         lambda pixels: pixels.shape == (64, 48, 3) and pixels[:30].min() > 200 and pixels[34:].max() < 50,
     ),
+    "wide.png": (lambda path: Image.new("L", (30_000, 300), 7).save(path), lambda pixels: (pixels == 7).all()),
     "café 写真 🙂.png": (save, lambda pixels: True),
 }
 """Name -> how to make it, and what its pixels must be as everything reads them."""
@@ -111,6 +112,8 @@ def planted(tmp_path_factory):
         (folder / "target").mkdir(exist_ok=True)
         make(folder / "target" / name)
     save(folder / "source/only source.png")
+    save(folder / "target/broken source.png")
+    truncate(folder / "source/broken source.jpg")
     save(folder / "target/only target.png")
     for stem in ("wide mask", "broken mask"):
         save(folder / "source" / f"{stem}.png")
@@ -142,6 +145,7 @@ def test_bad_files_are_rejected_with_row_path_and_reason(name, planted):
     [
         ("only source", "only source.png", "there is no file of this name in {folder}/target"),
         ("only target", "only target.png", "there is no file of this name in {folder}/source"),
+        ("broken source", "broken source.jpg", "truncated"),
         ("wide mask", "wide mask.png", "the mask has another shape than its image: 64x32, its image is 64x48"),
         ("broken mask", "broken mask.png", "truncated"),
     ],
@@ -164,9 +168,9 @@ def test_unusual_files_are_used(name, planted):
 def test_nothing_is_lost_and_the_exit_code_says_it(planted):
     folder, done = planted
     assert {row["id"] for row in dataset(folder)} == {Path(name).stem for name in GOOD}
-    assert len(rejected(folder)) == len(BAD) + 4
+    assert len(rejected(folder)) == len(BAD) + 5
     assert done.returncode == 2
-    assert f"{len(BAD) + 4} could not be used, all listed in {folder}/rejected.jsonl" in done.stderr
+    assert f"{len(BAD) + 5} could not be used, all listed in {folder}/rejected.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -174,7 +178,7 @@ def test_with_skip_the_exit_code_is_0_and_the_files_are_the_same(planted):
     folder, _ = planted
     before = [(folder / name).read_bytes() for name in ("dataset.jsonl", "rejected.jsonl")]
     done = prepare("pairs", "--folder", folder, "--prompt", "p", "--on-error", "skip", "--processes", 2)
-    assert f"{len(BAD) + 4} could not be used, listed in" in done.stdout
+    assert f"{len(BAD) + 5} could not be used, listed in" in done.stdout
     assert [(folder / name).read_bytes() for name in ("dataset.jsonl", "rejected.jsonl")] == before
 
 

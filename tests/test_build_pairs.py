@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.build.prompts import make_templates
 from data_prep.rows import Row, read_rows
 from tests.pictures import dataset, prepare, rejected, save
 
@@ -135,6 +138,14 @@ def test_a_template_that_a_row_cannot_fill_rejects_it(tmp_path):
     assert "row 2" in done.stderr
     assert [row["prompt"] for row in dataset(tmp_path)] == ["Remove the hat"]
     assert "needs {tag}" in rejected(tmp_path)["b"][2]
+
+
+@given(st.text().filter(str.strip), st.text().filter(str.strip))
+def test_any_text_can_be_a_template_or_fill_one(text, value):
+    literal = text.replace("{", "{{").replace("}", "}}")
+    templates = make_templates(f"{literal}{{stem}}", None, 0)
+    assert templates is not None
+    assert templates.fill("id", {"stem": value}) == text + value.strip()
 
 
 WRONG = {

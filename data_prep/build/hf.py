@@ -42,7 +42,7 @@ def command(
     dataset: Annotated[str, typer.Option(help="A folder (save_to_disk, imagefolder, Parquet), a file, or a hub id.")],
     out: Out,
     name: Annotated[str | None, typer.Option(help="The dataset's configuration, where it has several.")] = None,
-    split: Annotated[str | None, typer.Option(help="One split, e.g. train or train[:100].", show_default="all")] = None,
+    split: Annotated[str | None, typer.Option(help="One split.", show_default="all")] = None,
     data_files: Annotated[list[str] | None, typer.Option(help="Files of the dataset to read; may be repeated.")] = None,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read a hub dataset without downloading it all.")
