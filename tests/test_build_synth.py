@@ -193,7 +193,8 @@ def test_options_that_cannot_be(photos, tmp_path, options, message):
 
 
 def test_a_folder_without_photographs(tmp_path):
-    done = synth(tmp_path, tmp_path / "out", check=False)
+    (tmp_path / "empty").mkdir()
+    done = synth(tmp_path / "empty", tmp_path / "out", check=False)
     assert done.returncode == 2
     assert "there is no image file in" in done.stderr
 

@@ -128,7 +128,7 @@ class Plan:
                 yield Item(place * self.per_image + n + 1, f"{name}-{n}-{recipe}", (path, *look, *lend), values)
 
     def _lenders(self, held_out: bool) -> list[Path]:
-        """What objects come from, for held-out photographs or for the others: none is on both sides, unless it is the only one."""
+        """What objects come from, for held-out photographs or the others: none is on both sides, unless it is the only one."""
         if self.objects is None:
             return [path for path in self.photographs if (path in self.held_out) == held_out]
         share = len(self.held_out) / len(self.photographs)

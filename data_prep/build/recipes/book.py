@@ -13,7 +13,7 @@ from data_prep.errors import InputError
 
 ATTEMPTS = 8
 """Draws before a photograph is given up for a recipe."""
-LEAST_SHARE, LEAST_CHANGE = 0.003, 4.0
+LEAST_SHARE, LEAST_CHANGE = 0.003, 3.0
 """An edit that shows: this share of the pixels changes, by this much of 255 on average."""
 CELL = 8
 """Pixels a side that the VAE makes one latent of: the least that a mask can preserve in training."""
