@@ -53,6 +53,13 @@ def image_hash(image: Image.Image) -> bytes:
     return np.packbits(signs).tobytes() + colours.tobytes()
 
 
+def plain_pictures(hashes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which pictures have one colour, or a straight gradient: nothing that would tell content, shape (N,)."""
+    whole, rest = divmod(NUM_BLOCKS * BLOCK_BITS, 8)
+    told = hashes[:, :whole].any(axis=1) | (hashes[:, whole] >> (8 - rest) > 0)
+    return np.logical_not(told)
+
+
 def near_duplicates(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Groups of near-duplicates. What is alike in a chain is one group.
 
