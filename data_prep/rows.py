@@ -44,6 +44,7 @@ class Row:
     """White = background to preserve."""
     negative_prompt: str = ""
     split: str = "train"
+    """Rows of `train` are trained on, those of `validation` are held out; others, as `test`, are for neither."""
     tag: str = ""
     """What kind of edit it is, for stratified splits and for tables."""
     group: str = ""

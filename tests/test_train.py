@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import InputError
 from tests.commands import ROOT, run_script
 from train.config import compose
-from train.phases import run
+from train.phases import read_split, run
 
 TIMING = ("seconds/", "samples_per_s", "memory_peak_gib")
 
@@ -36,6 +36,15 @@ def command(tiny_model_dir, tiny_pairs, tiny_cache):
         return ["train/run.py", f"+exp={exp}", *data, *paths, *small, *overrides]
 
     return arguments
+
+
+def test_rows_of_the_split_train_are_trained_on_and_no_others(tmp_path):
+    splits = ["train", "validation", "test", ""]
+    rows = [{"prompt": "p", "image": "a.png", "edit_image": "b.png", "split": split} for split in splits]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    training, held_out = read_split(compose(["+exp=tiny_lbm", f"data.dataset={tmp_path}/rows.json"]))
+    assert [row.number for row in training] == [1, 4]
+    assert [row.number for row in held_out] == [2]
 
 
 def metrics(run_dir: Path) -> list[dict]:

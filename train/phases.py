@@ -42,10 +42,10 @@ ENCODERS = ("vae", "text_encoder", "processor")
 
 
 def read_split(config: Config) -> tuple[list[Row | RejectedRow], list[Row | RejectedRow]]:
-    """Training and validation rows. Rejected rows of the one file count as training rows."""
+    """Training and validation rows; rows of other splits are neither. Rejected rows of the one file count as training rows."""
     assert config.data.dataset is not None
     rows = list(read_rows(config.data.dataset, config.data.root))
-    training = [row for row in rows if isinstance(row, RejectedRow) or row.split != "validation"]
+    training = [row for row in rows if isinstance(row, RejectedRow) or row.split == "train"]
     if config.data.validation:
         return training, list(read_rows(config.data.validation, config.data.root))
     return training, [row for row in rows if isinstance(row, Row) and row.split == "validation"]

@@ -121,7 +121,7 @@ def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
     rows = read_rows(config.data.dataset, config.data.root)
     vision = model.config("text_encoder").get("vision_config", {})
     side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-    return estimated_sizes((r for r in rows if isinstance(r, Row) and r.split != "validation"), geometry, side)
+    return estimated_sizes((r for r in rows if isinstance(r, Row) and r.split == "train"), geometry, side)
 
 
 def make_plan(
