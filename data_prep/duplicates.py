@@ -10,8 +10,9 @@ the median and 72 in one of a hundred; between different pictures never under 92
 share less than 70 % of their area never under 98.
 """
 
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import imagehash
 import numpy as np
@@ -78,7 +79,7 @@ def near_duplicates(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
     return smallest[labels]
 
 
-def _collapse(hashes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _collapse(hashes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """One row of each different hash, and for every row the number of its hash among these."""
     order = np.argsort(np.ascontiguousarray(hashes).view(np.dtype((np.void, HASH_BYTES)))[:, 0])
     new = np.ones(len(hashes), dtype=bool)
@@ -87,31 +88,32 @@ def _collapse(hashes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.
         new[start : start + SLICE] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
     number = np.empty(len(hashes), dtype=np.int32)
     number[order] = np.cumsum(new, dtype=np.int32) - 1
-    return order[new], number
+    return order[new].astype(np.int32), number
 
 
-def _label_similar(hashes: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.int32]:
+def _label_similar(hashes: NDArray[np.uint8], rows: NDArray[np.int32]) -> NDArray[np.int32]:
     """A group's number for each of these rows. Those that agree in two blocks stand together when sorted."""
     groups = _Groups(len(rows))
-    blocks, brightness = _blocks(hashes, rows)
-    for a, b in combinations(range(NUM_BLOCKS), 2):
-        keys = blocks[a].astype(np.uint32)  # one number to sort by: 18 bits of two blocks, then 12 of the brightness
-        keys <<= BLOCK_BITS
-        keys |= blocks[b]
-        keys <<= BRIGHTNESS_BITS
-        keys |= brightness
-        order = np.argsort(keys)
-        told = np.searchsorted(keys, MAX_BRIGHTNESS, side="right", sorter=order)
-        _join_sorted(hashes, rows, keys, order[told:], groups)
-    plain = np.flatnonzero(~blocks.any(axis=0))
+    brightness = _of_rows(hashes, rows, lambda some: some[:, DCT_BYTES:].sum(axis=1, dtype=np.uint32))
+    plain = np.flatnonzero(_of_rows(hashes, rows, plain_pictures))
+    for a in range(NUM_BLOCKS):
+        upper = _of_rows(hashes, rows, partial(_block, number=a))
+        for b in range(a):
+            keys = _of_rows(hashes, rows, partial(_block, number=b))
+            keys |= upper << BLOCK_BITS  # one number to sort by: 18 bits of two blocks, then 12 of the brightness
+            keys <<= BRIGHTNESS_BITS
+            keys |= brightness
+            order = np.argsort(keys)
+            told = np.searchsorted(keys, MAX_BRIGHTNESS, side="right", sorter=order)
+            _join_sorted(hashes, rows, keys, order[told:], groups)
     order = plain[np.argsort(brightness[plain])]
-    _join_sorted(hashes, rows, brightness.astype(np.uint32), order, groups)
+    _join_sorted(hashes, rows, brightness, order, groups)
     return groups.labels
 
 
 def _join_sorted(
     hashes: NDArray[np.uint8],
-    rows: NDArray[np.int64],
+    rows: NDArray[np.int32],
     keys: NDArray[np.uint32],
     order: NDArray[np.int64],
     groups: "_Groups",
@@ -172,18 +174,21 @@ class _Groups:
         self._pairs, self._waiting = [], 0
 
 
-def _blocks(hashes: NDArray[np.uint8], rows: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """The bits that the search goes by, shape (NUM_BLOCKS, N), each block a number; and the sum of the colours."""
-    weights = 1 << np.arange(BLOCK_BITS, dtype=np.uint16)
-    blocks = np.empty((NUM_BLOCKS, len(rows)), dtype=np.uint16)
-    brightness = np.empty(len(rows), dtype=np.uint16)
-    for start in range(0, len(rows), SLICE):
-        some = slice(start, start + SLICE)
-        of_slice = hashes[rows[some]]
-        bits = np.unpackbits(of_slice[:, :DCT_BYTES], axis=1, count=NUM_BLOCKS * BLOCK_BITS)
-        blocks[:, some] = (bits.reshape(-1, NUM_BLOCKS, BLOCK_BITS) @ weights).T
-        brightness[some] = of_slice[:, DCT_BYTES:].sum(axis=1)
-    return blocks, brightness
+def _of_rows(
+    hashes: NDArray[np.uint8], rows: NDArray[np.int32], function: Callable[[NDArray[np.uint8]], NDArray[Any]]
+) -> NDArray[Any]:
+    """What a function gives for the hashes of these rows, some at a time: a copy of all would take too much memory."""
+    starts = range(0, len(rows), SLICE)
+    return np.concatenate(
+        [function(hashes[rows[start : start + SLICE]]) for start in starts] or [np.empty(0, np.uint32)]
+    )
+
+
+def _block(hashes: NDArray[np.uint8], number: int) -> NDArray[np.uint32]:
+    """One of the blocks that the search goes by."""
+    first, bits = divmod(number * BLOCK_BITS, 8)
+    two_bytes = hashes[:, first].astype(np.uint32) << 8 | hashes[:, first + 1]
+    return (two_bytes >> np.uint32(16 - BLOCK_BITS - bits)) & np.uint32((1 << BLOCK_BITS) - 1)
 
 
 def _slices(keys: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
