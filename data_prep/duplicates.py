@@ -187,8 +187,8 @@ def _of_rows(
 def _block(hashes: NDArray[np.uint8], number: int) -> NDArray[np.uint32]:
     """One of the blocks that the search goes by."""
     first, bits = divmod(number * BLOCK_BITS, 8)
-    two_bytes = hashes[:, first].astype(np.uint32) << 8 | hashes[:, first + 1]
-    return (two_bytes >> np.uint32(16 - BLOCK_BITS - bits)) & np.uint32((1 << BLOCK_BITS) - 1)
+    two_bytes = np.left_shift(hashes[:, first], 8, dtype=np.uint32) | hashes[:, first + 1]
+    return np.right_shift(two_bytes, 16 - BLOCK_BITS - bits, dtype=np.uint32) & np.uint32((1 << BLOCK_BITS) - 1)
 
 
 def _slices(keys: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
