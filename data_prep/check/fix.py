@@ -1,0 +1,53 @@
+"""A dataset file without the rows that have errors, beside the old one and never over it."""
+
+import filecmp
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.files import atomic_file
+from data_prep.rows import is_absent
+from data_prep.tables import BadRow, read_table
+
+
+def cleaned_path(dataset: str, folder: Path) -> Path:
+    """`pairs.cleaned.jsonl` for `pairs.csv`; for a dataset of the hub, which has no beside, in `folder`."""
+    path = Path(dataset)
+    return path.with_name(f"{path.stem}.cleaned.jsonl") if path.exists() else folder / f"{path.name}.cleaned.jsonl"
+
+
+def write_cleaned(dataset: str, has_error: bytearray, path: Path) -> int:
+    """Writes the rows without errors as they are, but for empty cells. Relative paths keep their root.
+
+    Args:
+        dataset: file, folder or hub id.
+        has_error: for each row, 1 if it is left out.
+        path: of the new file.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: no row is left, or there is another file at `path`.
+    """
+    kept = 0
+    with atomic_file(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for values, error in zip(read_table(dataset), has_error, strict=True):
+                if not error:
+                    assert not isinstance(values, BadRow)
+                    present = {name: _plain(value) for name, value in values.items() if not is_absent(value)}
+                    print(json.dumps(present, ensure_ascii=False), file=file)
+                    kept += 1
+        if not kept:
+            raise InputError(f"no row of {dataset} is without errors: there is nothing to write to {path}")
+        if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            raise InputError(f"{path} exists with other rows: rename or remove it")
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers as such: pandas makes 1.0 of 1 in a column with gaps."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
