@@ -167,6 +167,18 @@ def test_own_objects_and_own_look(photos, tmp_path):
         assert np.abs(pixels(row.edit_image[0])[..., ::-1] - pixels(row.image)).max() <= 1
 
 
+def test_a_photograph_that_does_not_suit_a_recipe_is_left_out_and_counted(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (96, 96), (90, 90, 90)).save(tmp_path / "photos" / "plain.png")
+    options = ("--per-image", 2, "--validation", 0, "--size", 64)
+    done = synth(tmp_path / "photos", tmp_path / "out", "--recipes", "upscale,add_rain", *options)
+    assert done.stdout.splitlines()[1] == "1 pairs left out: the recipe does not suit the photograph"
+    assert [row.tag for row in read_rows(tmp_path / "out" / "dataset.jsonl")] == ["add_rain"]
+    done = synth(tmp_path / "photos", tmp_path / "out", "--recipes", "upscale", *options, check=False)
+    assert done.returncode == 2
+    assert "error: nothing came out: 2 pairs left out" in done.stderr
+
+
 def test_a_wrong_recipe_is_answered_with_the_nearest(photos, tmp_path):
     done = synth(photos, tmp_path, "--recipes", "relihgt", check=False)
     assert done.returncode == 2

@@ -52,6 +52,7 @@ def build_dataset(
     title: str,
     total: int | None = None,
     on_error: OnErrorName = "raise",
+    no_row: str = "items gave no row",
 ) -> int:
     """Writes `out/dataset.jsonl` and `out/rejected.jsonl`, in the order of the items, and says what was done.
 
@@ -65,6 +66,7 @@ def build_dataset(
         title: for the progress bar.
         total: the number of items, if it is known.
         on_error: with "raise", rejected items are an error at the end, when the good rows are written.
+        no_row: what is said after the number of items of which `make` made no row.
 
     Returns:
         The number of rows.
@@ -73,18 +75,24 @@ def build_dataset(
         InputError: there are no rows, or rejected ones and `on_error` is "raise".
     """
     out = Path(os.path.abspath(out))
-    num_rows, num_rejected, first = 0, 0, None
+    num_rows, num_empty, num_rejected, first = 0, 0, 0, None
+    seen: set[int] = set()  # hashes of ids: strings would take several times the memory
     answers = run_items(items, _Build(make, out), out / PARTS_FOLDER, engine, title, total)
     with lines_file(out / DATASET_FILE) as write_row, lines_file(out / REJECTED_FILE) as write_rejected:
-        for answer in _unique(answers):
-            if isinstance(answer, RejectedRow):
-                num_rejected, first = num_rejected + 1, first or answer
-                line = {"row": answer.number, "id": answer.id, "path": answer.path, "reason": answer.reason}
-                write_rejected(line)
-            else:
-                num_rows += 1
-                write_row(answer)
+        for answer in answers:
+            num_empty += isinstance(answer, Done) and not answer.value
+            for row in _unique(answer, seen):
+                if isinstance(row, RejectedRow):
+                    num_rejected, first = num_rejected + 1, first or row
+                    write_rejected({"row": row.number, "id": row.id, "path": row.path, "reason": row.reason})
+                else:
+                    num_rows += 1
+                    write_row(row)
     print(f"{num_rows} rows in {out / DATASET_FILE}")
+    if num_empty:
+        print(f"{num_empty} {no_row}")
+    if not num_rows and not first:
+        raise InputError(f"nothing came out: {num_empty} {no_row}")
     tell_rejected(first, num_rejected, out / REJECTED_FILE, "raise" if not num_rows else on_error)
     return num_rows
 
@@ -110,20 +118,18 @@ def lines_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda values: print(json.dumps(values, ensure_ascii=False), file=file)
 
 
-def _unique(answers: Iterable[Done | RejectedRow]) -> Iterator[dict[str, Any] | RejectedRow]:
-    """The rows, but not a second one with an id that was there."""
-    seen: set[int] = set()  # hashes: strings would take several times the memory
-    for answer in answers:
-        if isinstance(answer, RejectedRow):
-            yield answer
-            continue
-        for row in answer.value:
-            if hash(row["id"]) in seen:
-                reason = f"the id {row['id']!r} is already used by an earlier row"
-                yield RejectedRow(answer.item.number, row["id"], str(answer.item.files[0]), reason)
-            else:
-                seen.add(hash(row["id"]))
-                yield row
+def _unique(answer: Done | RejectedRow, seen: set[int]) -> Iterator[dict[str, Any] | RejectedRow]:
+    """The rows of an answer, but not a second one with an id that was there."""
+    if isinstance(answer, RejectedRow):
+        yield answer
+        return
+    for row in answer.value:
+        if hash(row["id"]) in seen:
+            reason = f"the id {row['id']!r} is already used by an earlier row"
+            yield RejectedRow(answer.item.number, row["id"], str(answer.item.files[0]), reason)
+        else:
+            seen.add(hash(row["id"]))
+            yield row
 
 
 def _written(row: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from data_prep.errors import InputError
 from data_prep.folders import list_images, unique_names
 from data_prep.images import RejectedImage, open_image
 from data_prep.items import Item, make_engine
-from data_prep.tables import BadRow
 
 OBJECTS = 3
 """Objects, or photographs to cut them from, that a pair may choose from."""
@@ -88,9 +87,8 @@ def command(
     plan = Plan(photographs, images, names, per_image, seed, held_out, things, lut)
     make = MakePair(size, seed, cut=things is None)
     engine_ = make_engine(engine, processes, PRELOAD)
-    build_dataset(
-        plan.items(), make, out, engine_, title="synth", total=len(photographs) * per_image, on_error=on_error
-    )
+    total, unsuited = len(photographs) * per_image, "pairs left out: the recipe does not suit the photograph"
+    build_dataset(plan.items(), make, out, engine_, title="synth", total=total, on_error=on_error, no_row=unsuited)
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class MakePair:
-    """One pair of one photograph: its pictures, its mask and its row."""
+    """One pair of one photograph: its pictures, its mask and its row; none where no draw of the recipe shows."""
 
     size: int
     seed: int
@@ -159,17 +157,15 @@ class MakePair:
         photograph = _open(item.files[0])
         lut, lenders = (item.files[1], item.files[2:]) if item.values["lut"] else (None, item.files[1:])
         lend = partial(self._lend, lenders)
-        reason = ""
         for attempt in range(ATTEMPTS):
             rng = _generator(f"{self.seed}/{item.id}/{attempt}")
             picture = framed(photograph, self.size, rng, whole=item.values["whole"])
             try:
                 draft = make_draft(picture, item.values["recipe"], Scene(rng, lend, lut))
-            except NoEdit as error:
-                reason = str(error)
+            except NoEdit:
                 continue
             return [_save(draft, item, out)]
-        raise BadRow(f"{item.values['recipe']} does not work on this photograph: {reason}")
+        return []
 
     def _lend(self, lenders: tuple[Path, ...], rng: np.random.Generator) -> CutOut:
         if not self.cut:
