@@ -11,7 +11,7 @@ share less than 70 % of their area never under 98.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from itertools import combinations
 from typing import Any
 
 import imagehash
@@ -38,6 +38,7 @@ found; of what was cropped by 3 %, 94 %. Two blocks without a bit say nothing: o
 so, are compared for that."""
 BRIGHTNESS_BITS = 12
 MAX_BRIGHTNESS = (1 << BRIGHTNESS_BITS) - 1
+KEY_SHIFT = 32
 SLICE = 1 << 16
 """Rows that are compared at a time, so that they stay in the processor's cache."""
 
@@ -74,9 +75,9 @@ def near_duplicates(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
         raise ValueError(f"hashes must be uint8 of shape (N, {HASH_BYTES}), got {hashes.dtype} {hashes.shape}")
     first, number = _collapse(hashes)
     labels = _label_similar(hashes, first)[number]
-    smallest = np.empty(len(first), dtype=np.int64)
-    smallest[labels[::-1]] = np.arange(len(hashes))[::-1]  # of those that go to one place, the last stays
-    return smallest[labels]
+    smallest = np.empty(len(first), dtype=np.int32)
+    smallest[labels[::-1]] = np.arange(len(hashes), dtype=np.int32)[::-1]  # of those for one place, the last stays
+    return smallest[labels].astype(np.int64)
 
 
 def _collapse(hashes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -94,34 +95,36 @@ def _collapse(hashes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.
 def _label_similar(hashes: NDArray[np.uint8], rows: NDArray[np.int32]) -> NDArray[np.int32]:
     """A group's number for each of these rows. Those that agree in two blocks stand together when sorted."""
     groups = _Groups(len(rows))
-    brightness = _of_rows(hashes, rows, lambda some: some[:, DCT_BYTES:].sum(axis=1, dtype=np.uint32))
-    plain = np.flatnonzero(_of_rows(hashes, rows, plain_pictures))
-    for a in range(NUM_BLOCKS):
-        upper = _of_rows(hashes, rows, partial(_block, number=a))
-        for b in range(a):
-            keys = _of_rows(hashes, rows, partial(_block, number=b))
-            keys |= upper << BLOCK_BITS  # one number to sort by: 18 bits of two blocks, then 12 of the brightness
-            keys <<= BRIGHTNESS_BITS
-            keys |= brightness
-            order = np.argsort(keys)
-            told = np.searchsorted(keys, MAX_BRIGHTNESS, side="right", sorter=order)
-            _join_sorted(hashes, rows, keys, order[told:], groups)
-    order = plain[np.argsort(brightness[plain])]
-    _join_sorted(hashes, rows, brightness, order, groups)
+    told = np.uint64(1 << (KEY_SHIFT + BRIGHTNESS_BITS))  # from here on a block has a bit
+    for a, b in combinations(range(NUM_BLOCKS), 2):
+        packed = _packed(hashes, rows, lambda some, a=a, b=b: _block(some, a) << BLOCK_BITS | _block(some, b))
+        _join_sorted(hashes, rows, packed[np.searchsorted(packed, told) :], groups)
+    packed = _packed(hashes, rows, lambda some: ~plain_pictures(some))
+    _join_sorted(hashes, rows, packed[: np.searchsorted(packed, told)], groups)
     return groups.labels
 
 
+def _packed(
+    hashes: NDArray[np.uint8], rows: NDArray[np.int32], function: Callable[[NDArray[np.uint8]], NDArray[Any]]
+) -> NDArray[np.uint64]:
+    """Sorted numbers of three parts: what the function gives (18 bits), the brightness (12), and the place among the rows."""
+    packed = np.empty(len(rows), dtype=np.uint64)
+    for start in range(0, len(rows), SLICE):
+        some = hashes[rows[start : start + SLICE]]
+        keys = function(some).astype(np.uint64) << BRIGHTNESS_BITS | some[:, DCT_BYTES:].sum(axis=1, dtype=np.uint64)
+        packed[start : start + SLICE] = keys << KEY_SHIFT | np.arange(start, start + len(some), dtype=np.uint64)
+    packed.sort()
+    return packed
+
+
 def _join_sorted(
-    hashes: NDArray[np.uint8],
-    rows: NDArray[np.int32],
-    keys: NDArray[np.uint32],
-    order: NDArray[np.int64],
-    groups: "_Groups",
+    hashes: NDArray[np.uint8], rows: NDArray[np.int32], packed: NDArray[np.uint64], groups: "_Groups"
 ) -> None:
-    """Compares all that agree in their keys' upper bits, in the order of the keys."""
-    for start, stop in _slices(keys[order]):
-        places = order[start:stop]
-        _join_slice(hashes[rows[places]], keys[places], places, groups)
+    """Compares all that agree in the upper bits."""
+    for start, stop in _slices(packed):
+        some = packed[start:stop]
+        places = (some & ((1 << KEY_SHIFT) - 1)).astype(np.int64)
+        _join_slice(hashes[rows[places]], (some >> KEY_SHIFT).astype(np.uint32), places, groups)
     groups.settle()
 
 
@@ -168,20 +171,18 @@ class _Groups:
         if not self._pairs:
             return
         left, right = (np.concatenate(side) for side in zip(*self._pairs, strict=True))
-        size = len(self.labels)
-        graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size))
-        self.labels = connected_components(graph, directed=False)[1][self.labels]
+        nodes, places = np.unique(
+            np.concatenate([left, right]), return_inverse=True
+        )  # a graph of all takes much memory
+        edges = places[: len(left)], places[len(left) :]
+        graph = coo_array((np.ones(len(left), dtype=np.int8), edges), shape=(len(nodes), len(nodes)))
+        _, first, which = np.unique(
+            connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+        )
+        new = np.arange(len(self.labels), dtype=np.int32)
+        new[nodes] = nodes[first][which]
+        self.labels = new[self.labels]
         self._pairs, self._waiting = [], 0
-
-
-def _of_rows(
-    hashes: NDArray[np.uint8], rows: NDArray[np.int32], function: Callable[[NDArray[np.uint8]], NDArray[Any]]
-) -> NDArray[Any]:
-    """What a function gives for the hashes of these rows, some at a time: a copy of all would take too much memory."""
-    starts = range(0, len(rows), SLICE)
-    return np.concatenate(
-        [function(hashes[rows[start : start + SLICE]]) for start in starts] or [np.empty(0, np.uint32)]
-    )
 
 
 def _block(hashes: NDArray[np.uint8], number: int) -> NDArray[np.uint32]:
@@ -191,12 +192,12 @@ def _block(hashes: NDArray[np.uint8], number: int) -> NDArray[np.uint32]:
     return np.right_shift(two_bytes, 16 - BLOCK_BITS - bits, dtype=np.uint32) & np.uint32((1 << BLOCK_BITS) - 1)
 
 
-def _slices(keys: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-    """Cuts sorted keys into slices of about SLICE, or of as many as agree in the two blocks."""
-    start = 0
-    while start < len(keys):
-        last = keys[min(start + SLICE, len(keys)) - 1] | MAX_BRIGHTNESS
-        stop = int(np.searchsorted(keys, last, side="right"))
+def _slices(packed: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """Cuts sorted numbers into slices of about SLICE, or of as many as agree in the upper bits."""
+    lower, start = np.uint64((1 << (KEY_SHIFT + BRIGHTNESS_BITS)) - 1), 0
+    while start < len(packed):
+        last = packed[min(start + SLICE, len(packed)) - 1] | lower
+        stop = int(np.searchsorted(packed, last, side="right"))
         yield start, stop
         start = stop
 
