@@ -72,8 +72,9 @@ class Limits:
         for name in ("max_shift", "max_zoom", "min_side", "max_aspect", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
-        for kind in sorted(self.ignored - set(KINDS)):
-            raise InputError(f"there is no kind of finding {kind!r} to ignore: the kinds are {', '.join(KINDS)}")
+        choices = [kind for kind in KINDS if kind not in ("row", "file")]
+        for kind in sorted(self.ignored.difference(choices)):
+            raise InputError(f"no finding {kind!r} can be ignored: choose from {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def histogram(name: str, values: np.ndarray) -> Markup:
     _, label, logarithmic = TITLES[name]
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-3 * max(1.0, abs(high)):  # one value: a bar, not a wall
-        low, high = (low / 1.5, high * 1.5) if logarithmic else (low - 1, high + 1)
+        low, high = (low / 1.5, high * 1.5) if logarithmic else (low - 1 - abs(low) / 2, high + 1 + abs(high) / 2)
     edges = np.geomspace(low, high, NUM_BARS + 1) if logarithmic else np.linspace(low, high, NUM_BARS + 1)
     figure = Figure(figsize=(5.6, 2.5), layout="constrained")
     axes = figure.add_subplot()
@@ -40,6 +40,8 @@ def histogram(name: str, values: np.ndarray) -> Markup:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.xaxis.set_minor_formatter(lambda value, _: "")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(7))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel(label)
     axes.set_ylabel("rows")
