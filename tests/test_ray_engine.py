@@ -1,38 +1,31 @@
-"""The same job on Ray gives the same answers, and takes over what other processes have done."""
-
-import subprocess
-import sys
+"""The same command on Ray makes the same dataset, and either engine goes on where the other was."""
 
 import pytest
+from PIL import Image
 
-from tests.commands import ROOT
+from scripts.photographs import SKIMAGE_DATA
+from tests.commands import run_script
+from tests.pictures import contents
 
-JOB = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from data_prep.items import Done, make_engine, run_items
-from tests.test_items import Shout, items
-folder = Path(sys.argv[2])
-for answer in run_items(items(60, {{7: "refuse"}}), Shout(folder), folder / ".parts", make_engine(sys.argv[1], 2), "shouting"):
-    print(answer.value["text"] if isinstance(answer, Done) else answer)
-"""
+SYNTH = ("--recipes", "add_rain,grade", "--per-image", 4, "--size", 64, "--validation", 0, "--processes", 2)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ray_gives_what_processes_give(tmp_path):
-    answers = {}
+def test_ray_makes_what_processes_make(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("astronaut.png", "coffee.png", "chelsea.png"):
+        Image.open(SKIMAGE_DATA / name).convert("RGB").resize((96, 96)).save(photos / name)
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = {}
     for engine in ("local", "ray"):
-        (tmp_path / engine).mkdir()
-        command = [sys.executable, "-c", JOB.format(root=str(ROOT)), engine, str(tmp_path / engine)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
-        assert done.returncode == 0, done.stderr
-        answers[engine] = done.stdout.splitlines()
-    assert answers["ray"] == answers["local"]
-    assert len(answers["ray"]) == 60
-    command[3] = "local"
-    (tmp_path / "ray" / "log").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.splitlines() == answers["local"]
-    assert len((tmp_path / "ray" / "log").read_text().split()) < 60
+        arguments = ("data_prep/run.py", "synth", "--images", photos, "--out", tmp_path / engine, *SYNTH)
+        done[engine] = run_script(*arguments, "--engine", engine, check=False, timeout=180)
+        assert done[engine].returncode == 2, done[engine].stderr
+    assert done["ray"].stdout.splitlines()[0].startswith("12 rows in ")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert "broken.png" in done["ray"].stderr
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").rglob("*.png")}
+    run_script(*arguments, "--engine", "local", "--on-error", "skip")
+    assert any(path.stat().st_mtime_ns == time for path, time in made.items())  # parts without the broken one stay
