@@ -1,6 +1,7 @@
 """`data_prep/run.py check`: what is wrong with a dataset file, and what training will make of it."""
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from data_prep.check.measure import Measure
 from data_prep.check.page import write_page
 from data_prep.check.report import Facts, print_tables, write_json
 from data_prep.check.summary import TEXT_WIDTH, VISION_SIDE, lay_out
-from data_prep.check.survey import PARTS_FOLDER, survey
+from data_prep.check.survey import PARTS_FOLDER, Survey, survey
 from data_prep.cli import CORES, Engine, Processes
 from data_prep.errors import InputError
 from data_prep.files import write_text
@@ -67,20 +68,21 @@ def command(
     directory = ModelDirectory.resolve(model, weights=bool(time_caching)) if model else None
     tokenizer = _save_tokenizer(directory, folder / PARTS_FOLDER) if directory else None
 
-    found = survey(dataset, root, folder, Measure(tokenizer), limits, make_engine(engine, processes, PRELOAD))
-    layout = lay_out(found.columns, geometry, *_text_sizes(directory))
-    seconds, device = None, ""
-    if directory and time_caching:
-        from data_prep.check.timing import seconds_per_row  # the encoders' libraries take seconds to import
+    with closing(Survey(folder, limits)) as found:
+        survey(found, dataset, root, Measure(tokenizer), make_engine(engine, processes, PRELOAD))
+        layout = lay_out(found.columns, geometry, *_text_sizes(directory))
+        seconds, device = None, ""
+        if directory and time_caching:
+            from data_prep.check.timing import seconds_per_row  # the encoders' libraries take seconds to import
 
-        seconds, device = seconds_per_row(read_rows(dataset, root), time_caching, directory, geometry)
-    counted_by = f"the tokenizer of {model}" if model else "estimated from bytes: --model DIR counts them"
-    facts = Facts(dataset, root, found, layout, tuple(map(layout.batches, sizes)), counted_by, seconds, device)
-    write_json(folder / "check.json", facts)
-    write_page(folder / "check.html", facts)
-    print_tables(facts)
-    print(folder / "check.html")
-    _finish(facts, cleaned_path(dataset, folder), fix)
+            seconds, device = seconds_per_row(read_rows(dataset, root), time_caching, directory, geometry)
+        counted_by = f"the tokenizer of {model}" if model else "estimated from bytes: --model DIR counts them"
+        facts = Facts(dataset, root, found, layout, tuple(map(layout.batches, sizes)), counted_by, seconds, device)
+        write_json(folder / "check.json", facts)
+        write_page(folder / "check.html", facts)
+        print_tables(facts)
+        print(folder / "check.html")
+        _finish(facts, cleaned_path(dataset, folder), fix)
 
 
 def _finish(facts: Facts, cleaned: Path, fix: bool) -> None:

@@ -68,6 +68,10 @@ class Columns:
         column[stored:] = self._chunk[name][: self._used]
         return column
 
+    def close(self) -> None:
+        """Gives the disk's space back."""
+        self._file.close()
+
     def in_split(self, *names: str) -> np.ndarray:
         """Which rows are usable and in one of these splits, (N,)."""
         codes = [code for code, name in enumerate(self.splits) if name in names]

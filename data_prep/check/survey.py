@@ -35,6 +35,7 @@ class Survey:
         self._has_warning = bytearray()
         self._worst: dict[str, list[tuple[float, int, Finding]]] = defaultdict(list)
         self._spill = tempfile.TemporaryFile("w+", dir=folder, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._across = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115
 
     @property
     def num_rows(self) -> int:
@@ -68,7 +69,6 @@ class Survey:
 
     def finish(self) -> None:
         """Looks for findings across rows, when all rows are there."""
-        self._across = tempfile.TemporaryFile("w+", dir=self.folder)  # noqa: SIM115
         for finding in cross_findings(self.columns, self.limits.ignored):
             self._count(finding)
             print(json.dumps(asdict(finding)), file=self._across)
@@ -78,12 +78,17 @@ class Survey:
         files = (_read(self._spill), _read(self._across))
         return heapq.merge(*files, key=lambda finding: finding.row)
 
+    def close(self) -> None:
+        """Gives the disk's space back."""
+        for file in (self.columns, self._spill, self._across):
+            file.close()
+
     def _count(self, finding: Finding) -> None:
         self.counts[finding.kind] += 1
         flags = self.has_error if finding.severity == "error" else self._has_warning
         flags[finding.row - 1] = 1
         worst = self._worst[finding.kind]
-        heapq.heappush(worst, (finding.weight, -finding.row, finding))
+        heapq.heappush(worst, (finding.weight, -self.counts[finding.kind], finding))  # no two have the same place
         if len(worst) > PICTURED:
             heapq.heappop(worst)
 
@@ -93,24 +98,22 @@ def _read(file: Any) -> Iterator[Finding]:
     return (Finding(**json.loads(line)) for line in file)
 
 
-def survey(dataset: str, root: Path | None, out: Path, measure: Measure, limits: Limits, engine: Engine) -> Survey:
-    """Reads and measures every row.
+def survey(found: Survey, dataset: str, root: Path | None, measure: Measure, engine: Engine) -> None:
+    """Reads and measures every row. What was measured is kept below the survey's folder, to continue after a kill.
 
     Args:
+        found: empty.
         dataset: file, folder or hub id.
         root: as in `read_rows`.
-        out: where measurements are kept, to continue after a kill.
 
     Raises:
         InputError: no such dataset, not in its format, or without rows.
     """
-    found = Survey(out, limits)
     waiting: deque[Row | None] = deque()  # the rows whose answers are still to come
-    answers = run_items(_items(read_rows(dataset, root), waiting), measure, out / PARTS_FOLDER, engine, "checking")
-    for answer in answers:
+    items = _items(read_rows(dataset, root), waiting)
+    for answer in run_items(items, measure, found.folder / PARTS_FOLDER, engine, "checking"):
         found.add(waiting.popleft(), answer)
     found.finish()
-    return found
 
 
 def _items(rows: Iterable[Row | RejectedRow], waiting: deque[Row | None]) -> Iterator[Item | RejectedRow]:
