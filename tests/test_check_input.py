@@ -175,6 +175,14 @@ def test_fix_writes_the_other_rows_beside_the_file_and_never_over_one(bad):
     assert not dataset.with_name("none.jsonl").exists()
 
 
+def test_a_dataset_without_a_usable_row_is_reported_too(tmp_path):
+    dataset = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "image": "a.png", "edit_image": "b.png"}])
+    report = run_check(dataset, "--fix", code=2)
+    assert (report["rows"], report["usable"], report["buckets"], report["cache"]["bytes"]) == (1, 0, [], 0)
+    assert "no such file" in (tmp_path / "check/check.html").read_text()
+    assert not list(tmp_path.glob("*cleaned*"))
+
+
 def test_a_wrong_option_is_one_sentence(bad):
     arguments = ("--dataset", bad[0], "--out", bad[0].with_name("check"), "--ignore", "file")
     done = run_script("data_prep/run.py", "check", *arguments, check=False)

@@ -123,6 +123,8 @@ def measure_drift(source: Image.Image, target: Image.Image, preserved: Image.Ima
     if min(size) < MIN_SIDE:
         return None
     before, after = (_grey(image, size) for image in (source, target))
+    if min(before.std(), after.std()) <= FLAT:
+        return None
     kept = None if preserved is None else np.asarray(ImageOps.fit(preserved, size)) >= 128
     first = _match(before, after, kept)
     at_rest = first is not None and first.follow(_Motion()).mean() >= ENOUGH

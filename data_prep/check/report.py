@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from data_prep.files import atomic_file
 from data_prep.rows import Row, read_rows
 
 LISTED = 20
-"""Findings on the terminal."""
+"""Errors on the terminal."""
+LISTED_WARNINGS = 2
+"""Of each kind."""
 LISTED_BUCKETS = 10
 
 
@@ -158,15 +161,14 @@ def kind_counts(facts: Facts) -> list[tuple[str, int]]:
 
 
 def _print_findings(console: Console, facts: Facts) -> None:
-    """The first errors, or the first warnings if there is no error."""
-    severity = "error" if facts.num_errors else "warning"
-    total = sum(count for kind, count in kind_counts(facts) if (kind in ERRORS) == bool(facts.num_errors))
-    chosen = (finding for finding in facts.survey.findings() if finding.severity == severity)
-    for _, finding in zip(range(LISTED), chosen, strict=False):
+    """The first errors, and the worst of each kind of warning."""
+    errors = (finding for finding in facts.survey.findings() if finding.severity == "error")
+    warnings = (found[:LISTED_WARNINGS] for kind, found in facts.survey.worst().items() if kind not in ERRORS)
+    for finding in chain(islice(errors, LISTED), *warnings):
         where = f" ({finding.path})" if finding.path else ""
         console.print(f"row {finding.row}{where}: {finding.kind}: {finding.message}", markup=False, highlight=False)
-    if total > LISTED:
-        console.print(f"… and {total - LISTED:,} more {severity}s, all in check.json")
+    total = sum(facts.survey.counts.values())
+    console.print(f"all {total:,} findings are in check.json", highlight=False)
 
 
 def _buckets_table(facts: Facts) -> Table:

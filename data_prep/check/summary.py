@@ -1,6 +1,7 @@
 """What training and caching will make of the usable rows: buckets, batches, disk; and how their values spread."""
 
 import functools
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,9 @@ def _groups(columns: Columns) -> list[_Group]:
     cached = columns.in_split(TRAINED, VALIDATED)
     trained, tokens = columns.in_split(TRAINED)[cached], columns["tokens"][cached]
     sizes = columns["sizes"][cached]
-    keys = sizes.reshape(len(sizes), -1).view(np.dtype((np.void, FIELDS["sizes"].itemsize)))[:, 0]
+    keys = sizes.reshape(len(sizes), math.prod(FIELDS["sizes"].shape)).view(
+        np.dtype((np.void, FIELDS["sizes"].itemsize))
+    )[:, 0]
     _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     num_cached, num_trained, words = (np.bincount(group, w, len(first)) for w in (None, trained, tokens))
     found = []
