@@ -17,7 +17,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 OnErrorName = Literal["raise", "skip"]
 
 Out = Annotated[Path, typer.Option(help="Folder of the new dataset: dataset.jsonl, rejected.jsonl and what is made.")]
-Processes = Annotated[int, typer.Option(help="Worker processes.", show_default="all cores")]
+Processes = Annotated[int, typer.Option(help="Worker processes.", min=1, show_default="all cores")]
 Engine = Annotated[EngineName, typer.Option(help="This machine, or a Ray cluster.")]
 OnError = Annotated[
     OnErrorName, typer.Option(help="With unusable input, keep the rest and end with code 2, or with code 0.")

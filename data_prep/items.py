@@ -8,6 +8,7 @@ takes what is there, as long as neither the work, nor the items, nor their files
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data_prep.ahead import ahead
-from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.images import RejectedImage
 from data_prep.progress import progress
@@ -39,9 +39,12 @@ class Item:
     id: str
     """Unique, and the same in every run: results, and the names of the files that are made, depend on it."""
     files: tuple[Path, ...] = ()
-    """What is read. When one of them changes its size or its time, the item is done again."""
+    """What is read, made absolute. When one of them changes its size or its time, the item is done again."""
     values: Any = None
     """Anything else that the work needs, as JSON has it."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "files", tuple(Path(os.path.abspath(path)) for path in self.files))
 
 
 class Work(Protocol):
@@ -103,6 +106,7 @@ def run_items(
         title: for the progress bar.
         total: the number of items, if it is known.
     """
+    folder = Path(os.path.abspath(folder))  # workers of a cluster start elsewhere
     parts: list[Part] = []  # those that the engine has taken and not yet given back
 
     def taken() -> Iterator[Part]:
@@ -167,7 +171,7 @@ def _cut(items: Iterable[Item | RejectedRow], work: Work, folder: Path) -> Itera
     entries: list[Item | RejectedRow] = []
     for entry in items:
         entries.append(entry)
-        ends = int.from_bytes(_digest(entry.id.encode(errors="surrogateescape"))[:4]) % PART_SIZE == 0
+        ends = int.from_bytes(_digest(entry.id.encode(errors="backslashreplace"))[:4]) % PART_SIZE == 0
         if ends or len(entries) == 4 * PART_SIZE:
             yield _part(entries, work, folder)
             entries = []
@@ -176,7 +180,7 @@ def _cut(items: Iterable[Item | RejectedRow], work: Work, folder: Path) -> Itera
 
 
 def _part(entries: list[Item | RejectedRow], work: Work, folder: Path) -> Part:
-    digest = hashlib.blake2b(repr(work).encode(errors="surrogateescape"), digest_size=16)
+    digest = hashlib.blake2b(repr(work).encode(errors="backslashreplace"), digest_size=16)
     for item in entries:
         if isinstance(item, Item):
             identity = (item.id, [(str(path), _stamp(path)) for path in item.files], item.values)
@@ -226,10 +230,8 @@ def make_engine(name: EngineName, processes: int, preload: Iterable[str] = ()) -
     """The engine of that name.
 
     Raises:
-        InputError: a number of processes that cannot be, or Ray is not installed.
+        InputError: Ray is not installed.
     """
-    if processes < 1:
-        raise InputError(f"--processes must be 1 or more, got {processes}")
     if name == "ray":
         from data_prep.ray_engine import ray_engine
 

@@ -128,6 +128,23 @@ def test_validation_holds_out_whole_photographs(rows):
     assert not held_out & {row.group for row in rows if row.split == "train"}
 
 
+def test_a_photograph_and_its_copies_are_on_one_side(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"):
+        image = Image.open(SKIMAGE_DATA / name).convert("RGB").resize((160, 160))
+        image.save(tmp_path / "photos" / f"{Path(name).stem}.png")
+        image.resize((128, 128)).save(tmp_path / "photos" / f"{Path(name).stem}-small.jpg", quality=80)
+    options = ("--recipes", "add_snow", "--per-image", 1, "--size", 64, "--validation", 3)
+    synth(tmp_path / "photos", tmp_path / "out", *options)
+    rows = [row for row in read_rows(tmp_path / "out" / "dataset.jsonl") if isinstance(row, Row)]
+    groups = {row.split: sorted(other.group for other in rows if other.split == row.split) for row in rows}
+    assert len(groups["validation"]) == 2
+    assert len(set(groups["validation"])) == 1
+    assert len(set(groups["train"])) == 3
+    done = synth(tmp_path / "photos", tmp_path / "out", *options[:-1], 1, check=False)
+    assert "no photograph can be held out: each has doubles" in done.stderr
+
+
 def test_the_same_from_one_process(made, photos, tmp_path):
     synth(photos, tmp_path / "again", *OPTIONS, "--processes", 1, "--on-error", "skip")
     assert files_of(tmp_path / "again") == files_of(made[0])
@@ -235,7 +252,8 @@ def test_recipes_by_group_and_combined_in_the_order_of_the_work():
 def test_held_out_photographs_borrow_from_their_own_split_alone():
     paths = [Path(f"/photos/{i}.jpg") for i in range(20)]
     held_out = frozenset(paths[:4])
-    plan = Plan(paths, Path("/photos"), ["remove"], 3, 0, held_out, None, None)
+    originals = {path: path.stem for path in paths}
+    plan = Plan(originals, Path("/photos"), ["remove"], 3, 0, held_out, None, None)
     for item in plan.items():
         photograph, *lenders = item.files
         assert lenders
@@ -246,7 +264,8 @@ def test_held_out_photographs_borrow_from_their_own_split_alone():
 def test_no_object_is_on_both_sides_of_the_split():
     paths = [Path(f"/photos/{i}.jpg") for i in range(20)]
     things = [Path(f"/things/{i}.png") for i in range(5)]
-    plan = Plan(paths, Path("/photos"), ["remove"], 3, 0, frozenset(paths[:4]), things, None)
+    originals = {path: path.stem for path in paths}
+    plan = Plan(originals, Path("/photos"), ["remove"], 3, 0, frozenset(paths[:4]), things, None)
     used = {True: set(), False: set()}
     for item in plan.items():
         used[item.values["held_out"]].update(item.files[1:])

@@ -12,18 +12,21 @@ import numpy as np
 import typer
 from PIL import Image
 
-from data_prep.build.dataset import build_dataset
+from data_prep.build.dataset import PARTS_FOLDER, build_dataset
 from data_prep.build.recipes.book import ATTEMPTS, instruction, make_draft, parse_recipes, preserved
 from data_prep.build.recipes.cutouts import cut_from, load_object
 from data_prep.build.recipes.draft import CutOut, Draft, NoEdit, Scene, pick
 from data_prep.build.recipes.frame import SMALLEST, STEP, framed
 from data_prep.build.recipes.grade import load_cube
 from data_prep.build.results import save_result
+from data_prep.build.split import HashPictures
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
+from data_prep.duplicates import HASH_BYTES, near_duplicates, plain_pictures
 from data_prep.errors import InputError
 from data_prep.folders import list_images, unique_names
 from data_prep.images import RejectedImage, open_image
-from data_prep.items import Item, make_engine
+from data_prep.items import Done, Item, make_engine, run_items
+from data_prep.items import Engine as Runner
 
 OBJECTS = 3
 """Objects, or photographs to cut them from, that a pair may choose from."""
@@ -82,11 +85,13 @@ def command(
     if lut:
         load_cube(lut)  # a wrong one is told before any work is done
     photographs = list_images(images)
-    held_out = _held_out(photographs, validation, seed)
+    number = _number_held_out(len(photographs), validation)
     things = list_images(objects) if objects else None
-    plan = Plan(photographs, images, names, per_image, seed, held_out, things, lut)
-    make = MakePair(size, seed, cut=things is None)
     engine_ = make_engine(engine, processes, PRELOAD)
+    originals = find_originals(photographs, images, out / PARTS_FOLDER, engine_)
+    held_out = draw_held_out(originals, number, seed)
+    plan = Plan(originals, images, names, per_image, seed, held_out, things, lut)
+    make = MakePair(size, seed, cut=things is None)
     total, unsuited = len(photographs) * per_image, "pairs left out: the recipe does not suit the photograph"
     build_dataset(plan.items(), make, out, engine_, title="synth", total=total, on_error=on_error, no_row=unsuited)
 
@@ -95,7 +100,8 @@ def command(
 class Plan:
     """Which pairs are made."""
 
-    photographs: list[Path]
+    originals: dict[Path, str]
+    """Photographs, of `find_originals`."""
     folder: Path
     recipes: list[str]
     per_image: int
@@ -108,8 +114,8 @@ class Plan:
     def items(self) -> Iterator[Item]:
         """One for each photograph and variation. Pairs of one photograph take the recipes in turns, in an order of their own."""
         lenders = {split: self._lenders(split) for split in (False, True)}
-        names = [_utf8(name) for name in unique_names(self.photographs, self.folder)]
-        for place, (path, name) in enumerate(zip(self.photographs, names, strict=True)):
+        names = photograph_names(list(self.originals), self.folder)
+        for place, (path, name) in enumerate(zip(self.originals, names, strict=True)):
             rng = random.Random(f"{self.seed}/{name}/order")
             order = rng.sample(self.recipes, len(self.recipes))
             for n in range(self.per_image):
@@ -118,7 +124,7 @@ class Plan:
                 look = (self.lut,) if self.lut and "grade" in recipe.split("+") else ()
                 values = {
                     "recipe": recipe,
-                    "name": name,
+                    "original": self.originals[path],
                     "held_out": held_out,
                     "lut": bool(look),
                     "whole": self.per_image == 1,
@@ -128,8 +134,8 @@ class Plan:
     def _lenders(self, held_out: bool) -> list[Path]:
         """What objects come from, for held-out photographs or the others: none is on both sides, unless it is the only one."""
         if self.objects is None:
-            return [path for path in self.photographs if (path in self.held_out) == held_out]
-        share = len(self.held_out) / len(self.photographs)
+            return [path for path in self.originals if (path in self.held_out) == held_out]
+        share = len(self.held_out) / len(self.originals)
         number = min(math.ceil(share * len(self.objects)), len(self.objects) - 1)
         known = _draw(self.objects, number, f"{self.seed}/objects")
         found = [path for path in self.objects if (path in known) == held_out]
@@ -193,34 +199,74 @@ def _save(draft: Draft, item: Item, out: Path) -> dict[str, Any]:
         "back_mask": paths.get("mask"),
         "split": "validation" if item.values["held_out"] else None,
         "tag": item.values["recipe"],
-        "group": item.values["name"],
+        "group": item.values["original"],
     }
 
 
-def _held_out(photographs: list[Path], validation: float, seed: int) -> frozenset[Path]:
-    """The photographs of the validation split. A share above zero holds out at least one.
+def photograph_names(photographs: list[Path], folder: Path) -> list[str]:
+    """A name for each that files and ids can have: a file's name may be any bytes, those that are not UTF-8 become `\\xff`."""
+    return [
+        name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        for name in unique_names(photographs, folder)
+    ]
+
+
+def find_originals(photographs: list[Path], folder: Path, parts: Path, engine: Runner) -> dict[Path, str]:
+    """For each photograph the name of the first that is the same to the eye, its own where none before it is.
+
+    Photographs that cannot be read have their own: they are reported when pairs are to be made of them.
+    """
+    names = photograph_names(photographs, folder)
+    items = (Item(n, name, (path,)) for n, (path, name) in enumerate(zip(photographs, names, strict=True), start=1))
+    answers = run_items(items, HashPictures(), parts, engine, "comparing", len(photographs))
+    hashed = [(answer.item, bytes.fromhex(answer.value[0])) for answer in answers if isinstance(answer, Done)]
+    hashes = np.frombuffer(b"".join(each for _, each in hashed), dtype=np.uint8).reshape(-1, HASH_BYTES)
+    first = np.where(plain_pictures(hashes), np.arange(len(hashes)), near_duplicates(hashes)) if hashed else []
+    originals = dict(zip(photographs, names, strict=True))
+    for (item, _), place in zip(hashed, first, strict=True):
+        originals[photographs[item.number - 1]] = hashed[place][0].id
+    return originals
+
+
+def _number_held_out(size: int, validation: float) -> int:
+    """A share above zero holds out at least one.
 
     Raises:
         InputError: nothing would be left to train on.
     """
-    number = validation if validation >= 1 else math.ceil(validation * len(photographs))
+    number = validation if validation >= 1 else math.ceil(validation * size)
     if validation < 0 or number != int(number):
         raise InputError(f"--validation must be a share from 0 to 1 or a whole number, got {validation}")
-    if number >= len(photographs):
+    if number >= size:
         raise InputError(
-            f"--validation {validation:g} would hold out {number:g} of {len(photographs)} photographs and leave none to "
+            f"--validation {validation:g} would hold out {number:g} of {size} photographs and leave none to "
             "train on: give more photographs or a smaller number, or 0"
         )
-    return _draw(photographs, int(number), f"{seed}/validation")
+    return int(number)
+
+
+def draw_held_out(originals: dict[Path, str], number: int, seed: int) -> frozenset[Path]:
+    """The photographs of the validation split, at most `number`: those that are the same to the eye stay together.
+
+    Raises:
+        InputError: all of them are the same, or in groups larger than `number`.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path, original in originals.items():
+        groups.setdefault(original, []).append(path)
+    held_out: list[Path] = []
+    for name in random.Random(f"{seed}/validation").sample(list(groups), len(groups)):
+        if len(held_out) + len(groups[name]) <= number:
+            held_out += groups[name]
+    if number and not held_out:
+        raise InputError(
+            f"no photograph can be held out: each has doubles, and together they are more than --validation {number}"
+        )
+    return frozenset(held_out)
 
 
 def _draw(paths: list[Path], number: int, seed: str) -> frozenset[Path]:
     return frozenset(random.Random(seed).sample(paths, number))
-
-
-def _utf8(name: str) -> str:
-    """A file's name may be any bytes, an id may not: those that are not UTF-8 are written as `\\xff`."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _generator(seed: str) -> np.random.Generator:
