@@ -1,6 +1,7 @@
 """`data_prep/run.py check`: what is wrong with a dataset file, and what training will make of it."""
 
 import hashlib
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +64,8 @@ def command(
     sizes = _batch_sizes(micro_batch_sizes)
     if time_caching and not model:
         raise InputError("--time-caching needs --model, whose encoders it runs")
-    folder = out or _beside(dataset)
+    out = out or _beside(dataset)
+    folder = Path(os.path.abspath(out))  # workers of a cluster may start elsewhere
     folder.mkdir(parents=True, exist_ok=True)
     directory = ModelDirectory.resolve(model, weights=bool(time_caching)) if model else None
     tokenizer = _save_tokenizer(directory, folder / PARTS_FOLDER) if directory else None
@@ -81,7 +83,7 @@ def command(
         write_json(folder / "check.json", facts)
         write_page(folder / "check.html", facts)
         print_tables(facts)
-        print(folder / "check.html")
+        print(out / "check.html")
         _finish(facts, cleaned_path(dataset, folder), fix)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from tokenizers import Tokenizer
 
 from data_prep.check.drift import measure_drift
@@ -92,15 +92,12 @@ def _conversions(files: list[Path], opened: list[OpenedImage]) -> list[list[str]
 
 
 def _are_same(source: Image.Image, target: Image.Image) -> bool:
-    if source.size != target.size:
-        return False
-    return bool(_difference(source, target).max() <= SAME)
+    return source.size == target.size and bool(_difference(source, target).max() <= SAME)
 
 
 def _difference(source: Image.Image, target: Image.Image) -> np.ndarray:
-    """Of two pictures of one size, in the most different channel: uint8 (H, W)."""
-    first, second = (np.asarray(image) for image in (source, target))
-    return (np.maximum(first, second) - np.minimum(first, second)).max(axis=2)
+    """Of two pictures of one size: uint8 (H, W, 3)."""
+    return np.asarray(ImageChops.difference(source, target))
 
 
 def _drift(source: Image.Image, target: Image.Image, mask: Image.Image | None) -> list[float] | None:
@@ -113,7 +110,7 @@ def _mask_facts(mask: Image.Image, source: Image.Image, target: Image.Image) -> 
     scale = min(1.0, COMPARED_SIDE / max(target.size))
     size = max(1, round(target.width * scale)), max(1, round(target.height * scale))
     small = [ImageOps.fit(image, size, Image.Resampling.BOX) for image in (source, target)]
-    changed = _difference(*small) > CHANGED
+    changed = _difference(*small).max(axis=2) > CHANGED
     full, levels = np.asarray(mask), np.asarray(ImageOps.fit(mask, size, Image.Resampling.NEAREST))
     white, black = levels > LIGHT, levels < DARK
     return {
