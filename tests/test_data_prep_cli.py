@@ -28,7 +28,10 @@ def test_every_command_has_help_with_an_example_and_described_options(name):
         (["check", "--datset", "x.json"], "No such option: --datset"),
         (["split", "--dataset"], "Option '--dataset' requires an argument"),
         (["pairs", "--folder", "nowhere"], "nowhere"),
-        (["pairs", "--folder", "tests", "--processes", "0"], "Invalid value for '--processes': Input should be greater than or equal to 1"),
+        (
+            ["pairs", "--folder", "tests", "--processes", "0"],
+            "Invalid value for '--processes': Input should be greater than or equal to 1",
+        ),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(arguments, message):

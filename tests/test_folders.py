@@ -13,7 +13,12 @@ def test_images_are_found_by_name_in_order_and_links_do_not_loop(tmp_path):
     (tmp_path / "a" / "again").symlink_to(tmp_path)
     (tmp_path / "elsewhere.png").symlink_to(tmp_path / "nowhere.png")
     found = [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)]
-    assert found == ["a/c.webp", "a/ü 图.JPG", "b.png", "elsewhere.png"]  # the dangling link is for the reader to refuse
+    assert found == [
+        "a/c.webp",
+        "a/ü 图.JPG",
+        "b.png",
+        "elsewhere.png",
+    ]  # the dangling link is for the reader to refuse
 
 
 @pytest.mark.parametrize(("name", "message"), [("nothing", "is not a folder"), ("empty", "no image file")])

@@ -116,7 +116,13 @@ def test_a_worker_that_is_killed_ends_the_job_and_the_next_run_continues(tmp_pat
     assert len(log(tmp_path)) < 200
 
 
-@given(ids=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0\n\r"), min_size=1, max_size=8), unique=True, max_size=9))
+@given(
+    ids=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="/\0\n\r"), min_size=1, max_size=8),
+        unique=True,
+        max_size=9,
+    )
+)
 def test_any_text_survives(ids, tmp_path_factory):
     folder = tmp_path_factory.mktemp("items")
     todo = [Item(number, f"x{id}") for number, id in enumerate(ids, 1) if len(id.encode(errors="ignore")) < 60]
