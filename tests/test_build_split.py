@@ -160,6 +160,18 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(folder, tmp_path):
     assert not (tmp_path / "new.jsonl").exists()
 
 
+def test_rows_of_another_split_are_refused_before_any_work(tmp_path):
+    """Even where a picture could not be read: none was."""
+    dataset, out = tmp_path / "rows.jsonl", tmp_path / "new.jsonl"
+    row = {"prompt": "x", "image": "missing.png", "edit_image": "missing.png"}
+    parts = [{}, {"split": "train"}, {"split": "validation"}, {"split": "test"}]
+    dataset.write_text("".join(json.dumps(row | part) + "\n" for part in parts))
+    done, _ = split(dataset, out, "--validation", "1", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: row 4 has the split 'test': split makes train and validation anew")
+    assert list(tmp_path.iterdir()) == [dataset]
+
+
 @pytest.mark.parametrize("text", ["0", "1.0", "-3", "1.5", "many", "nan", "inf", ""])
 def test_a_share_or_a_number(text):
     assert parse_validation("0.1") == 0.1

@@ -1,14 +1,13 @@
 """A dataset's rows -> training and validation, so that no picture of one is known from the other."""
 
-import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -17,7 +16,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data_prep.build.choice import choose_validation
-from data_prep.build.dataset import PARTS_FOLDER, PATH_COLUMNS, lines_file, tell_rejected
+from data_prep.build.dataset import PARTS_FOLDER, lines_file, tell_rejected
+from data_prep.build.moved import moved_row
 from data_prep.cli import CORES, Engine, OnError, Processes, Seed
 from data_prep.duplicates import HASH_BYTES, image_hash, near_duplicates, plain_pictures
 from data_prep.errors import InputError
@@ -52,12 +52,14 @@ def command(
     one that was saved again, resized, made a little brighter, marked, or cropped by up to 3 %. Other sources do not tie
     rows together, nor do plain pictures: a logo or a white page may be in every row. Every row is kept as it is; relative
     paths are written anew where the new file is in another folder, and a row without `id` gets the one it had by its number.
+    What the rows say of train and validation is drawn anew; rows of any other split, as test, are refused.
 
     python data_prep/run.py split --dataset photos/dataset.jsonl --out photos/split.jsonl --validation 0.1
     """
     wanted = parse_validation(validation)
     _check_out(out, dataset)
     source, report = str(dataset), out.with_suffix(".rejected.jsonl")
+    _check_splits(read_rows(source, root))
     content = Content()
     workers = make_engine(engine, processes, preload=["numpy", "PIL.Image", "imagehash", "data_prep.duplicates"])
     first, num_rejected = None, 0
@@ -185,6 +187,16 @@ def _check_out(out: Path, dataset: Path) -> None:
         raise InputError(f"--out {out} {'is the dataset itself' if is_input else 'exists already'}: {way_out}")
 
 
+def _check_splits(rows: Iterable[Row | RejectedRow]) -> None:
+    """Refuses what is held out for something else: it would be trained on, or validated with."""
+    for row in rows:
+        if isinstance(row, Row) and row.split not in ("train", "validation"):
+            raise InputError(
+                f"row {row.number} has the split {row.split!r}: split makes train and validation anew, and would train on "
+                "it; take such rows out first"
+            )
+
+
 def _write(source: str, root: Path | None, out: Path, parts: NDArray[np.uint8], stratify: Stratify) -> None:
     """Reads the dataset again and writes the new file, then the table."""
     folder = Path(os.path.abspath(out)).parent
@@ -194,37 +206,11 @@ def _write(source: str, root: Path | None, out: Path, parts: NDArray[np.uint8], 
             if part == REJECTED or isinstance(row, RejectedRow) or not isinstance(values, dict):
                 continue
             split = "train" if part == TRAIN else "validation"
-            write_row(_new_row(row, values, folder) | {"split": split})
+            present = {name: value for name, value in values.items() if not is_absent(value)}
+            write_row({"id": row.id} | moved_row(row, present, folder) | {"split": split})
             counts.setdefault(_stratum(row, stratify), Counter())[part] += 1
     _print_table(counts, stratify)
     print(f"{np.count_nonzero(parts)} rows in {out}")
-
-
-def _new_row(row: Row, values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row as it is in the file, with paths that lead from the new file's folder to the same pictures."""
-    values = {name: value for name, value in values.items() if not is_absent(value)}
-    for name in PATH_COLUMNS:
-        if name in values:
-            values[name] = _from_folder(values[name], getattr(row, name), folder)
-    return values if "id" in values else {"id": row.id} | values
-
-
-def _from_folder(value: Any, meant: Path | tuple[Path, ...], folder: Path) -> Any:
-    """`value` itself if it means the same, seen from the folder."""
-    several = isinstance(meant, tuple)
-    paths = meant if several else (meant,)
-    given = _cells(value)
-    if [Path(os.path.normpath(folder / text)) for text in given] == list(paths):
-        return value
-    new = [str(path.relative_to(folder) if path.is_relative_to(folder) else path) for path in paths]
-    return new if several and len(new) > 1 else new[0]
-
-
-def _cells(value: Any) -> list[str]:
-    """The paths in a cell that is known to hold some: one, a list, or a list as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json.loads(value)
-    return value if isinstance(value, list) else [value]
 
 
 def _print_table(counts: dict[str, Counter[int]], stratify: Stratify) -> None:
