@@ -25,7 +25,7 @@ import torch
 from data_prep.ahead import ahead
 from data_prep.encode import Encoders, PreparedRow, encode_rows, encode_white, prepare_row
 from data_prep.errors import InputError
-from data_prep.files import write_text
+from data_prep.files import remove_leftovers, write_text
 from data_prep.geometry import Geometry, Size
 from data_prep.images import RejectedImage
 from data_prep.keys import Failure, KeyedRow, key_rows
@@ -34,9 +34,6 @@ from data_prep.ranks import Ranks
 from data_prep.records import CacheFolder, CacheHeader, target_size, write_index
 from data_prep.rows import RejectedRow, Row
 from data_prep.shards import SHARD_SCHEMA, SUB_NOISE_SCHEMA, read_arrow, to_arrow, write_arrow
-
-SECONDS_TO_WRITE = 3600
-"""A temporary file that is older belongs to nobody."""
 
 
 @dataclass
@@ -230,9 +227,8 @@ def _publish(served: list[KeyedRow], store: CacheFolder, header: CacheHeader) ->
         row = json.dumps(asdict(each.row), default=str, ensure_ascii=False)
         lines.append({"key": each.key, "id": each.row.id, "row": row, **asdict(locations[each.key])})
     write_index(store, header, lines)
-    for path in (*store.shards.glob(".*.tmp"), *store.white.glob(".*.tmp")):
-        if time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
-            path.unlink(missing_ok=True)
+    remove_leftovers(store.shards)
+    remove_leftovers(store.white)
 
 
 def _write_report(rejected: list[RejectedRow], path: Path) -> None:

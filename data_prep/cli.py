@@ -33,9 +33,8 @@ def run_app(app: typer.Typer) -> None:
         except typer.TyperException as error:
             message = getattr(error, "format_message", error.__str__)()
             raise InputError(f"{message.rstrip('.')}; --help says more") from None
-        except (typer.Abort, KeyboardInterrupt):
-            print("interrupted: run the same command again to continue", file=sys.stderr)
-            code = 130
+    if code == 130:  # typer's answer to Ctrl-C
+        print("interrupted: the same command continues where it was", file=sys.stderr)
     raise SystemExit(code or 0)
 
 

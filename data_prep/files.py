@@ -1,10 +1,16 @@
 """Files that are either whole or not there, whatever kills the process that writes them."""
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from data_prep.errors import InputError
+
+SECONDS_TO_WRITE = 3600
+"""A temporary file that is older belongs to nobody."""
 
 
 @contextmanager
@@ -28,6 +34,36 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically. What UTF-8 cannot say (file names in another encoding) is escaped."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically, unless it is there with these bytes: then its time stays as it was."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder to write to, and clears away what killed processes left half written in it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to the folder {path}: permission denied")
+    remove_leftovers(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes temporary files of `atomic_file` that are too old to be somebody's."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

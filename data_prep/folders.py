@@ -1,6 +1,8 @@
 """Which image files a folder holds, however it is nested or linked."""
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,13 +37,17 @@ def list_images(folder: Path) -> list[Path]:
 def unique_names(paths: list[Path], folder: Path) -> list[str]:
     """A name for each file, fit for files of its own: its path below `folder` without the ending, `/` as `__`.
 
-    Where two would be the same, the ending stays: `a.jpg` and `a.png` become `a.jpg` and `a.png`.
+    Where several files would have one name, or names that differ in capitals alone, a piece of the path's hash follows.
     """
-    stems = [str(path.relative_to(folder).with_suffix("")).replace(os.sep, "__") for path in paths]
-    counts: dict[str, int] = {}
-    for stem in stems:
-        counts[stem] = counts.get(stem, 0) + 1
-    return [stem if counts[stem] == 1 else stem + path.suffix for stem, path in zip(stems, paths, strict=True)]
+    inner = [str(path.relative_to(folder)) for path in paths]
+    stems = [os.path.splitext(name)[0].replace(os.sep, "__") for name in inner]
+    counts = Counter(map(str.casefold, stems))
+    return [
+        stem
+        if counts[stem.casefold()] == 1
+        else f"{stem}-{hashlib.blake2b(os.fsencode(name), digest_size=5).hexdigest()}"
+        for stem, name in zip(stems, inner, strict=True)
+    ]
 
 
 def walk_files(folder: Path) -> Iterator[Path]:

@@ -2,23 +2,25 @@
 
 An item is one unit of a long job: a pair, a photograph, a row. Items are cut into parts at places that depend on their ids
 alone, so that one more item changes one part. What a part gives is written to one file that appears whole. Running again
-takes what is there, as long as neither the work, nor the items, nor their files have changed since.
+takes what is there, as long as neither the work and its code, nor the item, nor its files and results have changed since.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data_prep.ahead import ahead
-from data_prep.files import write_text
+from data_prep.files import make_folder, write_text
 from data_prep.images import RejectedImage
 from data_prep.progress import progress
 from data_prep.rows import RejectedRow
@@ -26,6 +28,9 @@ from data_prep.tables import BadRow
 
 PART_SIZE = 16
 """Items of a part, on average: the most work that a kill can cost a process."""
+
+LIBRARIES = ("numpy", "scipy", "pillow", "scikit-image", "imagehash", "pycocotools", "fonttools")
+"""Whose versions results may depend on."""
 
 EngineName = Literal["local", "ray"]
 
@@ -62,7 +67,7 @@ class Result:
     value: Any
     """As JSON has it."""
     files: tuple[Path, ...] = ()
-    """What was written, relative to the parts' parent folder. If one of them is gone, the item is done again."""
+    """What was written, relative to the parts' parent folder. If one of them is gone or changed, the item is done again."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,12 @@ def run_items(
         engine: who does it.
         title: for the progress bar.
         total: the number of items, if it is known.
+
+    Raises:
+        InputError: the folder cannot be written to.
     """
     folder = Path(os.path.abspath(folder))  # workers of a cluster start elsewhere
+    make_folder(folder)
     parts: list[Part] = []  # those that the engine has taken and not yet given back
 
     def taken() -> Iterator[Part]:
@@ -131,12 +140,16 @@ def run_items(
 
 
 def do_part(work: Work, part: Part) -> str:
-    """The answers of a part as JSON lines: those that are kept, or new ones. Rejected items are tried anew each time."""
-    if (kept := _kept(part.path)) is not None:
-        return kept
-    lines = [_answer(work, item) for item in part.items]
+    """The answers of a part as JSON lines: those that are kept, and new ones. Rejected items are tried anew each time."""
+    before = _read(part.path)
+    kept = {line["key"]: line for line in before if _is_there(line, part.path.parents[1])}
+    keys = map(_key, part.items)
+    lines = [
+        kept.get(key) or {"key": key, **_answer(work, item, part.path)}
+        for key, item in zip(keys, part.items, strict=True)
+    ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if not any("reason" in line for line in lines):
+    if lines != before:
         write_text(part.path, text)
     return text
 
@@ -156,7 +169,8 @@ def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
         try:
-            yield from ahead(function, parts, ProcessPoolExecutor(processes, context), depth=4 * processes)
+            pool = ProcessPoolExecutor(processes, context, _end_with_parent)
+            yield from ahead(function, parts, pool, depth=4 * processes)
         except BrokenProcessPool:
             raise RuntimeError(
                 "a worker process was killed, perhaps for want of memory: run the same command again to continue, "
@@ -164,6 +178,18 @@ def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
             ) from None
 
     return run
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process is killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _cut(items: Iterable[Item | RejectedRow], work: Work, folder: Path) -> Iterator[Part]:
@@ -180,12 +206,19 @@ def _cut(items: Iterable[Item | RejectedRow], work: Work, folder: Path) -> Itera
 
 
 def _part(entries: list[Item | RejectedRow], work: Work, folder: Path) -> Part:
-    digest = hashlib.blake2b(repr(work).encode(errors="backslashreplace"), digest_size=16)
-    for item in entries:
-        if isinstance(item, Item):
-            identity = (item.id, [(str(path), _stamp(path)) for path in item.files], item.values)
-            digest.update(json.dumps(identity).encode())
-    return Part(tuple(entries), folder / f"{digest.hexdigest()}.jsonl")
+    """Its name says all that its results depend on but for what `_key` says of each item."""
+    ids = [entry.id for entry in entries]
+    name = _digest(json.dumps([_code(), repr(work), ids]).encode()).hex()
+    return Part(tuple(entries), folder / f"{name}.jsonl")
+
+
+@cache
+def _code() -> str:
+    """Changes with this package's code and the libraries that compute: what older ones made is not mixed with new."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"{digest.hexdigest()} {[version(library) for library in LIBRARIES]}"
 
 
 def _digest(data: bytes) -> bytes:
@@ -206,24 +239,35 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _kept(path: Path) -> str | None:
-    """The answers in a file, if what they speak of is still there."""
+def _key(item: Item) -> str:
+    """Changes with what is asked of an item."""
+    return _digest(
+        json.dumps([item.id, [(str(path), _stamp(path)) for path in item.files], item.values]).encode()
+    ).hex()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The answers in a part's file; none of a file that is missing or damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    files = (file for line in _lines(text) for file in json.loads(line)["files"])
-    return text if all((path.parents[1] / file).exists() for file in files) else None
+        return [json.loads(line) for line in _lines(path.read_text(encoding="utf-8"))]
+    except (FileNotFoundError, ValueError):
+        return []
 
 
-def _answer(work: Work, item: Item) -> dict[str, Any]:
+def _is_there(answer: dict[str, Any], out: Path) -> bool:
+    """Whether an item was done, and what was written then is as it was."""
+    files = answer.get("files", {}).items()
+    return "reason" not in answer and all(stamp and _stamp(out / name) == tuple(stamp) for name, stamp in files)
+
+
+def _answer(work: Work, item: Item, part: Path) -> dict[str, Any]:
     try:
         result = work(item)
     except RejectedImage as error:
         return {"path": str(error.path), "reason": error.reason}
     except BadRow as error:
         return {"path": str(item.files[0]) if item.files else item.id, "reason": str(error)}
-    return {"value": result.value, "files": [str(file) for file in result.files]}
+    return {"value": result.value, "files": {str(file): _stamp(part.parents[1] / file) for file in result.files}}
 
 
 def make_engine(name: EngineName, processes: int, preload: Iterable[str] = ()) -> Engine:

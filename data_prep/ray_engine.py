@@ -15,7 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def ray_engine(processes: int) -> Engine:
     """Tasks of the cluster that `RAY_ADDRESS` names, or of a local one with so many processes.
 
-    Input, output and this project must lie at the same paths on every machine.
+    Input, output and this project must lie at the same paths on every machine. The main process holds a list of all items
+    while it runs.
 
     Raises:
         InputError: Ray is not installed.
@@ -29,7 +30,10 @@ def ray_engine(processes: int) -> Engine:
     def run(function: Callable[[Part], str], parts: Iterable[Part]) -> Iterator[str]:
         local = None if "RAY_ADDRESS" in os.environ else processes
         environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
-        ray.init(num_cpus=local, include_dashboard=False, runtime_env=environment, logging_level=logging.ERROR)
+        try:
+            ray.init(num_cpus=local, include_dashboard=False, runtime_env=environment, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise InputError(f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from None
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells every step of its plan
         try:
             context = DataContext.get_current()

@@ -1,6 +1,10 @@
 """Folders of pictures as people have them."""
 
+from pathlib import Path
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.errors import InputError
 from data_prep.folders import list_images, unique_names
@@ -28,6 +32,15 @@ def test_nothing_to_find_is_an_error(name, message, tmp_path):
         list_images(tmp_path / name)
 
 
-def test_names_are_unique(tmp_path):
-    paths = [tmp_path / name for name in ("a/x.jpg", "a/x.png", "b/x.jpg", "y.jpg")]
-    assert unique_names(paths, tmp_path) == ["a__x.jpg", "a__x.png", "b__x", "y"]
+@given(st.sets(st.text("ab._/A", min_size=1, max_size=6).map(lambda name: name.strip("/.") or "x"), max_size=12))
+def test_names_are_unique_and_fit_for_files(names):
+    folder = Path("/photos")
+    paths = sorted({folder / f"{name}{ending}" for name in names for ending in (".jpg", ".png")})
+    made = unique_names(paths, folder)
+    assert len({name.casefold() for name in made}) == len(paths)
+    assert not any("/" in name for name in made)
+
+
+def test_plain_names_stay_plain():
+    paths = [Path("/photos") / name for name in ("a/x.jpg", "b/x.jpg", "y.tar.jpg")]
+    assert unique_names(paths, Path("/photos")) == ["a__x", "b__x", "y.tar"]

@@ -1,8 +1,9 @@
 """What all builders share: items become rows, rows become a dataset file and a report of what was left out."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, Protocol
 
 from data_prep.cli import OnErrorName
 from data_prep.errors import InputError
-from data_prep.files import atomic_file
+from data_prep.files import atomic_file, make_folder, write_text
 from data_prep.items import Done, Engine, Item, Result, run_items
-from data_prep.rows import RejectedRow
+from data_prep.rows import RejectedRow, parse_row
 
 DATASET_FILE, REJECTED_FILE, PARTS_FOLDER = "dataset.jsonl", "rejected.jsonl", ".parts"
 PATH_COLUMNS = ("image", "edit_image", "ref_gt", "back_mask")
@@ -39,6 +40,8 @@ class _Build:
 
     def __call__(self, item: Item) -> Result:
         rows = [_written(row, self.out) for row in self.make(item, self.out)]
+        for row in rows:
+            parse_row(item.number, item.id, row, self.out)  # what training would refuse is rejected here
         paths = {path for row in rows for name in PATH_COLUMNS if name in row for path in _as_list(row[name])}
         return Result(rows, tuple(Path(path) for path in sorted(paths) if not os.path.isabs(path)))
 
@@ -53,6 +56,7 @@ def build_dataset(
     total: int | None = None,
     on_error: OnErrorName = "raise",
     no_row: str = "items gave no row",
+    writes: Sequence[str] = (),
 ) -> int:
     """Writes `out/dataset.jsonl` and `out/rejected.jsonl`, in the order of the items, and says what was done.
 
@@ -67,18 +71,23 @@ def build_dataset(
         total: the number of items, if it is known.
         on_error: with "raise", rejected items are an error at the end, when the good rows are written.
         no_row: what is said after the number of items of which `make` made no row.
+        writes: folders below `out` that pictures are saved to; nothing may be read from there.
 
     Returns:
         The number of rows.
 
     Raises:
-        InputError: there are no rows, or rejected ones and `on_error` is "raise".
+        InputError: there are no rows, or rejected ones and `on_error` is "raise"; or somebody's file would be replaced.
     """
     out = Path(os.path.abspath(out))
+    for folder in (out, *(out / name for name in writes)):
+        make_folder(folder)
+    made = _Made(out, title)
+    made.check()
     num_rows, num_empty, num_rejected, first = 0, 0, 0, None
     seen: set[int] = set()  # hashes of ids: strings would take several times the memory
-    answers = run_items(items, _Build(make, out), out / PARTS_FOLDER, engine, title, total)
-    with lines_file(out / DATASET_FILE) as write_row, lines_file(out / REJECTED_FILE) as write_rejected:
+    answers = run_items(_foreign(items, out, writes), _Build(make, out), out / PARTS_FOLDER, engine, title, total)
+    with lines_file(out / DATASET_FILE, made.note) as write_row, lines_file(out / REJECTED_FILE) as write_rejected:
         for answer in answers:
             num_empty += isinstance(answer, Done) and not answer.value
             for row in _unique(answer, seen):
@@ -112,10 +121,63 @@ def tell_rejected(first: RejectedRow | None, number: int, report: Path, on_error
 
 
 @contextmanager
-def lines_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A JSONL file, whole or absent. Half characters, as in file names that are not UTF-8, are escaped."""
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        yield lambda values: print(json.dumps(values, ensure_ascii=False), file=file)
+def lines_file(
+    path: Path, written: Callable[[Path], None] = lambda _: None
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A JSONL file, whole or absent. Half characters, as in file names that are not UTF-8, are escaped.
+
+    `written` is called with the temporary file, when all is in it and before it takes its place.
+    """
+    with atomic_file(path) as temporary:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield lambda values: print(json.dumps(values, ensure_ascii=False), file=file)
+        written(temporary)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Which command made the dataset file of a folder, and what it looked like then: a file that somebody else wrote or
+    changed is not replaced."""
+
+    out: Path
+    command: str
+
+    def check(self) -> None:
+        """Raises InputError if the dataset file is not this command's own."""
+        path = self.out / DATASET_FILE
+        if path.exists() and _file_digest(path) not in self._digests():
+            raise InputError(
+                f"{path} is there and was not made by this command, or was changed since: move it, or choose another --out"
+            )
+
+    def note(self, new: Path) -> None:
+        """Notes what the dataset file is going to be. The one before stays known: it is there until the new one is."""
+        digests = [*self._digests()[-1:], _file_digest(new)]
+        write_text(self._note, json.dumps({"command": self.command, "dataset": digests}))
+
+    @property
+    def _note(self) -> Path:
+        return self.out / PARTS_FOLDER / "made.json"
+
+    def _digests(self) -> list[str]:
+        made = json.loads(self._note.read_text(encoding="utf-8")) if self._note.exists() else {}
+        return made["dataset"] if made.get("command") == self.command else []
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _foreign(items: Iterable[Item | RejectedRow], out: Path, writes: Sequence[str]) -> Iterator[Item | RejectedRow]:
+    """The items, as long as they read nothing from where results are written: those would take their inputs' places."""
+    folders = [out / name for name in writes]
+    for item in items:
+        for path in item.files if isinstance(item, Item) else ():
+            for folder in folders:
+                if path.is_relative_to(folder):
+                    raise InputError(f"{path} would be read from {folder}, which is written to: choose another --out")
+        yield item
 
 
 def _unique(answer: Done | RejectedRow, seen: set[int]) -> Iterator[dict[str, Any] | RejectedRow]:

@@ -11,8 +11,10 @@ from PIL import Image
 
 from data_prep.build.columns import map_cells, text_fields
 from data_prep.build.hub import Source, open_columns, picture_bytes, split_of_rows
-from data_prep.build.pictures import MaskStyle, ordinary_ending, read_mask, save_bytes, save_png
+from data_prep.build.pictures import MaskStyle, ordinary_ending, read_mask
 from data_prep.build.prompts import Templates
+from data_prep.build.results import save_png
+from data_prep.files import write_bytes
 from data_prep.images import RejectedImage, check_mask_shape, file_digest, open_image
 from data_prep.items import Item
 from data_prep.rows import Row, parse_row
@@ -114,5 +116,5 @@ def _place(data: bytes, stem: str, out: Path, original: bool = False) -> str:
     """Where the file is, below `out`: in its final place, or among those that need work."""
     ending = None if original else ordinary_ending(data)
     path = Path(IMAGES, stem + ending) if ending else Path(ORIGINALS, stem)
-    save_bytes(data, out / path)
+    write_bytes(out / path, data)
     return str(path)

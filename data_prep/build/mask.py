@@ -82,7 +82,7 @@ def command(
     preload = ["numpy", "PIL.Image", "scipy.ndimage", "skimage.color", "skimage.filters", "skimage.morphology"]
     workers = make_engine(engine, processes, preload=preload)
     rows = mask_items(read_rows(str(dataset), root), given=origin == "given")
-    build_dataset(rows, make, out, workers, title="mask", on_error=on_error)
+    build_dataset(rows, make, out, workers, title="mask", on_error=on_error, writes=("masks",))
 
 
 def mask_items(rows: Iterator[Row | RejectedRow], *, given: bool) -> Iterator[Item | RejectedRow]:

@@ -110,7 +110,7 @@ def command(
     photographs = Photographs(Path(os.path.abspath(images)), image_names(coco) if coco else {})
     items = read_overlays(table, Path(os.path.abspath(root or table.parent)), photographs)
     workers = make_engine(engine, processes, PRELOAD)
-    build_dataset(items, make, out, workers, title="laying over", on_error=on_error)
+    build_dataset(items, make, out, workers, title="laying over", on_error=on_error, writes=("masks", "pictures"))
 
 
 @dataclass(frozen=True)

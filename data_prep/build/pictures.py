@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from data_prep.files import atomic_file
 from data_prep.images import open_cut_out, open_mask
 
 MaskStyle = Literal["background", "edit", "hole"]
@@ -25,20 +24,6 @@ def ordinary_ending(data: bytes) -> str | None:
             return ENDINGS[image.format or ""] if still and upright and plain else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None
-
-
-def save_bytes(data: bytes, path: Path) -> None:
-    """Writes a file, unless it is there with these bytes."""
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG file."""
-    with atomic_file(path) as temporary:
-        image.save(temporary, "PNG")
 
 
 def read_mask(path: Path, style: MaskStyle) -> Image.Image:

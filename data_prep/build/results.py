@@ -1,12 +1,13 @@
 """Pictures that a builder makes: their names, how they are written, and the exact mask of an edit."""
 
 import hashlib
+import io
 import re
 from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from data_prep.files import atomic_file
+from data_prep.files import write_bytes
 from data_prep.tables import BadRow
 
 PNG_LEVEL = 2
@@ -14,7 +15,7 @@ PNG_LEVEL = 2
 
 
 def save_result(image: Image.Image, folder: Path, id: str) -> Path:
-    """Writes a picture as PNG, whole or not at all, with a name of its own for each id.
+    """`save_png` with a name of its own for each id.
 
     Returns:
         Its path.
@@ -22,9 +23,15 @@ def save_result(image: Image.Image, folder: Path, id: str) -> Path:
     plain = re.sub(r"[^\w-]", "_", id)[:40]  # letters of any script; a file system allows 255 bytes
     name = plain if plain == id else f"{plain}-{hashlib.blake2b(id.encode(), digest_size=6).hexdigest()}"
     path = folder / f"{name}.png"
-    with atomic_file(path) as temporary:
-        image.save(temporary, "PNG", compress_level=PNG_LEVEL)
+    save_png(image, path)
     return path
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a picture as PNG, whole or not at all, unless it is there already."""
+    data = io.BytesIO()
+    image.save(data, "PNG", compress_level=PNG_LEVEL)
+    write_bytes(path, data.getvalue())
 
 
 def exact_mask(source: Image.Image, target: Image.Image) -> Image.Image:

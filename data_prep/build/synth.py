@@ -30,6 +30,8 @@ from data_prep.items import Engine as Runner
 
 OBJECTS = 3
 """Objects, or photographs to cut them from, that a pair may choose from."""
+FOLDERS = ("source", "target", "mask", "picture2", "picture3")
+"""Where pictures go."""
 PRELOAD = (
     "numpy",
     "PIL.Image",
@@ -93,7 +95,9 @@ def command(
     plan = Plan(originals, images, names, per_image, seed, held_out, things, lut)
     make = MakePair(size, seed, cut=things is None)
     total, unsuited = len(photographs) * per_image, "pairs left out: the recipe does not suit the photograph"
-    build_dataset(plan.items(), make, out, engine_, title="synth", total=total, on_error=on_error, no_row=unsuited)
+    build_dataset(
+        plan.items(), make, out, engine_, title="synth", total=total, on_error=on_error, no_row=unsuited, writes=FOLDERS
+    )
 
 
 @dataclass(frozen=True)
