@@ -1,8 +1,16 @@
 """The command line of data preparation: help that is quick, and mistakes answered in one sentence."""
 
-import pytest
+import os
+import signal
+import subprocess
+import sys
+import time
 
-from tests.commands import run_script
+import pytest
+from PIL import Image
+
+from scripts.photographs import SKIMAGE_DATA
+from tests.commands import ROOT, run_script
 
 COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "check")
 
@@ -40,3 +48,20 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_2(arguments, message):
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) <= 2
+
+
+def test_ctrl_c_is_answered_in_a_line(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("coffee.png", "chelsea.png"):
+        Image.open(SKIMAGE_DATA / name).save(tmp_path / "photos" / name)
+    options = ["--images", tmp_path / "photos", "--out", tmp_path / "out", "--per-image", "900", "--processes", "2"]
+    command = [sys.executable, "data_prep/run.py", "synth", *map(str, options)]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/target/*.png")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted: the same command continues where it was"
+    assert "Traceback" not in errors
