@@ -5,6 +5,7 @@ the editor and the web page see the same pixels.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,6 +27,10 @@ MASK_TOLERANCE = 0.01
 """A mask whose aspect differs from its image's by more than this fraction belongs to another image."""
 
 
+# `_check_size` rejects whatever is above this limit, with a reason; the warning would only be noise beside it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 class RejectedImage(ValueError):
     """One image file cannot be used; the rest of the dataset can. `path` and `reason` are for the report."""
 
@@ -37,10 +42,10 @@ class RejectedImage(ValueError):
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A photograph, and what was done to it."""
+    """A photograph or a mask, and what was done to it."""
 
     image: Image.Image
-    """Upright, 8-bit RGB."""
+    """Upright, 8-bit RGB; a mask 8-bit grey."""
     conversions: tuple[str, ...]
     """In words; none for a plain file."""
 
@@ -73,10 +78,19 @@ def open_mask(path: str | Path) -> Image.Image:
     Raises:
         RejectedImage: as `open_image`.
     """
-    image = _decode(Path(path))
-    if _has_alpha(image):
-        return _composite(image, "black").convert("L")
-    return _to_8_bit(image, Path(path)).convert("L")
+    return inspect_mask(path).image
+
+
+def inspect_mask(path: str | Path) -> OpenedImage:
+    """`open_mask`, and what it had to convert.
+
+    Raises:
+        RejectedImage: as `open_image`.
+    """
+    conversions: list[str] = []
+    image = _decode(Path(path), conversions, background="black")
+    grey = _composite(image, "black") if _has_alpha(image) else _to_8_bit(image, Path(path))
+    return OpenedImage(grey.convert("L"), tuple(conversions))
 
 
 def open_cut_out(path: str | Path) -> Image.Image:
@@ -131,14 +145,14 @@ def _open(path: Path) -> BufferedReader:
         raise RejectedImage(path, f"cannot be read: {error.strerror}") from None
 
 
-def _decode(path: Path, conversions: list[str] | None = None) -> Image.Image:
+def _decode(path: Path, conversions: list[str] | None = None, background: str = "white") -> Image.Image:
     """Decodes the whole file, so that a truncated one is found here and not later in a worker."""
     try:
         with _open(path) as file, Image.open(file) as image:
             _check_size(image, path)
             image.load()
             if conversions is not None:
-                conversions += _conversions(image, path)
+                conversions += _conversions(image, path, background)
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
@@ -152,7 +166,7 @@ def _decode(path: Path, conversions: list[str] | None = None) -> Image.Image:
         raise RejectedImage(path, f"cannot be decoded: {error}") from None
 
 
-def _conversions(image: Image.Image, path: Path) -> Iterator[str]:
+def _conversions(image: Image.Image, path: Path, background: str) -> Iterator[str]:
     """What is not plain about a decoded file. What its name promises is for people only: it is read all the same."""
     promised = Image.registered_extensions().get(path.suffix.lower())
     if promised not in (None, image.format) and {promised, image.format} != {"JPEG", "MPO"}:
@@ -162,7 +176,7 @@ def _conversions(image: Image.Image, path: Path) -> Iterator[str]:
     if image.mode == "I" or image.mode.startswith("I;16"):
         yield "16 bits made 8"
     if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        yield "transparency laid on white"
+        yield f"transparency laid on {background}"
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         yield "turned as its EXIF says"
     if image.format in ANIMATED and getattr(image, "is_animated", False):

@@ -77,7 +77,7 @@ def _read_json(path: Path, check: CheckColumns) -> Iterator[RawRow]:
     with _open_text(path) as file:
         try:
             rows = json.load(file)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:  # the latter: lists in lists in lists
             raise InputError(f"{path} is not JSON ({error}); one object per line belongs in a .jsonl file") from None
     if not isinstance(rows, list):
         raise InputError(f"{path} must hold a JSON list of rows, not {type(rows).__name__}")
@@ -97,7 +97,7 @@ def _read_jsonl(path: Path, check: CheckColumns) -> Iterator[RawRow]:
                 if isinstance(values, dict):
                     check(list(values), f"{path}, row {number}", complete=False)
                 yield values
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 yield BadRow(f"not JSON: {error}")
 
 

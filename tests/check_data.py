@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+from data_prep.check.check import command
 from scripts import photographs
 from tests.commands import run_script
 
@@ -117,10 +118,18 @@ def run_check(dataset: Path, *options: str | Path, code: int = 0) -> dict[str, A
     """The command, which ends with this code. Returns `check.json`."""
     out = dataset.with_name("check")
     done = run_script(
-        "data_prep/run.py", "check", "--dataset", dataset, "--out", out, "--processes", 1, *options, check=False
+        "data_prep/run.py", "check", "--dataset", dataset, "--out", out, "--processes", "1", *options, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    return json.loads((out / "check.json").read_text())
+
+
+def check_here(dataset: Path, **options: Any) -> dict[str, Any]:
+    """The command without a start of Python. Returns `check.json`."""
+    out = dataset.with_name("check")
+    command(dataset=str(dataset), out=out, processes=1, **options)
     return json.loads((out / "check.json").read_text())
 
 

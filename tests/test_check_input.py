@@ -15,7 +15,7 @@ from data_prep.check.check import command
 from data_prep.check.fix import write_cleaned
 from data_prep.errors import InputError
 from tests.caching import write_image
-from tests.check_data import found, run_check, write_jsonl
+from tests.check_data import check_here, found, run_check, write_jsonl
 from tests.commands import run_script
 
 RED = Image.new("RGB", (80, 60), "red")
@@ -71,7 +71,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.png": (lambda path: None, "no such file"),
     "pixel.png": (lambda path: Image.new("RGB", (1, 1)).save(path), "1x1 is too small"),
     "long.png": (lambda path: Image.new("L", (30000, 200)).save(path), "30000x200 is too thin"),
-    "bomb.png": (lambda path: Image.new("1", (30000, 30000)).save(path), "decompression-bomb limit"),
+    "bomb.png": (lambda path: Image.new("1", (12000, 12000)).save(path), "decompression-bomb limit"),
     "loop.png": (lambda path: path.symlink_to(path), "symbolic links"),
     "secret.png": (forbid, "Permission denied"),
     "folder.png": (Path.mkdir, "directory"),
@@ -162,25 +162,61 @@ def test_fix_writes_the_other_rows_beside_the_file_and_never_over_one(bad):
     errors = {each["row"] for each in report["findings"] if each["severity"] == "error"}
     assert [row["id"] for row in rows] == [name for name in ROWS if NUMBERS[name] not in errors]
     assert rows[0]["image"] == "ünï 图.png"
-    again = run_check(cleaned, *OPTIONS)
+    again = check_here(cleaned, min_side=16, max_aspect=90)
     assert again["rows_with_errors"] == 0
     has_error = bytearray(number in errors for number in NUMBERS.values())
-    assert write_cleaned(str(dataset), has_error, cleaned) == len(rows)  # the same rows once more
+    assert write_cleaned(str(dataset), None, has_error, cleaned) == len(rows)  # the same rows once more
     cleaned.write_text("mine\n")
     with pytest.raises(InputError, match="exists with other rows"):
-        write_cleaned(str(dataset), has_error, cleaned)
+        write_cleaned(str(dataset), None, has_error, cleaned)
     assert cleaned.read_text() == "mine\n"
     with pytest.raises(InputError, match="is without errors"):
-        write_cleaned(str(dataset), bytearray(b"\1" * len(ROWS)), dataset.with_name("none.jsonl"))
+        write_cleaned(str(dataset), None, bytearray(b"\1" * len(ROWS)), dataset.with_name("none.jsonl"))
     assert not dataset.with_name("none.jsonl").exists()
 
 
 def test_a_dataset_without_a_usable_row_is_reported_too(tmp_path):
     dataset = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "image": "a.png", "edit_image": "b.png"}])
-    report = run_check(dataset, "--fix", code=2)
+    with pytest.raises(InputError, match="is without errors"):
+        check_here(dataset, fix=True)
+    report = json.loads((tmp_path / "check/check.json").read_text())
     assert (report["rows"], report["usable"], report["buckets"], report["cache"]["bytes"]) == (1, 0, [], 0)
     assert "no such file" in (tmp_path / "check/check.html").read_text()
     assert not list(tmp_path.glob("*cleaned*"))
+
+
+def test_what_is_left_of_a_folder_is_read_beside_it_or_with_the_root(tmp_path, capsys):
+    """A dataset of `save_to_disk`, whose paths start in its folder: seen from the new file, they start beside it."""
+    import datasets
+
+    folder, rows = tmp_path / "pairs", []
+    for number, name in enumerate(("one", "two", "bad")):
+        rows.append({"prompt": name, "image": f"{name}1.png", "edit_image": [f"{name}0.png"]})
+        for place in range(2 if name != "bad" else 0):
+            write_image(tmp_path / f"{name}{place}.png", 2 * number + place)
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+    for path in tmp_path.glob("*.png"):
+        path.rename(folder / path.name)
+    cleaned = tmp_path / "pairs.cleaned.jsonl"
+    check_here(folder, fix=True, min_side=60)
+    assert "data.root" not in capsys.readouterr().out
+    assert [json.loads(line)["image"] for line in cleaned.read_text().splitlines()] == [
+        "pairs/one1.png",
+        "pairs/two1.png",
+    ]
+    assert check_here(cleaned, min_side=60)["findings"] == []
+
+    cleaned.unlink()
+    check_here(folder, fix=True, min_side=60, root=folder)
+    assert capsys.readouterr().out.rstrip().replace("\n", "").endswith(f"use them with data.root={folder}")
+    assert json.loads(cleaned.read_text().splitlines()[0])["edit_image"] == ["one0.png"]
+    assert check_here(cleaned, min_side=60, root=folder)["findings"] == []
+
+
+def test_lists_in_lists_in_lists_are_not_json(tmp_path):
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is not JSON"):
+        check_here(tmp_path / "rows.json")
 
 
 def test_a_wrong_option_is_one_sentence(bad):
@@ -238,6 +274,10 @@ def odd(tmp_path_factory) -> tuple[dict[str, int], dict[str, Any]]:
     halves.save(folder / "halves.png")
     add("mask_size", back_mask="halves.png")
     add("file", back_mask=mask("other.png", 255, (80, 40)))
+    deep = np.zeros((80, 80), np.uint16)
+    deep[:40] = 65535
+    Image.fromarray(deep).save(folder / "deep.png")
+    add("converted", back_mask="deep.png")
     add("identical")
     shutil.copy(folder / "identical0.png", folder / "identical1.png")
     add("duplicate", prompt="prompt plain")

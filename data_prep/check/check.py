@@ -17,7 +17,7 @@ from data_prep.check.summary import TEXT_WIDTH, VISION_SIDE, lay_out
 from data_prep.check.survey import PARTS_FOLDER, Survey, survey
 from data_prep.cli import CORES, Engine, Processes
 from data_prep.errors import InputError
-from data_prep.files import write_text
+from data_prep.files import make_folder, write_text
 from data_prep.geometry import MULTIPLE, Geometry
 from data_prep.items import make_engine
 from data_prep.model_dir import ModelDirectory
@@ -66,7 +66,7 @@ def command(
         raise InputError("--time-caching needs --model, whose encoders it runs")
     out = out or _beside(dataset)
     folder = Path(os.path.abspath(out))  # workers of a cluster may start elsewhere
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     directory = ModelDirectory.resolve(model, weights=bool(time_caching)) if model else None
     tokenizer = _save_tokenizer(directory, folder / PARTS_FOLDER) if directory else None
 
@@ -89,8 +89,9 @@ def command(
 
 def _finish(facts: Facts, cleaned: Path, fix: bool) -> None:
     if fix:
-        kept = write_cleaned(facts.dataset, facts.survey.has_error, cleaned)
-        print(f"{kept} rows without errors in {cleaned}; {facts.num_errors} left out")
+        kept = write_cleaned(facts.dataset, facts.root, facts.survey.has_error, cleaned)
+        use = f"; use them with data.root={facts.root}" if facts.root else ""
+        print(f"{kept} rows without errors in {cleaned}; {facts.num_errors} left out{use}")
     elif facts.num_errors:
         raise InputError(
             f"{facts.num_errors} of {facts.survey.num_rows} rows must be fixed, all listed in check.json: mend them, write the "

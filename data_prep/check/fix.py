@@ -3,13 +3,15 @@
 import filecmp
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.build.moved import moved_row
 from data_prep.errors import InputError
 from data_prep.files import atomic_file
-from data_prep.rows import is_absent
-from data_prep.tables import BadRow, read_table
+from data_prep.rows import Row, is_absent, read_rows
+from data_prep.tables import read_table
 
 
 def cleaned_path(dataset: str, folder: Path) -> Path:
@@ -18,11 +20,12 @@ def cleaned_path(dataset: str, folder: Path) -> Path:
     return path.with_name(f"{path.stem}.cleaned.jsonl") if path.exists() else folder / f"{path.name}.cleaned.jsonl"
 
 
-def write_cleaned(dataset: str, has_error: bytearray, path: Path) -> int:
-    """Writes the rows without errors as they are, but for empty cells. Relative paths keep their root.
+def write_cleaned(dataset: str, root: Path | None, has_error: bytearray, path: Path) -> int:
+    """Writes the rows without errors as they are, but for empty cells, and paths that would lead elsewhere from there.
 
     Args:
         dataset: file, folder or hub id.
+        root: where relative paths start, and will start from the new file too; None: each beside its own file.
         has_error: for each row, 1 if it is left out.
         path: of the new file.
 
@@ -32,14 +35,16 @@ def write_cleaned(dataset: str, has_error: bytearray, path: Path) -> int:
     Raises:
         InputError: no row is left, or there is another file at `path`.
     """
-    kept = 0
+    kept, folder = 0, Path(os.path.abspath(path)).parent
     with atomic_file(path) as temporary:
         with open(temporary, "w", encoding="utf-8") as file:
-            for values, error in zip(read_table(dataset), has_error, strict=True):
+            for row, values, error in zip(read_rows(dataset, root), read_table(dataset), has_error, strict=True):
                 if not error:
-                    assert not isinstance(values, BadRow)
+                    assert isinstance(row, Row)
+                    assert isinstance(values, dict)
                     present = {name: _plain(value) for name, value in values.items() if not is_absent(value)}
-                    print(json.dumps(present, ensure_ascii=False), file=file)
+                    new = moved_row(row, present, folder) if root is None else present
+                    print(json.dumps(new, ensure_ascii=False), file=file)
                     kept += 1
         if not kept:
             raise InputError(f"no row of {dataset} is without errors: there is nothing to write to {path}")

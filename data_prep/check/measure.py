@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from data_prep.check.drift import measure_drift
 from data_prep.duplicates import image_hash
-from data_prep.images import OpenedImage, check_mask_shape, inspect_image, open_mask
+from data_prep.images import OpenedImage, check_mask_shape, inspect_image, inspect_mask
 from data_prep.items import Item, Result
 from data_prep.rows import Row
 
@@ -57,8 +57,10 @@ class Measure:
         rest = files[1 + wanted["sources"] :]
         if wanted["ref_gt"]:
             opened.append(inspect_image(rest.pop(0)))
-        mask = open_mask(rest[0]) if wanted["back_mask"] else None
-        if mask:
+        mask = None
+        if wanted["back_mask"]:
+            opened.append(inspect_mask(rest[0]))
+            mask = opened[-1].image
             check_mask_shape(mask, target, rest[0])
         source = sources[wanted["bridge_image"]]
         return Result(

@@ -166,7 +166,8 @@ def _print_findings(console: Console, facts: Facts) -> None:
     warnings = (found[:LISTED_WARNINGS] for kind, found in facts.survey.worst().items() if kind not in ERRORS)
     for finding in chain(islice(errors, LISTED), *warnings):
         where = f" ({finding.path})" if finding.path else ""
-        console.print(f"row {finding.row}{where}: {finding.kind}: {finding.message}", markup=False, highlight=False)
+        text = f"row {finding.row}{where}: {finding.kind}: {finding.message}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)  # one line each, to be searched for
     total = sum(facts.survey.counts.values())
     console.print(f"all {total:,} findings are in check.json", highlight=False)
 
