@@ -53,16 +53,9 @@ def read_coco(path: Path, captions: Path | None = None) -> CocoFile:
     images = _images(parsed, path, rejected)
     if not images:
         raise InputError(f'{path} has no images: a COCO annotation file lists them under "images"')
-    for number, entry in enumerate(_entries(parsed, "annotations"), start=1):
-        try:
-            _add(entry, images, categories)
-        except BadRow as error:
-            rejected.append(
-                RejectedRow(number, f"annotation-{entry.get('id', number)}", str(path), f"annotation {error}")
-            )
-    for entry in _entries(_load(captions), "annotations") if captions else ():
-        if (image := images.get(str(entry.get("image_id")))) is not None and isinstance(entry.get("caption"), str):
-            image.captions.append(entry["caption"])
+    _add_all(parsed, path, images, categories, rejected)
+    if captions:
+        _add_all(_load(captions), captions, images, categories, rejected, only_captions=True)
     return CocoFile(images, categories, rejected)
 
 
@@ -75,12 +68,21 @@ def image_names(path: Path) -> dict[str, str]:
     return {id: image.file_name for id, image in _images(_load(path), path, []).items()}
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text can be written: JSON may hold halves of characters, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, lists in lists in lists
         raise InputError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(parsed, dict) or not isinstance(parsed.get("images", []), list):
         raise InputError(
@@ -103,6 +105,11 @@ def _images(parsed: dict[str, Any], path: Path, rejected: list[RejectedRow]) -> 
             rejected.append(
                 RejectedRow(number, id or f"image-{number}", str(path), "the image has no id or no file_name")
             )
+        elif not is_utf8(id + name):
+            what = "file_name" if is_utf8(id) else "id"
+            reason = f"the {what} of the image is not UTF-8 text"
+            at = name if is_utf8(name) else str(path)
+            rejected.append(RejectedRow(number, f"image-{number}", at, reason))
         elif id in images:
             reason = f"the image id {id} is already used by {images[id].file_name}"
             rejected.append(RejectedRow(number, id, name, reason))
@@ -116,11 +123,33 @@ def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
     return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
+def _add_all(
+    parsed: dict[str, Any],
+    path: Path,
+    images: dict[str, CocoImage],
+    categories: dict[str, dict[str, Any]],
+    rejected: list[RejectedRow],
+    only_captions: bool = False,
+) -> None:
+    """Puts every annotation of a file to its image, or to the rejected ones; or only captions, of images that are known."""
+    for number, entry in enumerate(_entries(parsed, "annotations"), start=1):
+        if only_captions and not (isinstance(entry.get("caption"), str) and str(entry.get("image_id")) in images):
+            continue
+        try:
+            _add(entry, images, categories)
+        except BadRow as error:
+            id = str(entry.get("id", number))
+            name = f"annotation-{id if is_utf8(id) else number}"
+            rejected.append(RejectedRow(number, name, str(path), f"annotation {error}"))
+
+
 def _add(entry: dict[str, Any], images: dict[str, CocoImage], categories: dict[str, dict[str, Any]]) -> None:
     """Puts an annotation to its image."""
     id = str(entry.get("image_id"))
     if id not in images:
         raise BadRow(f"of the unknown image_id {id}")
+    if not is_utf8(f"{entry.get('id')}{entry.get('caption')}"):
+        raise BadRow("has an id or a caption that is not UTF-8 text")
     if isinstance(entry.get("caption"), str):
         images[id].captions.append(entry["caption"])
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.build.coco_file import COCO_DIGITS, CocoFile, CocoImage
+from data_prep.build.coco_file import COCO_DIGITS, CocoFile, CocoImage, is_utf8
 from data_prep.folders import list_images
 from data_prep.items import Item
 from data_prep.rows import RejectedRow, resolve_path
@@ -98,6 +98,8 @@ class Choice:
         for each in image.objects:
             if not isinstance(each["category"], str):
                 raise BadRow(f"its annotation {each['id']} is of the unknown category_id {each['category_id']}")
+            if not is_utf8(f"{each['category']}{each['supercategory']}"):
+                raise BadRow(f"the category of its annotation {each['id']} is not UTF-8 text")
         return [
             each
             for each in image.objects
