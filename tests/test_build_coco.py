@@ -284,6 +284,16 @@ def test_cut_outs_are_the_same_with_any_number_of_processes(coco, tmp_path):
     build(coco, tmp_path / "two", *options, "--processes", "2")
     assert len(contents(tmp_path / "one")) > 10
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    rows = by_photo(tmp_path / "one")
+    assert "crowd" not in rows
+    assert rows["polygon"]["tag"] == "cutout"
+    target = np.asarray(Image.open(tmp_path / "one" / rows["polygon"]["image"])).astype(int)
+    photo = np.asarray(Image.open(coco / "photos/polygon.png")).astype(int)
+    same = (target == photo).all(axis=-1)
+    np.testing.assert_array_equal(background(tmp_path / "one", rows["polygon"]), same)
+    assert same[8:16, 12:20].all()  # well inside the object
+    assert (target[~box(5, 1, 27, 23)] == 255).all()  # well outside
+    assert not same[~box(5, 1, 27, 23)].any()
 
 
 @pytest.mark.parametrize(
