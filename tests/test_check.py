@@ -8,9 +8,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep.check import check
 from data_prep.images import open_image
 from scripts import photographs
-from tests.check_data import clean_rows, found, moved_pair, patch_place, run_check, save_mask, save_pair, write_jsonl
+from tests.check_data import (
+    check_here,
+    clean_rows,
+    found,
+    moved_pair,
+    patch_place,
+    run_check,
+    save_mask,
+    save_pair,
+    write_jsonl,
+)
 from tests.commands import run_script
 
 SMALL = ("--min-side", "64")
@@ -25,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 def clean(folder):
     """The rows of 200 clean pairs, their report, and when each part of the measurements was written."""
     rows = clean_rows(folder, 200)
-    report = run_check(write_jsonl(folder / "pairs.jsonl", rows), *SMALL)
+    report = check_here(write_jsonl(folder / "pairs.jsonl", rows), min_side=64)
     return rows, report, {path: path.stat().st_mtime_ns for path in (folder / "check/.parts").glob("*.jsonl")}
 
 
@@ -143,8 +154,8 @@ def test_the_terminal_lists_rows_and_tables(planted, folder):
     """And the folder of the report is beside the dataset, where it is not named."""
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     dataset = write_jsonl(folder / "few.jsonl", rows[:3] + rows[200:201])
-    command = ("data_prep/run.py", "check", "--dataset", dataset, "--micro-batch-sizes", "3", *SMALL)
-    done = run_script(*command, "--processes", 2, check=False, env={"COLUMNS": "70", "PATH": ""})
+    options = ("--dataset", dataset, "--micro-batch-sizes", "3", "--processes", 2, *SMALL)
+    done = run_script("data_prep/run.py", "check", *options, check=False, env={"COLUMNS": "70", "PATH": ""})
     assert done.returncode == 2
     one_line = r"^row 4: shift: the target is shifted by 8\.\d pixels \(.+ across, .+ down\)$"
     assert re.search(one_line, done.stdout, re.MULTILINE)
@@ -152,4 +163,4 @@ def test_the_terminal_lists_rows_and_tables(planted, folder):
     assert re.search(r"3 │ +\d+ │", done.stdout)
     assert done.stderr.splitlines()[-1].startswith("error: 1 of 4 rows must be fixed")
     assert (folder / "few-check/check.html").is_file()
-    assert run_script(*command, "--processes", 1, "--ignore", "shift").returncode == 0
+    check.command(dataset=str(dataset), min_side=64, micro_batch_sizes="3", ignore=["shift"], processes=1)

@@ -289,17 +289,10 @@ def odd(tmp_path_factory) -> tuple[dict[str, int], dict[str, Any]]:
             image.resize((100, 100), Image.Resampling.BICUBIC).save(folder / f"near_duplicate{place}.png")
     add("other", image="plain1.png", edit_image="plain0.png")  # another prompt for the same pictures is normal
     add("unused", split="test")
-    options = (
-        "--min-side",
-        "60",
-        "--max-tokens",
-        "20",
-        "--max-pixels",
-        str(200 * 200),
-        "--vision-pixels",
-        str(112 * 112),
-    )
-    report = run_check(write_jsonl(folder / "rows.jsonl", rows), *options, code=2)
+    dataset = write_jsonl(folder / "rows.jsonl", rows)
+    with pytest.raises(InputError, match="rows must be fixed"):
+        check_here(dataset, min_side=60, max_tokens=20, max_pixels=200 * 200, vision_pixels=112 * 112)
+    report = json.loads((folder / "check/check.json").read_text())
     return {row["id"]: number for number, row in enumerate(rows, 1)}, report
 
 
