@@ -7,19 +7,14 @@ takes what is there, as long as neither the work and its code, nor the item, nor
 
 import hashlib
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from data_prep.ahead import ahead
 from data_prep.files import make_folder, write_text
 from data_prep.images import RejectedImage
 from data_prep.progress import progress
@@ -31,8 +26,6 @@ PART_SIZE = 16
 
 LIBRARIES = ("numpy", "scipy", "pillow", "scikit-image", "imagehash", "pycocotools", "fonttools")
 """Whose versions results may depend on."""
-
-EngineName = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -154,44 +147,6 @@ def do_part(work: Work, part: Part) -> str:
     return text
 
 
-def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
-    """Processes of this machine; with one, this process itself.
-
-    Args:
-        processes: how many.
-        preload: installed modules that are imported once, for all of them.
-    """
-
-    def run(function: Callable[[Part], str], parts: Iterable[Part]) -> Iterator[str]:
-        if processes == 1:
-            yield from map(function, parts)
-            return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
-        try:
-            pool = ProcessPoolExecutor(processes, context, _end_with_parent)
-            yield from ahead(function, parts, pool, depth=4 * processes)
-        except BrokenProcessPool:
-            raise RuntimeError(
-                "a worker process was killed, perhaps for want of memory: run the same command again to continue, "
-                "with fewer --processes"
-            ) from None
-
-    return run
-
-
-def _end_with_parent() -> None:
-    """A worker whose main process is killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _cut(items: Iterable[Item | RejectedRow], work: Work, folder: Path) -> Iterator[Part]:
     """Cuts after ids whose hash is 0 modulo PART_SIZE, and at four times the size."""
     entries: list[Item | RejectedRow] = []
@@ -268,16 +223,3 @@ def _answer(work: Work, item: Item, part: Path) -> dict[str, Any]:
     except BadRow as error:
         return {"path": str(item.files[0]) if item.files else item.id, "reason": str(error)}
     return {"value": result.value, "files": {str(file): _stamp(part.parents[1] / file) for file in result.files}}
-
-
-def make_engine(name: EngineName, processes: int, preload: Iterable[str] = ()) -> Engine:
-    """The engine of that name.
-
-    Raises:
-        InputError: Ray is not installed.
-    """
-    if name == "ray":
-        from data_prep.ray_engine import ray_engine
-
-        return ray_engine(processes)
-    return local_engine(processes, preload)

@@ -17,9 +17,10 @@ from data_prep.build.dataset import build_dataset
 from data_prep.build.prompts import PromptOption, Templates, TemplatesOption, make_templates
 from data_prep.build.results import exact_mask, save_result
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.images import RejectedImage, image_size_text, open_image
-from data_prep.items import Item, make_engine
+from data_prep.items import Item
 from data_prep.tables import BadRow
 
 PROMPT_FIELDS = ("category", "supercategory", "caption", "image_id", "file_name")
@@ -84,7 +85,15 @@ def command(
     choice = Choice(file, Path(os.path.abspath(images)), per, wanted, needed, crowds=make is None)
     items = choice.items(Targets.of(targets) if targets else None)
     workers = make_engine(engine, processes, PRELOAD)
-    build_dataset(items, MakeCoco(texts, min_area, seed), out, workers, title="annotations", on_error=on_error)
+    build_dataset(
+        items,
+        MakeCoco(texts, min_area, seed),
+        out,
+        workers,
+        title="annotations",
+        on_error=on_error,
+        writes=("masks", "pictures"),
+    )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from data_prep.build.hub import Source, check_picture_columns, rows_of
 from data_prep.build.pictures import MaskStyle
 from data_prep.build.prompts import PromptOption, Templates, TemplatesOption, make_templates
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
-from data_prep.items import Item, make_engine
+from data_prep.items import Item
 from data_prep.rows import RejectedRow
 from data_prep.tables import BadRow
 

@@ -13,9 +13,10 @@ from data_prep.build.dataset import DATASET_FILE, build_dataset
 from data_prep.build.edited import Difference, soft_mask
 from data_prep.build.results import save_result
 from data_prep.cli import CORES, Engine, OnError, Out, Processes
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.images import check_mask_shape, open_image, open_mask
-from data_prep.items import Item, make_engine
+from data_prep.items import Item
 from data_prep.rows import RejectedRow, Row, read_rows
 from data_prep.tables import BadRow
 

@@ -21,9 +21,10 @@ from data_prep.build.prompts import Templates, make_templates, read_text
 from data_prep.build.results import exact_mask, save_result
 from data_prep.build.typography import DEFAULT_FONT, AlignName, check_font, missing_characters
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.images import RejectedImage, file_digest, open_cut_out, open_image
-from data_prep.items import Item, make_engine
+from data_prep.items import Item
 from data_prep.tables import BadRow
 
 DirectionName = Literal["add", "remove", "both"]

@@ -13,8 +13,9 @@ from data_prep.build.pair_folders import PairFolders, find_pairs, pair_items
 from data_prep.build.prompts import PromptOption, Templates, TemplatesOption, make_templates, read_templates
 from data_prep.build.usable import check_pictures
 from data_prep.cli import CORES, Engine, OnError, Processes, Seed
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
-from data_prep.items import Item, make_engine
+from data_prep.items import Item
 from data_prep.tables import BadRow
 
 FIELDS = ("stem", "folder", "tag")

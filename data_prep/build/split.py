@@ -20,9 +20,10 @@ from data_prep.build.dataset import PARTS_FOLDER, lines_file, tell_rejected
 from data_prep.build.moved import moved_row
 from data_prep.cli import CORES, Engine, OnError, Processes, Seed
 from data_prep.duplicates import HASH_BYTES, image_hash, near_duplicates, plain_pictures
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.images import open_image
-from data_prep.items import Item, Result, make_engine, run_items
+from data_prep.items import Item, Result, run_items
 from data_prep.rows import RejectedRow, Row, is_absent, read_rows
 from data_prep.tables import read_table
 

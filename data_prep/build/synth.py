@@ -22,10 +22,11 @@ from data_prep.build.results import save_result
 from data_prep.build.split import HashPictures
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
 from data_prep.duplicates import HASH_BYTES, near_duplicates, plain_pictures
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.folders import list_images, unique_names
 from data_prep.images import RejectedImage, open_image
-from data_prep.items import Done, Item, make_engine, run_items
+from data_prep.items import Done, Item, run_items
 from data_prep.items import Engine as Runner
 
 OBJECTS = 3

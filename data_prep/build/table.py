@@ -14,8 +14,9 @@ from data_prep.build.dataset import PATH_COLUMNS, build_dataset
 from data_prep.build.prompts import PromptOption, Templates, TemplatesOption, make_templates
 from data_prep.build.usable import check_pictures
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
+from data_prep.engines import make_engine
 from data_prep.errors import InputError
-from data_prep.items import Item, make_engine
+from data_prep.items import Item
 from data_prep.rows import RejectedRow, Row, is_absent, parse_row
 from data_prep.tables import COLUMNS, BadRow, RawRow, read_file
 

@@ -1,15 +1,71 @@
-"""The work of `data_prep.items` as a Ray Data job, for more than one machine. Needs the extra `ray`."""
+"""Who does the work of `data_prep.items`: processes of this machine, or a Ray cluster."""
 
 import logging
+import multiprocessing
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Literal
 
+from data_prep.ahead import ahead
 from data_prep.errors import InputError
 from data_prep.items import Engine, Part
 
+EngineName = Literal["local", "ray"]
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def make_engine(name: EngineName, processes: int, preload: Iterable[str] = ()) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        InputError: Ray is not installed.
+    """
+    if name == "ray":
+        return ray_engine(processes)
+    return local_engine(processes, preload)
+
+
+def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
+    """Processes of this machine; with one, this process itself.
+
+    Args:
+        processes: how many.
+        preload: installed modules that are imported once, for all of them.
+    """
+
+    def run(function: Callable[[Part], str], parts: Iterable[Part]) -> Iterator[str]:
+        if processes == 1:
+            yield from map(function, parts)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        try:
+            pool = ProcessPoolExecutor(processes, context, _end_with_parent)
+            yield from ahead(function, parts, pool, depth=4 * processes)
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a worker process was killed, perhaps for want of memory: run the same command again to continue, "
+                "with fewer --processes"
+            ) from None
+
+    return run
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process is killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def ray_engine(processes: int) -> Engine:
