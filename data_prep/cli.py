@@ -40,6 +40,6 @@ def run_app(app: typer.Typer) -> None:
 
 def run_command(command: Callable[..., None]) -> None:
     """Runs a command line that has this one command."""
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     run_app(app)

@@ -28,7 +28,9 @@ COMMANDS = {
 
 
 def main() -> None:
-    app = typer.Typer(help=__doc__.splitlines()[0] if __doc__ else None, add_completion=False)
+    app = typer.Typer(
+        help=__doc__.splitlines()[0] if __doc__ else None, add_completion=False, pretty_exceptions_enable=False
+    )
     wanted = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     for name, (module, line) in COMMANDS.items():
         command = import_module(module).command if name == wanted else lambda: None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from data_prep.check.findings import Limits
-from data_prep.check.fix import cleaned_path, write_cleaned
+from data_prep.check.fix import beside, cleaned_path, write_cleaned
 from data_prep.check.measure import Measure
 from data_prep.check.page import write_page
 from data_prep.check.report import Facts, print_tables, write_json
@@ -64,7 +64,7 @@ def command(
     sizes = _batch_sizes(micro_batch_sizes)
     if time_caching and not model:
         raise InputError("--time-caching needs --model, whose encoders it runs")
-    out = out or _beside(dataset)
+    out = out or beside(dataset, "-check")
     folder = Path(os.path.abspath(out))  # workers of a cluster may start elsewhere
     make_folder(folder)
     directory = ModelDirectory.resolve(model, weights=bool(time_caching)) if model else None
@@ -111,11 +111,6 @@ def _batch_sizes(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise InputError(f"--micro-batch-sizes must be whole numbers above 0 with commas between, got {text!r}")
     return [int(part) for part in parts]
-
-
-def _beside(dataset: str) -> Path:
-    path = Path(dataset)
-    return path.with_name(f"{path.stem}-check") if path.exists() else Path(f"{path.name}-check")
 
 
 def _text_sizes(model: ModelDirectory | None) -> tuple[int, int]:

@@ -16,8 +16,14 @@ from data_prep.tables import read_table
 
 def cleaned_path(dataset: str, folder: Path) -> Path:
     """`pairs.cleaned.jsonl` for `pairs.csv`; for a dataset of the hub, which has no beside, in `folder`."""
-    path = Path(dataset)
-    return path.with_name(f"{path.stem}.cleaned.jsonl") if path.exists() else folder / f"{path.name}.cleaned.jsonl"
+    path = beside(dataset, ".cleaned.jsonl")
+    return path if Path(dataset).exists() else folder / path.name
+
+
+def beside(dataset: str, ending: str) -> Path:
+    """`pairs` with that ending, in the folder of `pairs.csv`; in this folder for a dataset of the hub."""
+    path = Path(dataset) if Path(dataset).name else Path.cwd()  # "." has no name
+    return path.with_name(path.stem + ending) if path.exists() else Path(path.name + ending)
 
 
 def write_cleaned(dataset: str, root: Path | None, has_error: bytearray, path: Path) -> int:
