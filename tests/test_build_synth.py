@@ -375,8 +375,8 @@ def test_a_pasted_object_and_its_shadow_are_one_spot(seed):
     middle = np.array([rows.mean(), columns.mean()])
     assert np.abs(np.argwhere(changed) - middle).max() < 2 * size
     assert "blue ball" in draft.prompts[0]
-    horizontal = ("left", "", "right")[int(3 * middle[1] / 192)]
-    assert horizontal in draft.prompts[0]
+    near = {("left", "", "right")[int(3 * (middle[1] + off) / 192)] for off in (-2, 0, 2)}  # pixels: edges are soft
+    assert next((word for word in ("left", "right") if word in draft.prompts[0]), "") in near
 
 
 def test_an_object_like_its_background_is_not_pasted():
