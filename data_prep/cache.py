@@ -232,8 +232,7 @@ def _publish(served: list[KeyedRow], store: CacheFolder, header: CacheHeader) ->
 
 
 def _write_report(rejected: list[RejectedRow], path: Path) -> None:
-    lines = ({"row": row.number, "id": row.id, "path": row.path, "reason": row.reason} for row in rejected)
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rejected))
 
 
 def _refusal(rejected: list[RejectedRow], num_rows: int, report: str | Path) -> str:

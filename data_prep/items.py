@@ -21,6 +21,8 @@ from data_prep.progress import progress
 from data_prep.rows import RejectedRow
 from data_prep.tables import BadRow
 
+PARTS_FOLDER = ".parts"
+"""Below the folder that a command writes: where the answers of its parts are kept."""
 PART_SIZE = 16
 """Items of a part, on average: the most work that a kill can cost a process."""
 

@@ -64,6 +64,10 @@ class RejectedRow:
     def __str__(self) -> str:
         return f"row {self.number} ({self.path}): {self.reason}"
 
+    def to_json(self) -> dict[str, Any]:
+        """A line of `rejected.jsonl`."""
+        return {"row": self.number, "id": self.id, "path": self.path, "reason": self.reason}
+
 
 def read_rows(dataset: str | Path, root: str | Path | None = None) -> Iterator[Row | RejectedRow]:
     """Streams the rows of a dataset in order, good and bad; nothing is dropped.

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from data_prep.cli import OnErrorName
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, make_folder, write_text
-from data_prep.items import Done, Engine, Item, Result, run_items
+from data_prep.items import PARTS_FOLDER, Done, Engine, Item, Result, run_items
 from data_prep.rows import RejectedRow, parse_row
 
-DATASET_FILE, REJECTED_FILE, PARTS_FOLDER = "dataset.jsonl", "rejected.jsonl", ".parts"
+DATASET_FILE, REJECTED_FILE = "dataset.jsonl", "rejected.jsonl"
 PATH_COLUMNS = ("image", "edit_image", "ref_gt", "back_mask")
 
 
@@ -93,7 +93,7 @@ def build_dataset(
             for row in _unique(answer, seen):
                 if isinstance(row, RejectedRow):
                     num_rejected, first = num_rejected + 1, first or row
-                    write_rejected({"row": row.number, "id": row.id, "path": row.path, "reason": row.reason})
+                    write_rejected(row.to_json())
                 else:
                     num_rows += 1
                     write_row(row)

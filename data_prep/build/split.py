@@ -16,14 +16,14 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data_prep.build.choice import choose_validation
-from data_prep.build.dataset import PARTS_FOLDER, lines_file, tell_rejected
+from data_prep.build.dataset import lines_file, tell_rejected
 from data_prep.build.moved import moved_row
 from data_prep.cli import CORES, Engine, OnError, Processes, Seed
-from data_prep.duplicates import HASH_BYTES, image_hash, near_duplicates, plain_pictures
+from data_prep.duplicates import HASH_BYTES, image_hash, same_content
 from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.images import open_image
-from data_prep.items import Item, Result, run_items
+from data_prep.items import PARTS_FOLDER, Item, Result, run_items
 from data_prep.rows import RejectedRow, Row, is_absent, read_rows
 from data_prep.tables import read_table
 
@@ -69,7 +69,7 @@ def command(
         for answer in run_items(items, HashPictures(), out.parent / PARTS_FOLDER, workers, "split"):
             if isinstance(answer, RejectedRow):
                 first, num_rejected = first or answer, num_rejected + 1
-                write_rejected({"row": answer.number, "id": answer.id, "path": answer.path, "reason": answer.reason})
+                write_rejected(answer.to_json())
             else:
                 content.add(answer.item.number, answer.value)
     if not content.numbers:
@@ -159,8 +159,7 @@ class Content:
     def groups(self) -> NDArray[np.int64]:
         """For each usable row the number of those that it must stay with, from 0."""
         hashes = np.frombuffer(self.hashes, dtype=np.uint8).reshape(-1, HASH_BYTES)
-        like = near_duplicates(hashes)
-        like = np.where(plain_pictures(hashes), np.arange(len(like)), like) // 2  # pictures -> rows
+        like = same_content(hashes) // 2  # pictures -> rows
         size = len(self.numbers)
         named = np.flatnonzero(groups := np.array(self.group_of)[np.array(self.numbers) - 1])
         _, first, which = np.unique(groups[named], return_index=True, return_inverse=True)

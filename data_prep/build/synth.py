@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from data_prep.build.dataset import PARTS_FOLDER, build_dataset
+from data_prep.build.dataset import build_dataset
 from data_prep.build.recipes.book import ATTEMPTS, instruction, make_draft, parse_recipes, preserved
 from data_prep.build.recipes.cutouts import cut_from, load_object
 from data_prep.build.recipes.draft import CutOut, Draft, NoEdit, Scene, pick
@@ -21,12 +21,12 @@ from data_prep.build.recipes.grade import load_cube
 from data_prep.build.results import save_result
 from data_prep.build.split import HashPictures
 from data_prep.cli import CORES, Engine, OnError, Out, Processes, Seed
-from data_prep.duplicates import HASH_BYTES, near_duplicates, plain_pictures
+from data_prep.duplicates import HASH_BYTES, same_content
 from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.folders import list_images, unique_names
 from data_prep.images import RejectedImage, open_image
-from data_prep.items import Done, Item, run_items
+from data_prep.items import PARTS_FOLDER, Done, Item, run_items
 from data_prep.items import Engine as Runner
 
 OBJECTS = 3
@@ -226,9 +226,8 @@ def find_originals(photographs: list[Path], folder: Path, parts: Path, engine: R
     answers = run_items(items, HashPictures(), parts, engine, "comparing", len(photographs))
     hashed = [(answer.item, bytes.fromhex(answer.value[0])) for answer in answers if isinstance(answer, Done)]
     hashes = np.frombuffer(b"".join(each for _, each in hashed), dtype=np.uint8).reshape(-1, HASH_BYTES)
-    first = np.where(plain_pictures(hashes), np.arange(len(hashes)), near_duplicates(hashes)) if hashed else []
     originals = dict(zip(photographs, names, strict=True))
-    for (item, _), place in zip(hashed, first, strict=True):
+    for (item, _), place in zip(hashed, same_content(hashes), strict=True):
         originals[photographs[item.number - 1]] = hashed[place][0].id
     return originals
 

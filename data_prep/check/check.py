@@ -14,12 +14,13 @@ from data_prep.check.measure import Measure
 from data_prep.check.page import write_page
 from data_prep.check.report import Facts, print_tables, write_json
 from data_prep.check.summary import TEXT_WIDTH, VISION_SIDE, lay_out
-from data_prep.check.survey import PARTS_FOLDER, Survey, survey
+from data_prep.check.survey import Survey, survey
 from data_prep.cli import CORES, Engine, Processes
 from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
 from data_prep.geometry import MULTIPLE, Geometry
+from data_prep.items import PARTS_FOLDER
 from data_prep.model_dir import ModelDirectory
 from data_prep.rows import read_rows
 

@@ -13,12 +13,11 @@ from data_prep.check.across import cross_findings
 from data_prep.check.columns import Columns
 from data_prep.check.findings import Finding, Limits, judge, judge_rejected
 from data_prep.check.measure import Measure, as_item
-from data_prep.items import Done, Engine, Item, run_items
+from data_prep.items import PARTS_FOLDER, Done, Engine, Item, run_items
 from data_prep.rows import RejectedRow, Row, read_rows
 
 PICTURED = 6
 """Rows of each kind that the page shows."""
-PARTS_FOLDER = ".parts"
 
 
 class Survey:
