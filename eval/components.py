@@ -10,15 +10,18 @@ import torch
 
 from data_prep.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from data_prep.model_dir import ModelDirectory
+from eval.adapters import AdapterState, adapter_state, use_adapters
 from eval.request import AdapterUse
 from train.denoiser import Denoiser, load_denoiser
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where the parts of a model live, and in which numbers."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -37,7 +40,7 @@ class Components:
 
     def __init__(self, model: ModelDirectory, placement: Placement):
         self.model, self.placement = model, placement
-        self._adapters: tuple[AdapterUse, ...] = ()
+        self._adapters: AdapterState = ()
 
     @contextmanager
     def encoders(self) -> Iterator[Encoders]:
@@ -53,9 +56,10 @@ class Components:
     def denoiser(self, adapters: Sequence[AdapterUse] = ()) -> Iterator[Denoiser]:
         """The transformer with these adapters, added up, and no others; only what changes is read."""
         denoiser = self._denoiser
-        if self._adapters != tuple(adapters):
+        state = adapter_state(adapters)
+        if self._adapters != state:
             use_adapters(denoiser, adapters)
-            self._adapters = tuple(adapters)
+            self._adapters = state
         yield denoiser
 
     @cached_property

@@ -125,7 +125,7 @@ def attach_lora(
     names = match_modules(denoiser.dit, target_modules)
     scale: Any = alpha  # PEFT says int, and computes with any number
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=names, use_rslora=rslora, use_dora=dora)
-    adapter = _inject(denoiser, config, names)
+    adapter = inject_lora(denoiser, config, names)
     parameters = adapter.named_parameters()
     for name in names:
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
@@ -192,7 +192,7 @@ def load_adapter(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Adapt
     rank = ranks.pop()
     dora = any(".lora_magnitude_vector." in name for name in tensors)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, use_dora=dora)
-    adapter = _inject(denoiser, config, names)
+    adapter = inject_lora(denoiser, config, names)
     adapter.load_state_dict(tensors)
     for layer in adapter.layers.values():
         layer.scaling["default"] *= strength
@@ -219,7 +219,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, metadata
 
 
-def _inject(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:
+def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:
     """Injects PEFT's layers in float32 and asserts that exactly `names` were touched."""
     with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator
         inject_adapter_in_model(config, denoiser.dit)
