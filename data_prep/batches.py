@@ -163,15 +163,16 @@ def collate(records: Sequence[Record]) -> Batch:
     return Batch(
         source_latents=torch.stack([each.source_latents for each in records]),
         sub_noise=records[0].sub_noise.expand(len(records), -1, -1, -1),
-        condition=_condition([each.prompt_emb for each in records], edit_latents),
-        negative=_condition(negatives, edit_latents) if len(negatives) == len(records) else None,
+        condition=pad_condition([each.prompt_emb for each in records], edit_latents),
+        negative=pad_condition(negatives, edit_latents) if len(negatives) == len(records) else None,
         ids=[each.id for each in records],
         target_latents=torch.stack([each.target_latents for each in records]),
         mask=_masks(records),
     )
 
 
-def _condition(prompt_embs: list[Tensor], edit_latents: list[Tensor]) -> Condition:
+def pad_condition(prompt_embs: list[Tensor], edit_latents: list[Tensor]) -> Condition:
+    """A condition from B prompt embeddings (L_i, D), padded with zeros on the right, and stacked reference latents."""
     lengths = torch.tensor([len(each) for each in prompt_embs])
     return Condition(
         prompt_emb=pad_sequence(prompt_embs, batch_first=True),

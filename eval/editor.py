@@ -1,186 +1,250 @@
-"""One image edited by one instruction: what the command line, reports and web page call."""
+"""Qwen-Image-Edit behind a request: what the command line, CSV batches, web page and reports call."""
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from data_prep.encode import encode_white
-from data_prep.encoders import MAX_IMAGES, VAE, PromptEncoder, load_prompt_encoder, load_vae
+from data_prep.encoders import MAX_IMAGES, VAE
 from data_prep.errors import InputError
-from data_prep.geometry import MULTIPLE, Geometry, Size, fit, stretch, to_image, to_pixels
+from data_prep.geometry import Geometry, Size, to_image
 from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
-from eval.metadata import (
-    SamplerChoice,
-    adapter_file,
-    choose_sampler,
-    describe_sampler,
-    read_metadata,
-    trained_geometry,
-)
-from eval.samplers import OnStep
-from losses.batch import Condition, Edit
-from losses.randomness import SampleRandom
-from train.adapter import load_adapter
-from train.denoiser import Denoiser, load_denoiser
+from eval.base import BaseEditor
+from eval.components import Components, Placement
+from eval.control import DepthModel, load_depth_model, make_map
+from eval.encoding import Encoded, RequestEncoder, join_conditions, join_edits
+from eval.masks import paste_back
+from eval.metadata import adapter_file, describe_sampler, read_metadata, trained_geometry
+from eval.modes import Plan, check_request, edit_mask, make_plan, result_size
+from eval.provenance import NOTICE
+from eval.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName
+from eval.samplers import Keep, OnStep
+from losses.randomness import PictureRandom
+from train.denoiser import Denoiser
 
-NOTICE = "edited by a generative model"
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """What is wanted."""
-
-    prompt: str
-    images: Sequence[Image.Image]
-    """One to three RGB images; a bridge starts at the first, and the result has its shape."""
-    steps: int | None = None
-    """Calls of the denoiser; by default 4 for a bridge, 40 for flow matching."""
-    seed: int = 0
-    negative_prompt: str = " "
-    """Read only with classifier-free guidance."""
-    cfg_scale: float | None = None
-    """Classifier-free guidance of flow matching, 4 by default; a bridge has none."""
-    size: Size | None = None
-    """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
-
-    def __post_init__(self):
-        if not 1 <= len(self.images) <= MAX_IMAGES:
-            raise InputError(f"an edit takes 1 to {MAX_IMAGES} images, got {len(self.images)}")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps must be positive, got {self.steps}")
-        if self.cfg_scale is not None and self.cfg_scale < 1:
-            raise InputError(f"cfg_scale must be at least 1 (1 is without guidance), got {self.cfg_scale}")
-        if self.size and (min(self.size) < MULTIPLE or any(side % MULTIPLE for side in self.size)):
-            raise InputError(f"size must be in multiples of {MULTIPLE}, got {self.size.width}x{self.size.height}")
+BASE_NAME = "qwen-image-edit"
 
 
 @dataclass(frozen=True)
-class EditResult:
-    """What was made of it."""
+class Job:
+    """A request that has passed all checks, and what follows from it and its adapters' headers."""
 
-    image: Image.Image
-    seconds: float
-    """From the request to the image, models loaded."""
-    settings: dict[str, Any]
-    """Everything but the images that is needed to make it again; values that JSON knows."""
+    request: EditRequest
+    plan: Plan
+    geometry: Geometry
+    size: Size
 
 
-class Editor:
-    """Edits images with a base model and at most one adapter. Components load when they are first needed.
+class Editor(BaseEditor):
+    """Edits images with Qwen-Image-Edit and the adapters that a request names. Parts load when they are first needed.
 
     Args:
         model: the base model's directory.
-        adapter: a checkpoint folder or its safetensors file; None for the base model alone.
-        device: where everything runs.
-        dtype: of all weights.
-        geometry: sizes of images; by default the adapter's own, from its metadata, or else one megapixel.
-        strength: multiplies the adapter's contribution.
-
-    Raises:
-        InputError: there is no adapter at that path, or it is not one for this model.
+        placement: where its parts live, and in which numbers.
+        geometry: sizes of images; by default the first adapter's own, from its metadata, or else one megapixel.
+        depth_model: folder or hub id of a Depth-Anything model, for depth maps; by default as `load_depth_model` says.
     """
+
+    abilities = Abilities(BASE_NAME, MODES, MAX_IMAGES, get_args(SamplerName))
 
     def __init__(
         self,
         model: ModelDirectory,
-        adapter: Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
+        placement: Placement | None = None,
         geometry: Geometry | None = None,
-        strength: float = 1.0,
+        depth_model: str | None = None,
     ):
-        self.model, self.adapter, self.strength = model, adapter and adapter_file(adapter), strength
-        self.device, self.dtype = torch.device(device), dtype
-        self.metadata = read_metadata(self.adapter) if self.adapter else {}
-        """What the adapter says of itself; empty without one."""
-        self.geometry = geometry or trained_geometry(self.metadata)
+        self.model, self.geometry, self.depth_model = model, geometry, depth_model
+        self.components = Components(model, placement or Placement())
 
-    @cached_property
-    def denoiser(self) -> Denoiser:
-        """The transformer with the adapter."""
-        denoiser = load_denoiser(self.model, self.device, self.dtype)
-        if self.adapter:
-            load_adapter(denoiser, self.adapter, self.strength)
-        return denoiser
+    def check(self, request: EditRequest) -> None:
+        """Reads the adapters' headers, and no weights."""
+        self.prepare(request)
 
-    @cached_property
-    def vae(self) -> VAE:
-        """Images to latents and back."""
-        return load_vae(self.model, self.device, self.dtype)
-
-    @cached_property
-    def prompt_encoder(self) -> PromptEncoder:
-        """Instructions and images to embeddings."""
-        return load_prompt_encoder(self.model, self.device, self.dtype)
-
-    @torch.no_grad()
-    def edit(self, request: EditRequest, on_step: OnStep | None = None) -> EditResult:
-        """Makes the edit. The same request and seed give the same image.
+    def prepare(self, request: EditRequest) -> Job:
+        """How the request will be sampled, and the size of its pictures.
 
         Raises:
-            InputError: the request asks a bridge for classifier-free guidance.
+            InputError: it cannot be served.
         """
-        choice = choose_sampler(self.metadata, request.cfg_scale)
-        denoiser, vae, _ = self.denoiser, self.vae, self.prompt_encoder  # loaded before the clock starts
-        start = time.perf_counter()
-        steps = request.steps or choice.steps
-        edit = self.encode(request, guided=choice.guided).to(self.device)
-        latents = choice.sampler(denoiser, edit, steps, SampleRandom(request.seed, [0]), on_step)
-        image = to_image(vae.decode(latents)[0])
-        seconds = time.perf_counter() - start
-        return EditResult(image, seconds, self._settings(request, choice, steps, image))
+        self.abilities.check(request)
+        check_request(request)
+        headers = [read_metadata(use.path) for use in request.adapters]
+        objectives = {header["objective"] for header in headers if "objective" in header}
+        if len(objectives) > 1:
+            raise InputError("the adapters were trained for different objectives, lbm and flow: use them one at a time")
+        first = headers[0] if headers else {}
+        geometry = self.geometry or trained_geometry(first)
+        return Job(request, make_plan(request, first), geometry, result_size(request, geometry))
 
-    def encode(self, request: EditRequest, guided: bool) -> Edit:
-        """What the sampler needs, one row, sized exactly as the cache does it."""
-        geometry, images = self.geometry, request.images
-        size = request.size or geometry.target_size(Size.of(images[0]))
-        vision = [stretch(image, geometry.vision_size(Size.of(image))) for image in images]
-        references = [fit(image, geometry.reference_size(Size.of(image))) for image in images]
-        edit_latents = [self._encode_image(image) for image in references]
-        aligned = Size.of(references[0]) == size
-        return Edit(
-            source_latents=edit_latents[0] if aligned else self._encode_image(fit(images[0], size)),
-            sub_noise=encode_white(size, self.vae)[None],
-            condition=self._condition(request.prompt, vision, edit_latents),
-            negative=self._condition(request.negative_prompt, vision, edit_latents) if guided else None,
-            ids=["edit"],
-        )
+    def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
+        """One picture after the other: what a seed gives does not depend on the others."""
+        return self._make([self.prepare(request)], [[(0, seed)] for seed in request.seeds], on_progress)
 
-    def _encode_image(self, image: Image.Image) -> torch.Tensor:
-        return self.vae.encode(to_pixels(image)[None])
+    def batch_key(self, request: EditRequest) -> Hashable:
+        """The same sampler, adapters and sizes. Controls and several pictures go by themselves."""
+        job = self.prepare(request)
+        if request.controls or request.count > 1:
+            return None
+        references = tuple(job.geometry.reference_size(Size.of(image)) for image in request.images)
+        return job.plan, tuple(request.adapters), job.size, references, _is_masked(request)
 
-    def _condition(self, prompt: str, vision: list[Image.Image], edit_latents: list[torch.Tensor]) -> Condition:
-        prompt_emb = self.prompt_encoder.encode(prompt, vision)[None]
-        mask = torch.ones(prompt_emb.shape[:2], dtype=torch.bool, device=prompt_emb.device)
-        return Condition(prompt_emb, mask, edit_latents)
+    def edit_together(
+        self, requests: Sequence[EditRequest], on_progress: OnProgress | None = None
+    ) -> list[list[EditResult]]:
+        """All requests in every call of the denoiser."""
+        jobs = [self.prepare(request) for request in requests]
+        group = [(number, job.request.seed) for number, job in enumerate(jobs)]
+        return [[result] for result in self._make(jobs, [group], on_progress)]
+
+    @torch.no_grad()
+    def _make(
+        self, jobs: Sequence[Job], groups: Sequence[Sequence[tuple[int, int]]], on_progress: OnProgress | None
+    ) -> list[EditResult]:
+        """Pictures, each the number of its job and a seed; those of one group are sampled together."""
+        place, first = self.components.placement.device, jobs[0]
+        clock = _Clock(place)
+        maps = [self._maps(job.request) for job in jobs]
+        with self.components.encoders() as (vae, prompt_encoder), clock:
+            encoded = [
+                _encode(RequestEncoder(vae, prompt_encoder, job.geometry, place), job, some)
+                for job, some in zip(jobs, maps, strict=True)
+            ]
+        report = _report(on_progress, len(groups) * first.plan.sampler.calls(first.plan.steps))
+        with self.components.denoiser(first.request.adapters) as denoiser, clock:
+            latents = [self._sample(denoiser, first.plan, encoded, group, report) for group in groups]
+        with self.components.vae() as vae, clock:
+            images = [image for some in latents for image in _decode(vae, some)]
+        pictures = [picture for group in groups for picture in group]
+        results = []
+        for (number, seed), image in zip(pictures, images, strict=True):
+            job, mask = jobs[number], encoded[number].mask
+            shown = paste_back(image, encoded[number].source, mask) if mask else image
+            settings = self._settings(job, seed, shown)
+            results.append(EditResult(shown, seed, clock.seconds / len(pictures), settings, maps[number]))
+        return results
+
+    def _sample(
+        self,
+        denoiser: Denoiser,
+        plan: Plan,
+        encoded: Sequence[Encoded],
+        group: Sequence[tuple[int, int]],
+        report: OnStep,
+    ) -> Tensor:
+        """Latents of the pictures of one group."""
+        several = [encoded[number] for number, _ in group]
+        edit = join_edits([each.edit for each in several]) if len(several) > 1 else several[0].edit
+        keeps = [each.keep for each in several if each.keep]
+        keep = Keep(torch.cat([k.latents for k in keeps]), torch.cat([k.mask for k in keeps])) if keeps else None
+        empties = [each.empty for each in several if each.empty]
+        own = {"empty": join_conditions(empties)} if empties else {}
+        random = PictureRandom([seed for _, seed in group])
+        return plan.sampler(several[0].velocity(denoiser), edit, plan.steps, random, report, keep, **own)
+
+    def _maps(self, request: EditRequest) -> list[Image.Image]:
+        """Of the first image, one per control."""
+        depth = self._depth if any(control.kind == "depth" for control in request.controls) else None
+        return [make_map(control, request.images[0], depth) for control in request.controls]
 
     @cached_property
-    def _provenance(self) -> dict[str, Any]:
-        """Base model and adapter, by place and by content."""
-        identity = self.model.fingerprint("transformer", "vae", "text_encoder")
-        named: dict[str, Any] = {"model": str(self.model.path), "model_fingerprint": identity}
-        if self.adapter:
-            named |= {"adapter": str(self.adapter), "adapter_digest": file_digest(self.adapter)}
-            named |= {"adapter_strength": self.strength}
-        return named | {"dtype": str(self.dtype).removeprefix("torch.")}
+    def _depth(self) -> DepthModel:
+        return load_depth_model(self.depth_model, self.components.placement.device)
 
-    def _settings(self, request: EditRequest, choice: SamplerChoice, steps: int, image: Image.Image) -> dict[str, Any]:
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.model.fingerprint("transformer", "vae", "text_encoder")
+
+    def _settings(self, job: Job, seed: int, image: Image.Image) -> dict[str, Any]:
+        """Everything but the images that makes this picture again, and what made it."""
+        request, plan = job.request, job.plan
+        files = [(adapter_file(use.path), use.weight) for use in request.adapters]
+        own = {
+            "negative_prompt": request.negative_prompt if plan.sampler.guided else None,
+            "feather": request.feather if request.mode in MASKED else None,
+            "focus": asdict(request.focus) if request.focus else None,
+            "controls": [asdict(control) for control in request.controls] or None,
+            "mask_digest": pixel_digest(request.mask) if request.mask else None,
+        }
         return {
             "notice": NOTICE,
+            "base": BASE_NAME,
+            "model": str(self.model.path),
+            "model_fingerprint": self._fingerprint,
+            "adapters": [{"path": str(file), "digest": file_digest(file), "weight": weight} for file, weight in files],
+            "mode": request.mode,
             "prompt": request.prompt,
-            **({"negative_prompt": request.negative_prompt} if choice.guided else {}),
-            "seed": request.seed,
-            "steps": steps,
-            "sampler": describe_sampler(choice.sampler),
+            **{name: value for name, value in own.items() if value is not None},
+            "seed": seed,
+            "steps": plan.steps,
+            "sampler": {"kind": plan.name, **describe_sampler(plan.sampler)},
             "width": image.width,
             "height": image.height,
-            "geometry": asdict(self.geometry),
-            **self._provenance,
+            "geometry": asdict(job.geometry),
+            "image_digests": [pixel_digest(each) for each in request.images],
+            "dtype": str(self.components.placement.dtype).removeprefix("torch."),
         }
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """Identifies a picture by its size and pixels, whatever file it came from."""
+    content = f"{image.mode} {image.size}".encode() + image.tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:
+    request = job.request
+    return encoder.encode(
+        request.images,
+        request.prompt,
+        request.negative_prompt if job.plan.sampler.guided else None,
+        job.size,
+        edit_mask(request, job.size),
+        maps,
+        [control.strength for control in request.controls],
+        empty=request.mode == "invert",
+    )
+
+
+def _decode(vae: VAE, latents: Tensor) -> list[Image.Image]:
+    """One picture at a time: what a picture becomes does not depend on its batch, and memory stays small."""
+    return [to_image(vae.decode(each[None])[0]) for each in latents]
+
+
+def _is_masked(request: EditRequest) -> bool:
+    return request.mode == "focus" or request.mode in MASKED
+
+
+def _report(on_progress: OnProgress | None, total: int) -> OnStep:
+    """Counts the steps of all sampler calls."""
+    done = 0
+
+    def on_step(_: int, __: Tensor) -> None:
+        nonlocal done
+        done += 1
+        if on_progress:
+            on_progress(done, total)
+
+    return on_step
+
+
+class _Clock:
+    """The seconds spent in all its `with` blocks, the accelerator's work included."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self._start = device, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.perf_counter() - self._start

@@ -13,8 +13,9 @@ from data_prep.geometry import Geometry
 from eval.samplers import BridgeSampler, FlowSampler, Sampler
 from train.adapter import WEIGHTS_FILE
 
-FLOW_CFG_SCALE = 4.0
+FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 """As Qwen-Image-Edit is meant to be sampled."""
+BRIDGE_STEPS = 4
 DEFAULT_GEOMETRY = Geometry(max_pixels=1024 * 1024)
 
 
@@ -57,11 +58,6 @@ class SamplerChoice:
     compared: tuple[int, ...]
     """For an evaluation."""
 
-    @property
-    def guided(self) -> bool:
-        """Whether it needs a negative condition."""
-        return isinstance(self.sampler, FlowSampler) and self.sampler.cfg_scale > 1
-
 
 def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) -> SamplerChoice:
     """The sampler for what the adapter was trained with; without an adapter (no metadata), flow matching.
@@ -75,18 +71,23 @@ def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) 
     """
     objective = metadata.get("objective", "flow")
     if objective == "flow":
-        return SamplerChoice(FlowSampler(FLOW_CFG_SCALE if cfg_scale is None else cfg_scale), 40, (4, 20))
+        return SamplerChoice(FlowSampler(FLOW_CFG_SCALE if cfg_scale is None else cfg_scale), FLOW_STEPS, (4, 20))
     if objective != "lbm":
         raise InputError(f"the adapter's objective is {objective!r}; this version samples 'lbm' and 'flow'")
     if cfg_scale not in (None, 1.0):
         raise InputError(f"a bridge (objective lbm) is sampled without guidance: leave out cfg_scale={cfg_scale}")
-    loss = json.loads(metadata.get("loss", "{}"))
+    loss = trained_bridge(metadata)
     sampler = BridgeSampler(
         start="white" if loss.get("sub_prob") == 1 else "source",
         bridge_noise=loss.get("bridge_noise", 0.0),
         prediction=loss.get("prediction", "displacement"),
     )
-    return SamplerChoice(sampler, 4, (1, 2, 4))
+    return SamplerChoice(sampler, BRIDGE_STEPS, (1, 2, 4))
+
+
+def trained_bridge(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of the loss that a bridge was trained with: `sub_prob`, `bridge_noise`, `prediction`, …"""
+    return json.loads(metadata.get("loss", "{}"))
 
 
 def trained_geometry(metadata: Mapping[str, str]) -> Geometry:

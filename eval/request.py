@@ -153,7 +153,7 @@ class EditRequest:
             if given and self.mode not in modes:
                 raise InputError(f"{name} is given, but mode={self.mode} takes none: use mode={' or '.join(modes)}")
             if not given and self.mode in modes:
-                raise InputError(f"mode={self.mode} needs {name}")
+                raise InputError(f"mode={self.mode} needs {'a mask' if name == 'mask' else 'at least one control'}")
         if self.focus and self.mode != "focus":
             raise InputError(f"focus is given, but mode={self.mode} takes none: use mode=focus")
         walks = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")

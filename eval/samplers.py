@@ -29,6 +29,21 @@ OnStep = Callable[[int, Tensor], None]
 """Called after every step with the number of steps done and the latents (B, 16, h, w)."""
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What sampling leaves as it is: after every step the latents outside the mask are put where their own path is."""
+
+    latents: Tensor
+    """Of the picture that is kept, (B, 16, h, w)."""
+    mask: Tensor
+    """1 where the edit may go, 0 where nothing changes, between them a blend, (B, 1, h, w)."""
+
+    def blend(self, latents: Tensor, start: Tensor, sigma: float) -> Tensor:
+        """The latents inside the mask, and outside the point at `sigma` of the path from `start` to what is kept."""
+        kept = sigma * start + (1 - sigma) * self.latents
+        return self.mask * latents + (1 - self.mask) * kept
+
+
 class Sampler(Protocol):
     """Latents of the edited images, (B, 16, h, w), float32."""
 
@@ -39,7 +54,17 @@ class Sampler(Protocol):
         num_steps: int,
         generator: SampleRandom,
         on_step: OnStep | None = None,
+        keep: Keep | None = None,
     ) -> Tensor: ...
+
+    @property
+    def guided(self) -> bool:
+        """Whether the edit needs a negative condition."""
+        ...
+
+    def calls(self, num_steps: int) -> int:
+        """How often `on_step` is called."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +104,7 @@ class BridgeSampler:
         num_steps: int,
         generator: SampleRandom,
         on_step: OnStep | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         """Walks from the start to the target in `num_steps` calls of the denoiser.
 
@@ -96,9 +122,20 @@ class BridgeSampler:
             if scale := self._noise_scale(sigma, next_sigma):
                 noise = generator.normal(f"bridge_noise_{step}", latents.shape[1:])
                 latents = latents + scale * noise.to(latents)
+            if keep:
+                latents = keep.blend(latents, start, next_sigma)
             if on_step:
                 on_step(step, latents)
         return latents
+
+    @property
+    def guided(self) -> bool:
+        """Never: a bridge has no classifier-free guidance."""
+        return False
+
+    def calls(self, num_steps: int) -> int:
+        """One a step."""
+        return num_steps
 
     def _noise_scale(self, sigma: float, next_sigma: float) -> float:
         """Standard deviation of the noise that a step adds."""
@@ -116,12 +153,16 @@ class FlowSampler:
     """Strength of classifier-free guidance against the negative condition; 1 is without, at half the cost."""
     cfg_rescale: bool = True
     """Bring each guided token back to the length of the unguided one (diffusers does, DiffSynth does not)."""
-    shift: Literal["qwen", "none"] = "qwen"
-    """Spacing of the sigmas: Qwen's resolution shift, or even."""
+    shift: Literal["qwen", "lightning", "none"] = "qwen"
+    """Spacing of the sigmas: Qwen's resolution shift, the one that step-distilled adapters (Lightning) were made for, or even."""
+    strength: float = 1.0
+    """Share of the way that is walked, in (0, 1]: less starts at the partly noised source (SDEdit, arXiv 2108.01073)."""
 
     def __post_init__(self):
-        if self.shift not in ("qwen", "none"):
-            raise ValueError(f"shift must be 'qwen' or 'none', got {self.shift!r}")
+        if self.shift not in ("qwen", "lightning", "none"):
+            raise ValueError(f"shift must be 'qwen', 'lightning' or 'none', got {self.shift!r}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {self.strength}")
         if self.cfg_scale < 1:
             raise ValueError(f"cfg_scale must be at least 1 (1 is without guidance), got {self.cfg_scale}")
 
@@ -133,26 +174,41 @@ class FlowSampler:
         num_steps: int,
         generator: SampleRandom,
         on_step: OnStep | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
-        """Walks from noise to the target in `num_steps` steps.
+        """Walks from noise to the target; with a strength below 1, only the last of the `num_steps` steps.
 
         Raises:
             ValueError: `num_steps` is not positive.
             InputError: guidance is asked for and the edit has no negative condition.
         """
         like = edit.source_latents
-        latents = generator.normal("noise", like.shape[1:]).to(like.device)
-        sigmas = self.sigmas(num_steps, like.shape[-2] * like.shape[-1] // PATCH**2)
+        noise = generator.normal("noise", like.shape[1:]).to(like.device)
+        sigmas = self.sigmas(num_steps, like.shape[-2] * like.shape[-1] // PATCH**2)[-self.calls(num_steps) - 1 :]
+        latents = sigmas[0] * noise + (1 - sigmas[0]) * like.float()
         for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
             velocity = self._velocity(denoiser, latents, latents.new_full(latents.shape[:1], sigma), edit)
             latents = latents - (sigma - next_sigma) * velocity
+            if keep:
+                latents = keep.blend(latents, noise, next_sigma)
             if on_step:
                 on_step(step, latents)
         return latents
 
+    @property
+    def guided(self) -> bool:
+        """With classifier-free guidance."""
+        return self.cfg_scale > 1
+
+    def calls(self, num_steps: int) -> int:
+        """Steps that are walked, at least one."""
+        return max(1, round(num_steps * self.strength))
+
     def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
         """`num_steps` + 1 positions from 1 to 0 for an image of `num_tokens` tokens (2 x 2 latent cells)."""
-        return linear_sigmas(num_steps) if self.shift == "none" else qwen_sigmas(num_steps, num_tokens)
+        if self.shift == "qwen":
+            return qwen_sigmas(num_steps, num_tokens)
+        return linear_sigmas(num_steps) if self.shift == "none" else lightning_sigmas(num_steps)
 
     def _velocity(self, denoiser: Velocity, latents: Tensor, sigma: Tensor, edit: Edit) -> Tensor:
         positive = denoiser(latents, sigma, edit.condition)
@@ -190,6 +246,15 @@ def linear_sigmas(num_steps: int) -> list[float]:
     if num_steps < 1:
         raise ValueError(f"num_steps must be positive, got {num_steps}")
     return [1 - step / num_steps for step in range(num_steps + 1)]
+
+
+def lightning_sigmas(num_steps: int) -> list[float]:
+    """`linear_sigmas` shifted by exp(log 3) = 3 at every resolution, as Qwen-Image-Lightning was distilled.
+
+    As diffusers' FlowMatchEulerDiscreteScheduler with base_shift = max_shift = log(3), exponential, without a terminal:
+    s -> 3s / (1 + 2s).
+    """
+    return [3 * sigma / (1 + 2 * sigma) for sigma in linear_sigmas(num_steps)]
 
 
 def qwen_sigmas(num_steps: int, num_tokens: int) -> list[float]:

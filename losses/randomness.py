@@ -34,5 +34,23 @@ class SampleRandom:
         return [torch.Generator().manual_seed(self._hash(number, purpose)) for number in self.numbers]
 
     def _hash(self, number: int, purpose: str) -> int:
-        digest = hashlib.blake2b(f"{self.seed}/{number}/{purpose}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) >> 1  # 63 bits: manual_seed takes a signed integer
+        return _hash(self.seed, number, purpose)
+
+
+class PictureRandom(SampleRandom):
+    """Draws for pictures that have a seed each, whatever others they are sampled with.
+
+    Args:
+        seeds: B of them. Each draws what `SampleRandom(seed, [0])` does.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        super().__init__(0, seeds)
+
+    def _hash(self, number: int, purpose: str) -> int:
+        return _hash(number, 0, purpose)
+
+
+def _hash(seed: int, number: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1  # 63 bits: manual_seed takes a signed integer

@@ -1,0 +1,68 @@
+"""Soft masks, and what is kept."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep.errors import InputError
+from data_prep.geometry import Size
+from eval.masks import check_mask, focus_mask, paste_back, soft_mask
+from eval.request import Focus
+from tests.pictures import picture
+
+
+def mask_of(seed: int, width: int, height: int) -> Image.Image:
+    """Blobs, with grey between."""
+    blocks = np.random.default_rng(seed).integers(0, 2, (4, 5), dtype=np.uint8) * 255
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.BILINEAR)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), width=st.integers(8, 60), height=st.integers(8, 60), feather=st.floats(0, 20))
+def test_a_rim_grows_inwards_and_what_is_kept_stays_exactly(seed, width, height, feather):
+    mask = mask_of(seed, width, height)
+    soft = soft_mask(mask, feather)
+    before, after = np.asarray(mask), np.asarray(soft)
+    assert soft.size == mask.size
+    assert (after <= before).all()
+    assert (after[before == 0] == 0).all()
+    edited, source = picture(seed, (width, height)), picture(seed + 1, (width, height))
+    pasted = np.asarray(paste_back(edited, source, soft))
+    assert (pasted[before == 0] == np.asarray(source)[before == 0]).all()
+    assert (pasted[after == 255] == np.asarray(edited)[after == 255]).all()
+
+
+def test_the_rim_has_the_width_that_was_asked_for():
+    mask = Image.new("L", (40, 8), 0)
+    mask.paste(255, (10, 0, 40, 8))
+    row = np.asarray(soft_mask(mask, 4))[4].astype(int)
+    assert (row[:10] == 0).all()
+    assert (np.diff(row[9:15]) > 0).all()  # four pixels between 0 and 255
+    assert (row[14:] == 255).all()
+    assert row[14 - 3] == round(255 * (0.4**2 * (3 - 0.8)))  # smoothstep of 2/5, the second pixel of the rim
+
+
+def test_a_disc_is_round_soft_and_nothing_outside():
+    values = np.asarray(focus_mask(Size(80, 120), Focus(x=0.25, y=0.5, radius=0.4))).astype(int)
+    rows, columns = np.mgrid[:80, :120] + 0.5
+    distance = np.hypot(columns - 30, rows - 40)
+    assert (values[distance >= 32] == 0).all()
+    assert (values[distance <= 16] == 255).all()
+    assert (values[distance < 31.5] > 0).all()
+    ring = values[np.abs(distance - 24) < 0.3]
+    assert (np.abs(ring - 128) < 8).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("RGB", (32, 24)), "must have mode L"),
+        (Image.new("L", (24, 32), 255), "the mask has 24x32 pixels and the image 32x24"),
+        (Image.new("L", (32, 24)), "black everywhere"),
+    ],
+)
+def test_a_mask_that_does_not_suit_is_refused(mask, message):
+    with pytest.raises(InputError, match=message):
+        check_mask(mask, picture(0))

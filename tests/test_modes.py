@@ -1,0 +1,129 @@
+"""What a request means: its sampler, its size, and what it may not ask."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from data_prep.errors import InputError
+from data_prep.geometry import Geometry, Size
+from eval.inversion import InversionSampler
+from eval.modes import make_plan, result_size
+from eval.request import ASPECTS, AdapterUse, Control, EditRequest, Focus
+from eval.samplers import BridgeSampler, FlowSampler
+
+PHOTO = Image.new("RGB", (640, 480))
+MASK = Image.new("L", (640, 480), 255)
+ADAPTER = (AdapterUse("adapter"),)
+BRIDGE = {"objective": "lbm", "loss": json.dumps({"bridge_noise": 0.01, "prediction": "drift", "sub_prob": 0.25})}
+
+
+def request(**values) -> EditRequest:
+    return EditRequest(**({"prompt": "x", "images": [PHOTO]} | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "metadata", "sampler", "steps"),
+    [
+        ({}, {}, FlowSampler(4.0), 40),
+        ({"steps": 7, "cfg_scale": 1.0}, {}, FlowSampler(1.0), 7),
+        ({"adapters": ADAPTER}, BRIDGE, BridgeSampler("source", False, 0.01, "drift"), 4),
+        ({"adapters": ADAPTER, "sampler": "bridge-white"}, BRIDGE, BridgeSampler("white", False, 0.01, "drift"), 4),
+        (
+            {"adapters": ADAPTER, "sampler": "bridge-stochastic"},
+            BRIDGE,
+            BridgeSampler("source", True, 0.01, "drift"),
+            4,
+        ),
+        ({"adapters": ADAPTER, "mode": "turbo"}, BRIDGE, BridgeSampler("source", False, 0.01, "drift"), 4),
+        ({"adapters": ADAPTER, "mode": "turbo"}, {}, FlowSampler(1.0, shift="lightning"), 4),
+        ({"adapters": ADAPTER, "mode": "turbo", "steps": 8}, {}, FlowSampler(1.0, shift="lightning"), 8),
+        ({"mode": "img2img"}, {}, FlowSampler(4.0, strength=0.6), 40),
+        ({"mode": "img2img", "strength": 0.3}, {}, FlowSampler(4.0, strength=0.3), 40),
+        ({"mode": "variation", "prompt": ""}, {}, FlowSampler(4.0, strength=0.6), 40),
+        ({"mode": "inpaint", "mask": MASK}, {}, FlowSampler(4.0), 40),
+        ({"mode": "inpaint", "mask": MASK, "strength": 0.5}, {}, FlowSampler(4.0, strength=0.5), 40),
+        (
+            {"mode": "inpaint", "mask": MASK, "adapters": ADAPTER},
+            BRIDGE,
+            BridgeSampler("source", False, 0.01, "drift"),
+            4,
+        ),
+        ({"mode": "invert", "strength": 0.5}, {}, InversionSampler(FlowSampler(4.0), 0.5), 20),
+    ],
+)
+def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
+    plan = make_plan(request(**values), metadata)
+    assert (plan.sampler, plan.steps) == (sampler, steps)
+
+
+@pytest.mark.parametrize(
+    ("values", "metadata", "message"),
+    [
+        ({"mode": "turbo"}, {}, "mode=turbo needs an adapter"),
+        ({"mode": "img2img", "adapters": ADAPTER}, BRIDGE, "starts from noise, and the adapter is a bridge"),
+        ({"mode": "invert", "adapters": ADAPTER}, BRIDGE, "starts from noise"),
+        ({"adapters": ADAPTER, "cfg_scale": 3.0}, BRIDGE, r"sampled without guidance: leave out cfg_scale=3\.0"),
+        ({"adapters": ADAPTER, "mode": "inpaint", "mask": MASK, "strength": 0.5}, BRIDGE, "a bridge is walked whole"),
+        ({"adapters": ADAPTER, "sampler": "flow"}, BRIDGE, "sampler=flow does not suit a bridge.* use sampler=bridge"),
+        (
+            {"adapters": ADAPTER, "sampler": "bridge"},
+            {},
+            "sampler=bridge needs an adapter that is a bridge.* use sampler=flow",
+        ),
+        ({"sampler": "bridge"}, {}, "sampler=bridge needs an adapter that is a bridge.* use sampler=flow"),
+        (
+            {"adapters": ADAPTER, "sampler": "bridge-white"},
+            {"objective": "lbm", "loss": '{"sub_prob": 0}'},
+            "trained without",
+        ),
+        ({"adapters": ADAPTER}, {"objective": "gan"}, "objective is 'gan'"),
+    ],
+)
+def test_what_an_adapter_cannot_do_is_refused(values, metadata, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(request(**values), metadata)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": []}, "1 to 3 images, got 0"),
+        ({"images": [PHOTO] * 4}, "1 to 3 images, got 4"),
+        ({"images": [PHOTO] * 3, "mode": "control", "controls": (Control("canny"),)}, "got 3 and 1 control map"),
+        ({"mode": "paint"}, "mode must be one of edit, img2img"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"cfg_scale": 0.5}, "cfg_scale must be at least 1"),
+        ({"strength": 0.0, "mode": "img2img"}, r"strength must be in \(0, 1\]"),
+        ({"strength": 0.5}, "strength is given, but mode=edit takes none"),
+        ({"count": 0}, "count must be 1 to 64"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"size": Size(0, 32)}, "size must be in multiples of 32, got 32x0"),
+        ({"size": Size(32, 32), "aspect": "1:1"}, "leave out aspect=1:1"),
+        ({"aspect": "5:4"}, "aspect must be one of 1:1, 16:9"),
+        ({"prompt": " "}, "mode=edit needs an instruction"),
+        ({"mode": "variation"}, "variation takes no instruction"),
+        ({"mask": MASK}, "mask is given, but mode=edit takes none: use mode=inpaint or control-inpaint"),
+        ({"mode": "inpaint"}, "mode=inpaint needs a mask"),
+        ({"mode": "control"}, "mode=control needs at least one control"),
+        ({"focus": Focus()}, "use mode=focus"),
+    ],
+)
+def test_wrong_requests_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        request(**values)
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_an_aspect_keeps_the_number_of_pixels(aspect):
+    size = result_size(request(aspect=aspect), Geometry(1024 * 1024))
+    assert 0.85 * 640 * 480 < size.height * size.width <= 640 * 480
+    assert abs(size.width / size.height / ASPECTS[aspect] - 1) < 0.1
+    assert (size.height % 32, size.width % 32) == (0, 0)
+
+
+def test_sizes():
+    assert result_size(request(), Geometry(1024 * 1024)) == Size(480, 640)
+    assert result_size(request(size=Size(64, 96)), Geometry(1024 * 1024)) == Size(64, 96)
+    small = result_size(request(), Geometry(128 * 128))
+    assert small.height * small.width <= 128 * 128
