@@ -7,9 +7,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from data_prep.errors import InputError
-from eval.samplers import BridgeSampler, FlowSampler, guide, qwen_sigmas
+from eval.samplers import BridgeSampler, FlowSampler, Keep, guide, lightning_sigmas, qwen_sigmas
 from losses.batch import Condition, Edit
-from losses.randomness import SampleRandom
+from losses.randomness import PictureRandom, SampleRandom
 
 QWEN_SCHEDULER = {  # scheduler/scheduler_config.json of Qwen/Qwen-Image-Edit-2511
     "base_image_seq_len": 256,
@@ -199,3 +199,59 @@ def test_guidance_uses_the_negative_condition_and_asks_for_it():
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("num_steps", [4, 8])
+def test_lightning_sigmas_are_the_schedulers_with_log_3(num_steps):
+    shift = {"base_shift": np.log(3), "max_shift": np.log(3), "shift_terminal": None}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(QWEN_SCHEDULER | shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=np.log(3))
+    assert torch.allclose(torch.tensor(lightning_sigmas(num_steps)), scheduler.sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampler", [BridgeSampler(), BridgeSampler("white", True, 0.3), FlowSampler(), FlowSampler(strength=0.5)]
+)
+def test_what_is_kept_is_on_its_own_path_at_every_step(sampler):
+    """Its latents at the end, exactly; before, the mean of its path; the rest is free."""
+    edit, kept, seen = make_edit(2), targets(2), []
+    mask = torch.zeros(2, 1, 4, 6)
+    mask[..., 3:] = 1
+    mask[..., 3] = 0.25
+    reached = sampler(
+        lambda latents, sigma, condition: torch.ones_like(latents),
+        edit,
+        4,
+        SampleRandom(0, [0, 1]),
+        lambda step, latents: seen.append(latents),
+        Keep(kept, mask),
+    )
+    assert torch.equal(reached[..., :3], kept[..., :3])
+    assert not torch.isclose(reached[..., 4:], kept[..., 4:]).all()
+    assert len(seen) == sampler.calls(4)
+    if isinstance(sampler, FlowSampler):
+        start, sigmas = SampleRandom(0, [0, 1]).normal("noise", SHAPE), sampler.sigmas(4, 6)[-len(seen) - 1 :]
+    else:
+        start, sigmas = (edit.sub_noise if sampler.start == "white" else edit.source_latents), [1, 0.75, 0.5, 0.25, 0]
+    for sigma, latents in zip(sigmas[1:], seen, strict=True):
+        assert torch.allclose(latents[..., :3], (sigma * start + (1 - sigma) * kept)[..., :3], atol=1e-6)
+
+
+def test_less_strength_starts_at_the_partly_noised_source():
+    edit, asked = make_edit(1), []
+
+    def denoiser(latents, sigma, condition):
+        asked.append((latents, sigma.item()))
+        return torch.zeros_like(latents)
+
+    sampler = FlowSampler(strength=0.5, shift="none")
+    sampler(denoiser, edit, 4, SampleRandom(3, [0]))
+    assert [sigma for _, sigma in asked] == [0.5, 0.25]
+    noise = SampleRandom(3, [0]).normal("noise", SHAPE)
+    assert torch.allclose(asked[0][0], 0.5 * noise + 0.5 * edit.source_latents)
+
+
+def test_a_picture_draws_by_its_seed_alone():
+    together = PictureRandom([5, 9]).normal("noise", SHAPE)
+    for seed, row in zip((5, 9), together, strict=True):
+        assert torch.equal(SampleRandom(seed, [0]).normal("noise", SHAPE)[0], row)
