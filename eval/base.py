@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 
 from eval.request import Abilities, EditRequest, EditResult, OnProgress
 
@@ -10,6 +11,11 @@ class BaseEditor(ABC):
     """Edits images with one base model, whose parts load when they are first needed."""
 
     abilities: Abilities
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where the model's files are."""
 
     def check(self, request: EditRequest) -> None:
         """Loads no weights.

@@ -5,6 +5,7 @@ import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -63,6 +64,11 @@ class Editor(BaseEditor):
     ):
         self.model, self.geometry, self.depth_model = model, geometry, depth_model
         self.components = Components(model, placement or Placement())
+
+    @property
+    def folder(self) -> Path:
+        """Where the model's files are."""
+        return self.model.path
 
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
