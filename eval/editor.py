@@ -19,7 +19,8 @@ from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
 from eval.components import Components, Placement
-from eval.control import DepthModel, load_depth_model, make_map
+from eval.control import make_map
+from eval.depth import DepthModel, load_depth_model
 from eval.encoding import Encoded, RequestEncoder, join_conditions, join_edits
 from eval.masks import paste_back
 from eval.metadata import adapter_file, describe_sampler, read_metadata, trained_geometry
