@@ -1,19 +1,48 @@
 """Runs the project's commands as a user does."""
 
+import atexit
+import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK_TO_START = ("data_prep/",)
 
 
-def run_script(*arguments: str | Path, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Runs one of the project's commands with this Python, from the repository's root, and captures what it prints."""
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
-    assert not check or done.returncode == 0, f"{command} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
+@functools.cache
+def warm_python() -> list[str]:
+    """A Python whose libraries are imported already: `tests/warm.py` says how. The first call, in each of pytest's
+    workers, starts the server that it asks."""
+    path = tempfile.mkdtemp()
+    command = [sys.executable, str(ROOT / "tests/warm_server.py"), f"{path}/socket"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout
+    atexit.register(shutil.rmtree, path)
+    atexit.register(server.communicate)
+    atexit.register(server.terminate)
+    ready = any(line == "ready\n" for line in server.stdout)
+    os.environ["WARM_SERVER"] = f"{path}/socket" if ready else ""
+    return [sys.executable, "-SE", str(ROOT / "tests/warm.py")]
+
+
+def run_script(
+    *arguments: str | Path, check: bool = True, fresh: bool = False, **options
+) -> subprocess.CompletedProcess:
+    """Runs one of the project's commands with this Python, from the repository's root, and captures what it prints.
+
+    Args:
+        fresh: in a process that imports its libraries itself, as a user's does.
+        options: of `subprocess.run`.
+    """
+    words = [str(argument) for argument in arguments]
+    python = [sys.executable] if fresh or words[0].startswith(QUICK_TO_START) else warm_python()
+    done = subprocess.run([*python, *words], **{"cwd": ROOT, "capture_output": True, "text": True} | options)
+    assert not check or done.returncode == 0, f"{words} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -27,8 +56,15 @@ def launcher(num_processes: int, *options: str) -> list[str]:
     return ["-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes), *plain, *options]
 
 
-def launch(num_processes: int, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs one of the project's commands on several CPU processes."""
-    return run_script(
-        *launcher(num_processes), *arguments, check=check, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+def launch(
+    num_processes: int, *arguments: str | Path, options: tuple[str, ...] = (), **how
+) -> subprocess.CompletedProcess:
+    """Runs one of the project's commands on several CPU processes.
+
+    Args:
+        options: more of `accelerate launch`.
+        how: as of `run_script`; `fresh` is about the processes that are launched too.
+    """
+    stand_in = [] if how.get("fresh") else [ROOT / "tests/warm.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return run_script(*launcher(num_processes, *options), *stand_in, *arguments, timeout=600, env=environment, **how)
