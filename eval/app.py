@@ -1,0 +1,83 @@
+"""The web page: edit pictures, compare adapters blind, look at runs.
+
+    python eval/app.py --model models/tiny
+
+Then open http://127.0.0.1:7999 in a browser on this machine. Ctrl-C ends it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from typing import Annotated
+
+import torch
+import typer
+
+from data_prep.cli import run_command
+from data_prep.files import make_folder
+from eval.options import DEVICE, DTYPE, Device, Dtype, Model
+from eval.placement import Placement
+from eval.places import checkpoint_folder
+from eval.web.limits import Limits, check_exposure, check_port, parse_auth
+
+PORT = 7999
+
+
+def app(
+    *,
+    model: Model,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder with runs and adapters.", show_default="$CHECKPOINT_DIR, or runs")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Chosen when the page opens, as the page names it.", show_default="none")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all that is made; nothing else is served.")] = Path(
+        "outputs/page"
+    ),
+    examples: Annotated[
+        str | None, typer.Option(help="Dataset file whose sources and prompts comparisons are drawn from.")
+    ] = None,
+    examples_root: Annotated[
+        str | None, typer.Option(help="Folder that its paths are relative to.", show_default="the dataset's own")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than this machine's needs --auth.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = PORT,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make it public through Gradio's tunnel; needs --auth.")
+    ] = False,
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            help="USER:PASSWORD to ask for. The variable keeps it out of the list of processes.", envvar="APP_AUTH"
+        ),
+    ] = None,
+    max_upload_mb: Annotated[int, typer.Option(help="Largest file, in megabytes.")] = Limits.max_upload_mb,
+    max_image_pixels: Annotated[int, typer.Option(help="Most pixels of an upload.")] = Limits.max_image_pixels,
+    max_count: Annotated[int, typer.Option(help="Most pictures of one edit.")] = Limits.max_count,
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+) -> None:
+    """Serves a page that edits pictures, compares two adapters blind, and shows how training went.
+
+    Only this machine can open it unless --auth is given. Edits wait in a queue and run one at a time.
+    """
+    limits = Limits(max_upload_mb, max_image_pixels, max_count)
+    login = parse_auth(auth)
+    check_exposure(host, share, login)
+    check_port(host, port)
+    make_folder(out)
+    from eval.web.serve import Address, open_studio, read_examples, serve  # seconds of imports, after the checks
+
+    placement = Placement(torch.device(device), getattr(torch, dtype))
+    studio = open_studio(model, placement, out.resolve(), runs or checkpoint_folder(), limits, adapter)
+    studio.examples = read_examples(examples, examples_root) if examples else []
+    serve(studio, Address(host, port, share, login))
+
+
+if __name__ == "__main__":
+    run_command(app)

@@ -1,0 +1,369 @@
+"""The first tab: a picture, an instruction, and what became of it."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from PIL import Image
+
+from data_prep.errors import InputError
+from eval.request import CONTROLLED, MASKED, ModeName
+from eval.web.form import (
+    AS_SOURCE,
+    BASE_MODEL,
+    BY_DEFAULT,
+    CONTROL_NAMES,
+    EXACT,
+    MODE_HINTS,
+    MODE_NAMES,
+    SHAPES,
+    STRENGTHS,
+    make_request,
+)
+from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words
+from eval.web.limits import read_picture
+from eval.web.results import Picture, beside, save_results, settings_html
+from eval.web.studio import Studio, picture_input, session_of
+
+CANVAS = 800
+"""Longest side of the picture that is painted on, in pixels; strokes are scaled to the source."""
+MAX_SEED = 2**31 - 1
+"""Of a drawn one; any may be typed."""
+
+Fields = dict[str, Any]
+"""Name -> Gradio component."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the right column shows."""
+
+    slider: gr.ImageSlider
+    gallery: gr.Gallery
+    download: gr.DownloadButton
+    settings: gr.HTML
+    details: gr.Accordion
+    pictures: gr.State
+    """The `Picture`s of the last edit."""
+    source: gr.State
+    """Path of the source that they were made of."""
+
+    @property
+    def parts(self) -> list[Component | gr.Accordion]:
+        """In the order in which handlers return them."""
+        return [self.slider, self.gallery, self.download, self.settings, self.details, self.pictures, self.source]
+
+
+def build_edit_tab(studio: Studio) -> None:
+    """Lays out the tab inside the page that is being built, and connects it."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            fields = build_form(studio)
+            with gr.Row():
+                run = gr.Button("Edit", variant="primary", elem_id="run", scale=3)
+                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=1, min_width=90)
+        with gr.Column(scale=6, min_width=320):
+            outcome = build_outcome()
+    connect_edit(studio, fields, outcome, run, cancel)
+
+
+def build_form(studio: Studio) -> Fields:
+    """The left column; names as `form.make_request` reads them."""
+    abilities = studio.editor.abilities
+    fields: Fields = {}
+    fields["source"] = picture_input("Source", 330, "source")
+    fields["painting"] = gr.ImageEditor(
+        label="Paint over what may change",
+        elem_id="painting",
+        type="pil",
+        image_mode="RGBA",
+        format="png",
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=36, colors=["#e5484d"], color_mode="fixed"),
+        height=460,
+        visible=False,
+    )
+    repaint = gr.Button("Take another picture", size="sm", visible=False, elem_id="another")
+    fields["prompt"] = gr.Textbox(
+        label="Instruction",
+        lines=2,
+        max_lines=6,
+        max_length=4000,
+        placeholder="Remove the sticker from the photograph.",
+        info="Ctrl+Enter starts the edit.",
+        elem_id="instruction",
+    )
+    fields["mode"] = gr.Dropdown(
+        [(MODE_NAMES[mode], mode) for mode in abilities.modes],
+        label="Mode",
+        value=abilities.modes[0],
+        info=MODE_HINTS[abilities.modes[0]],
+        elem_id="mode",
+        filterable=False,
+    )
+    groups = _build_knobs(fields)
+    _build_adapter(studio, fields)
+    with gr.Row():
+        fields["seed"] = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed", min_width=120)
+        new_seed = gr.Button("New seed", elem_id="new-seed", min_width=90, scale=0, elem_classes="beside-field")
+        fields["count"] = gr.Slider(
+            1, studio.limits.max_count, 1, step=1, label="Pictures", elem_id="count", min_width=160
+        )
+    _build_references(fields, abilities.max_images)
+    _build_advanced(studio, fields)
+    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=fields["seed"], queue=False, api_visibility="private")
+    _connect_mode(fields, groups, repaint, studio)
+    return fields
+
+
+def _build_knobs(fields: Fields) -> dict[str, gr.Group]:
+    """Those of single modes, hidden until their mode is chosen."""
+    groups: dict[str, gr.Group] = {}
+    with gr.Group(visible=False) as groups["strength"]:
+        fields["strength"] = gr.Slider(
+            0.05,
+            1,
+            0.6,
+            step=0.05,
+            label="Strength",
+            info="How far from the source; 1 starts anew.",
+            elem_id="strength",
+        )
+    with gr.Group(visible=False) as groups["mask"]:
+        fields["feather"] = gr.Slider(
+            0, 64, 8, step=1, label="Soft rim", info="Pixels of the result around what is painted.", elem_id="feather"
+        )
+    with gr.Group(visible=False) as groups["focus"], gr.Row():
+        for name, label, value in (("x", "Across", 0.5), ("y", "Down", 0.5), ("radius", "Radius", 0.25)):
+            least = 0.01 if name == "radius" else 0
+            fields[f"focus_{name}"] = gr.Slider(
+                least, 1, value, step=0.01, label=label, elem_id=f"focus-{name}", min_width=120
+            )
+    with gr.Group(visible=False) as groups["controls"]:
+        fields["controls"] = gr.CheckboxGroup(
+            [(label, kind) for kind, label in CONTROL_NAMES.items()],
+            value=["canny"],
+            label="Maps of the source",
+            info="Each counts as a reference: three in all.",
+            elem_id="controls",
+        )
+        with gr.Row():
+            for kind, label in CONTROL_NAMES.items():
+                fields[f"{kind}_strength"] = gr.Slider(0, 2, 1, step=0.05, label=f"{label}: strength", min_width=120)
+    return groups
+
+
+def _build_adapter(studio: Studio, fields: Fields) -> None:
+    takes = studio.editor.abilities.adapters
+    with gr.Row():
+        fields["adapter"] = gr.Dropdown(
+            adapter_names(studio),
+            value=studio.first_adapter or BASE_MODEL,
+            label="Adapter",
+            elem_id="adapter",
+            visible=takes,
+            scale=3,
+        )
+        again = gr.Button(
+            "Look again", elem_id="refresh", visible=takes, min_width=100, scale=0, elem_classes="beside-field"
+        )
+    fields["weight"] = gr.Slider(
+        0, 2, 1, step=0.05, label="Weight of the adapter", elem_id="weight", visible=bool(studio.first_adapter)
+    )
+    adapter = fields["adapter"]
+    again.click(lambda: gr.Dropdown(adapter_names(studio)), outputs=adapter, queue=False, api_visibility="private")
+    adapter.change(
+        lambda name: gr.Slider(visible=name != BASE_MODEL),
+        adapter,
+        fields["weight"],
+        queue=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def adapter_names(studio: Studio) -> list[str]:
+    """What the dropdowns offer."""
+    return [BASE_MODEL, *(adapter.name for adapter in studio.adapters())]
+
+
+def _build_references(fields: Fields, max_images: int) -> None:
+    with gr.Accordion("Reference pictures", open=False, visible=max_images > 1), gr.Row():
+        for number in (1, 2):
+            fields[f"reference_{number}"] = picture_input(
+                f"Reference {number}", 170, f"reference-{number}", visible=number < max_images, min_width=140
+            )
+
+
+def _build_advanced(studio: Studio, fields: Fields) -> None:
+    samplers = studio.editor.abilities.samplers
+    with gr.Accordion("Size and sampling", open=False, elem_id="advanced"):
+        with gr.Row():
+            fields["shape"] = gr.Dropdown(list(SHAPES), value=AS_SOURCE, label="Shape", elem_id="shape", min_width=140)
+            fields["width"] = gr.Number(
+                label="Width", precision=0, step=32, visible=False, min_width=100, elem_id="width"
+            )
+            fields["height"] = gr.Number(
+                label="Height", precision=0, step=32, visible=False, min_width=100, elem_id="height"
+            )
+        with gr.Row():
+            unset: dict[str, Any] = {"value": None, "info": "Empty: what suits.", "min_width": 140}
+            fields["steps"] = gr.Number(label="Steps", precision=0, minimum=1, elem_id="steps", **unset)
+            fields["cfg_scale"] = gr.Number(label="Guidance", minimum=1, step=0.5, elem_id="cfg-scale", **unset)
+        fields["sampler"] = gr.Dropdown(
+            [BY_DEFAULT, *samplers], value=BY_DEFAULT, label="Sampler", elem_id="sampler", visible=bool(samplers)
+        )
+        fields["negative_prompt"] = gr.Textbox(
+            label="Negative instruction", info="What guidance leads away from.", max_length=4000, elem_id="negative"
+        )
+    fields["shape"].change(
+        lambda shape: [gr.Number(visible=shape == EXACT)] * 2,
+        fields["shape"],
+        [fields["width"], fields["height"]],
+        queue=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def _connect_mode(fields: Fields, groups: dict[str, gr.Group], repaint: gr.Button, studio: Studio) -> None:
+    """Shows what the mode asks for; in masked modes the source is what is painted on."""
+
+    def shown(mode: ModeName, source: str | None, was_masked: bool) -> list[Any]:
+        masked, paint = mode in MASKED, mode in MASKED and bool(source)
+        background = canvas(source, studio) if paint and source else None
+        return [
+            gr.Dropdown(info=MODE_HINTS[mode]),
+            gr.Textbox(visible=mode != "variation"),
+            gr.Group(visible=mode in STRENGTHS),
+            gr.Slider(value=STRENGTHS[mode]) if mode in STRENGTHS else gr.skip(),
+            gr.Group(visible=masked),
+            gr.Group(visible=mode == "focus"),
+            gr.Group(visible=mode in CONTROLLED),
+            gr.Image(visible=not paint),
+            gr.skip() if paint and was_masked else gr.ImageEditor(value=background, visible=paint),
+            gr.Button(visible=paint),
+            paint,
+        ]
+
+    def uploaded(mode: str, source: str | None) -> list[Any]:
+        paint = mode in MASKED and bool(source)
+        background = canvas(source, studio) if paint and source else None
+        return [
+            gr.Image(visible=not paint),
+            gr.ImageEditor(value=background, visible=paint),
+            gr.Button(visible=paint),
+            paint,
+        ]
+
+    painting_now = gr.State(False)
+    source, mode = fields["source"], fields["mode"]
+    boxes = [source, fields["painting"], repaint, painting_now]
+    knobs = [mode, fields["prompt"], groups["strength"], fields["strength"], groups["mask"], groups["focus"]]
+    plain: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    mode.change(shown, [mode, source, painting_now], [*knobs, groups["controls"], *boxes], **plain)
+    source.upload(uploaded, [mode, source], boxes, **plain)
+    repaint.click(
+        lambda: [
+            gr.Image(value=None, visible=True),
+            gr.ImageEditor(value=None, visible=False),
+            gr.Button(visible=False),
+            False,
+        ],
+        outputs=boxes,
+        **plain,
+    )
+
+
+def canvas(source: str, studio: Studio) -> Any:
+    """The picture to paint on, no larger than the canvas, as the paint box takes it."""
+    with errors_in_words("Opening the picture"):
+        image = read_picture(source, studio.limits)
+        image.thumbnail((CANVAS, CANVAS), Image.Resampling.LANCZOS)
+        return {"background": image, "layers": [], "composite": None}
+
+
+def build_outcome() -> Outcome:
+    """The right column."""
+    slider = gr.ImageSlider(
+        label="Before and after", format="png", height=520, elem_id="result", interactive=False, buttons=["fullscreen"]
+    )
+    gallery = gr.Gallery(
+        label="All pictures",
+        format="png",
+        columns=4,
+        height=150,
+        allow_preview=False,
+        visible=False,
+        interactive=False,
+        elem_id="gallery",
+        buttons=[],
+    )
+    download = gr.DownloadButton("Download PNG with settings", interactive=False, elem_id="download")
+    with gr.Accordion("How it was made", open=False, visible=False, elem_id="details") as details:
+        settings = gr.HTML(elem_id="settings")
+    return Outcome(slider, gallery, download, settings, details, gr.State([]), gr.State(None))
+
+
+def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, run: gr.Button, cancel: gr.Button) -> None:
+    """Buttons and what they do."""
+
+    # Gradio passes a set of inputs as one dictionary, and finds the request and the progress by their annotations.
+    def edit(data: dict[Any, Any], request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        values = {name: data[field] for name, field in fields.items()}
+        try:
+            with errors_in_words("The edit"):
+                asked = make_request(values, studio.adapters(), studio.limits)
+                studio.editor.check(asked.request)
+                with studio.jobs.running(session_of(request), progress, "Editing") as on_progress:
+                    results = studio.editor.edit(asked.request, on_progress)
+                pictures = save_results(results, asked.sources, studio.out)
+                return [*_show(pictures, 0, asked.request.images[0]), pictures, values["source"]]
+        except Cancelled:
+            return gr.skip()
+
+    def choose(event: gr.SelectData, pictures: list[Picture], source: str) -> Any:
+        with errors_in_words("Showing the picture"):
+            index = event.index if isinstance(event.index, int) else 0
+            if not 0 <= index < len(pictures):
+                raise InputError("there is no such picture: make the edit again")
+            slider, _, *others = _show(pictures, index, read_picture(source, studio.limits))
+            return [slider, *others]
+
+    def stop(request: gr.Request) -> None:
+        running = studio.jobs.cancel(session_of(request))
+        gr.Info("Stopped." if running else "Nothing of yours is running now.", duration=4)
+
+    started = run.click(
+        edit,
+        set(fields.values()),
+        outcome.parts,
+        concurrency_limit=1,
+        concurrency_id=DEVICE_QUEUE,
+        trigger_mode="once",
+        show_progress="full",
+        show_progress_on=outcome.slider,
+        api_visibility="private",
+    )
+    # A waiting edit leaves the queue; of a running one Gradio waits for the thread, which `stop` ends at its next step.
+    cancel.click(stop, cancels=[started], queue=False, show_progress="hidden", api_visibility="private")
+    shown = [outcome.slider, outcome.download, outcome.settings, outcome.details]
+    outcome.gallery.select(
+        choose, [outcome.pictures, outcome.source], shown, show_progress="hidden", api_visibility="private"
+    )
+
+
+def _show(pictures: list[Picture], index: int, source: Image.Image) -> list[Any]:
+    """Slider, gallery, download, settings and their box for one of the pictures."""
+    picture = pictures[index]
+    return [
+        beside(source, picture.path),
+        gr.Gallery([str(each.path) for each in pictures], visible=len(pictures) > 1, selected_index=index),
+        gr.DownloadButton(value=str(picture.path), interactive=True),
+        settings_html(picture.settings),
+        gr.Accordion(visible=True),
+    ]
