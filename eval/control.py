@@ -65,7 +65,7 @@ def soft_lines(pixels: np.ndarray, scales: Sequence[float] = (1, 2, 4), white: f
     Returns:
         Float32 (H, W) in [0, 1].
     """
-    lab, base = rgb2lab(pixels), max(0.7, min(pixels.shape[:2]) / 512)
+    lab, base = rgb2lab(pixels / np.float32(255)), max(0.7, min(pixels.shape[:2]) / 512)
     edges = [_colour_edges(lab, base * scale) for scale in scales]
     steady = np.prod([strength for strength, _ in edges], axis=0) ** (1 / len(edges))
     total = sum(strength for strength, _ in edges)
@@ -81,12 +81,13 @@ def _colour_edges(lab: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray
     detection with automatic scale selection).
     """
     smooth = ndimage.gaussian_filter(lab, (sigma, sigma, 0))
-    down, across = (sigma * slope for slope in np.gradient(smooth, axis=(0, 1)))
+    down, across = sigma * np.stack(np.gradient(smooth, axis=(0, 1)))
     xx, xy, yy = (across**2).sum(-1), (across * down).sum(-1), (down**2).sum(-1)
     strength = np.sqrt((xx + yy + np.hypot(xx - yy, 2 * xy)) / 2)
     angle = np.arctan2(2 * xy, xx - yy) / 2  # of the steepest direction
     reach = max(1.0, sigma)
-    step, here = reach * np.stack([np.sin(angle), np.cos(angle)]), np.indices(strength.shape)
+    step = reach * np.stack([np.sin(angle), np.cos(angle)])
+    here = np.indices(strength.shape, dtype=np.float32)
     beside = [ndimage.map_coordinates(strength, here + way * step, order=1, mode="nearest") for way in (1, -1)]
     lead = (strength - np.maximum(*beside)) / np.maximum(strength, 1e-6)
     return strength, strength * np.clip(4 * lead, 0, 1)

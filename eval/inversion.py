@@ -111,7 +111,7 @@ class InversionSampler:
 
         noise = invert(lambda x, sigma: denoiser(x, sigma, empty), latents, down[::-1], on_step)
         return integrate_second_order(
-            lambda x, sigma: self.flow._velocity(denoiser, x, sigma, edit), noise, down, count_on
+            lambda x, sigma: self.flow.velocity(denoiser, x, sigma, edit), noise, down, count_on
         )
 
     @property

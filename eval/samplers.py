@@ -187,7 +187,7 @@ class FlowSampler:
         sigmas = self.sigmas(num_steps, like.shape[-2] * like.shape[-1] // PATCH**2)[-self.calls(num_steps) - 1 :]
         latents = sigmas[0] * noise + (1 - sigmas[0]) * like.float()
         for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
-            velocity = self._velocity(denoiser, latents, latents.new_full(latents.shape[:1], sigma), edit)
+            velocity = self.velocity(denoiser, latents, latents.new_full(latents.shape[:1], sigma), edit)
             latents = latents - (sigma - next_sigma) * velocity
             if keep:
                 latents = keep.blend(latents, noise, next_sigma)
@@ -210,7 +210,12 @@ class FlowSampler:
             return qwen_sigmas(num_steps, num_tokens)
         return linear_sigmas(num_steps) if self.shift == "none" else lightning_sigmas(num_steps)
 
-    def _velocity(self, denoiser: Velocity, latents: Tensor, sigma: Tensor, edit: Edit) -> Tensor:
+    def velocity(self, denoiser: Velocity, latents: Tensor, sigma: Tensor, edit: Edit) -> Tensor:
+        """The denoiser's velocity at `latents` (B, 16, h, w) and `sigma` (B,), guided if it is to be.
+
+        Raises:
+            InputError: guidance is asked for and the edit has no negative condition.
+        """
         positive = denoiser(latents, sigma, edit.condition)
         if self.cfg_scale == 1:
             return positive
