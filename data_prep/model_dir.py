@@ -21,6 +21,8 @@ from data_prep.errors import InputError
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "processor")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLES, SAMPLE_BYTES = 256, 4096
+NEVER_READ = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt")
+"""Weights in other formats, which some model folders hold beside safetensors, gigabytes of them."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class ModelDirectory:
         """
         digest = hashlib.blake2b(digest_size=16)
         for component in components:
-            for file in sorted((self.path / component).iterdir()):
+            files = (file for file in (self.path / component).iterdir() if file.is_file())
+            for file in sorted(file for file in files if file.suffix not in NEVER_READ):
                 digest.update(f"{component}/{file.name}".encode())
                 digest.update(_sample(file) if file.suffix == ".safetensors" else file.read_bytes())
         return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Base models other than Qwen-Image-Edit, through diffusers' pipelines."""

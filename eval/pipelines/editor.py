@@ -1,0 +1,169 @@
+"""What the editors of these base models share: loading when needed, one call a picture, progress, settings."""
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+
+from data_prep.geometry import Geometry
+from data_prep.images import file_digest
+from data_prep.model_dir import ModelDirectory
+from eval.adapters import AdapterState, adapter_state
+from eval.base import BaseEditor
+from eval.editor import pixel_digest
+from eval.masks import paste_back
+from eval.metadata import adapter_file
+from eval.modes import check_request
+from eval.pipelines.adapters import check_adapter, use_adapters
+from eval.pipelines.bases import Base
+from eval.pipelines.load import check_placement, pipeline_folder
+from eval.placement import Placement
+from eval.provenance import NOTICE
+from eval.request import EditRequest, EditResult, OnProgress
+
+AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""`callback_on_step_end(pipeline, step, timestep, tensors)`."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline, but for the seed."""
+
+    arguments: dict[str, Any]
+    """By the names of the pipeline's `__call__`."""
+    sampled: dict[str, Any]
+    """How it is sampled, in our words, for the result's settings."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, if anything."""
+    source: Image.Image | None = None
+    """At the result's size: what is kept where the mask is not 255."""
+    mask: Image.Image | None = None
+    """At the result's size."""
+
+
+class PipelineEditor(BaseEditor):
+    """Edits images with a pipeline of diffusers, which is loaded for the first edit.
+
+    Args:
+        model: a folder in diffusers' layout, or a hub id, which is downloaded for the first edit.
+        base: which of the bases it is.
+        placement: where it lives, and in which numbers.
+        geometry: sizes of images; by default those that the base was trained at.
+
+    Raises:
+        InputError: the placement asks for what these bases do not have.
+    """
+
+    def __init__(self, model: str, base: Base, placement: Placement, geometry: Geometry | None = None):
+        check_placement(placement, base.name)
+        self.model, self.base, self.placement = model, base, placement
+        self.abilities, self.geometry = base.abilities, geometry or base.geometry
+        self._pipeline: Any = None
+        self._adapters: AdapterState | None = ()
+
+    def check(self, request: EditRequest) -> None:
+        """Reads the adapters' headers, and no weights."""
+        super().check(request)
+        check_request(request)
+        for use in request.adapters:
+            check_adapter(use.path, self.base.name)
+
+    def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
+        """One call of the pipeline after the other: what a seed gives does not depend on the others."""
+        self.check(request)
+        call = self._call(request)
+        self._pipeline = self._ready(request, self._pipeline)
+        self._use_adapters(request)
+        settings = self._settings(request, call)
+        return [
+            self._picture(call, settings | {"seed": seed}, seed, _after_step(on_progress, number, request.count))
+            for number, seed in enumerate(request.seeds)
+        ]
+
+    @abstractmethod
+    def _call(self, request: EditRequest) -> Call:
+        """What the pipeline is asked for a request that was checked."""
+
+    @abstractmethod
+    def _ready(self, request: EditRequest, pipeline: Any) -> DiffusionPipeline:
+        """The pipeline that suits the request, made of the one that there is, or loaded if that is None."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the model's files are."""
+        return pipeline_folder(self.model)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        parts = sorted(name for name in self._pipeline.components if (self.folder / name).is_dir())
+        return ModelDirectory(self.folder).fingerprint(*parts)
+
+    def _use_adapters(self, request: EditRequest) -> None:
+        """Only what changes is read."""
+        state = adapter_state(request.adapters)
+        if self._adapters == state:
+            return
+        self._adapters = None  # unknown, if what follows fails
+        use_adapters(self._pipeline, request.adapters, self.base.name)
+        self._adapters = state
+
+    def _picture(self, call: Call, settings: dict[str, Any], seed: int, after_step: AfterStep) -> EditResult:
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same picture on every device
+        try:
+            output = self._pipeline(**call.arguments, generator=generator, callback_on_step_end=after_step)
+        except BaseException:
+            self._pipeline.maybe_free_model_hooks()  # as after a whole edit: nothing stays on the device
+            raise
+        image = output.images[0]
+        if call.mask and call.source:
+            image = paste_back(image, call.source, call.mask)
+        flagged = getattr(output, "nsfw_content_detected", None)
+        if flagged is not None:
+            settings["flagged"] = bool(flagged[0])
+        settings |= {"width": image.width, "height": image.height}
+        return EditResult(image, seed, time.perf_counter() - start, settings)
+
+    def _settings(self, request: EditRequest, call: Call) -> dict[str, Any]:
+        """Everything but the images and the seed that makes the pictures again, and what made them."""
+        files = [(adapter_file(use.path), use.weight) for use in request.adapters]
+        own = {
+            "negative_prompt": call.negative_prompt,
+            "feather": request.feather if request.mask else None,
+            "focus": asdict(request.focus) if request.focus else None,
+            "mask_digest": pixel_digest(request.mask) if request.mask else None,
+        }
+        return {
+            "notice": NOTICE,
+            "base": self.base.name,
+            "model": self.model,
+            "model_fingerprint": self._fingerprint,
+            "adapters": [{"path": str(file), "digest": file_digest(file), "weight": weight} for file, weight in files],
+            "mode": request.mode,
+            "prompt": request.prompt,
+            **{name: value for name, value in own.items() if value is not None},
+            "steps": call.arguments["num_inference_steps"],
+            "sampler": {"name": type(self._pipeline.scheduler).__name__, **call.sampled},
+            "geometry": asdict(self.geometry),
+            "image_digests": [pixel_digest(each) for each in request.images],
+            "dtype": str(self.placement.dtype).removeprefix("torch."),
+        }
+
+
+def _after_step(on_progress: OnProgress | None, number: int, count: int) -> AfterStep:
+    """Counts the steps of all calls; picture `number` of `count` is being made."""
+
+    def after_step(pipeline: Any, step: int, _: Any, __: dict[str, Any]) -> dict[str, Any]:
+        if on_progress:
+            steps = pipeline.num_timesteps
+            on_progress(number * steps + step + 1, count * steps)
+        return {}
+
+    return after_step
