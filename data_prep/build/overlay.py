@@ -16,7 +16,7 @@ from data_prep.build.coco_file import image_names
 from data_prep.build.composite import add_picture, add_text
 from data_prep.build.dataset import build_dataset
 from data_prep.build.overlay_rows import Photographs, read_overlays
-from data_prep.build.overlay_style import BackingName, Style, parse_style
+from data_prep.build.overlay_style import DEFAULT_STYLE, BackingName, Style, parse_style
 from data_prep.build.prompts import Templates, make_templates, read_text
 from data_prep.build.results import exact_mask, save_result
 from data_prep.build.typography import DEFAULT_FONT, AlignName, check_font, missing_characters
@@ -62,23 +62,25 @@ def command(
     ] = None,
     font_size: Annotated[
         str, typer.Option(help="Share of the photograph's height, a range, or fit. Smaller where the text is too long.")
-    ] = "0.05:0.09",
+    ] = DEFAULT_STYLE["font_size"],
     overlay_size: Annotated[
         str, typer.Option(help="Share of width and height that a picture fills, or a range.")
-    ] = "0.3",
+    ] = DEFAULT_STYLE["overlay_size"],
     position: Annotated[
         str, typer.Option(help="random; top-left, top, …, center, …, bottom-right; or x,y of the centre, 0 to 1.")
-    ] = "random",
+    ] = DEFAULT_STYLE["position"],
     max_width: Annotated[float, typer.Option(help="Share of the photograph's width at which lines break.")] = 0.8,
     align: Annotated[AlignName, typer.Option(help="Of lines of text.")] = "center",
     colour: Annotated[
         str, typer.Option(help="Of text: #rrggbb, a name, or auto: what contrasts enough where it is.")
-    ] = "auto",
+    ] = DEFAULT_STYLE["colour"],
     backing: Annotated[
         BackingName, typer.Option(help="What is behind text; auto: only where the photograph is too busy to read it.")
     ] = "auto",
-    opacity: Annotated[str, typer.Option(help="0.05 to 1, or a range.")] = "1",
-    rotation: Annotated[str, typer.Option(help="Degrees, counter-clockwise, or a range as in -10:10.")] = "0",
+    opacity: Annotated[str, typer.Option(help="0.05 to 1, or a range.")] = DEFAULT_STYLE["opacity"],
+    rotation: Annotated[str, typer.Option(help="Degrees, counter-clockwise, or a range as in -10:10.")] = DEFAULT_STYLE[
+        "rotation"
+    ],
     seed: Seed = 0,
     processes: Processes = CORES,
     engine: Engine = "local",
@@ -154,6 +156,15 @@ class MakeOverlay:
             }
             for direction, prompt in zip(directions, prompts, strict=True)
         ]
+
+    def lay_over(self, photo: Image.Image, item: Item) -> Image.Image:
+        """A photograph with an item's overlay on it: what a row that adds has as its target.
+
+        Raises:
+            RejectedImage, BadRow: the overlay cannot be used.
+        """
+        text = "" if item.values["content"] == "overlay_image" else self._text(item)
+        return self._laid_over(photo, text, item, self._style(item.values["cells"]))
 
     def _laid_over(self, photo: Image.Image, text: str, item: Item, style: Style) -> Image.Image:
         rng = random.Random(f"{self.seed}/{item.id}/overlay")

@@ -10,6 +10,15 @@ from PIL import ImageColor
 from data_prep.build.typography import AlignName
 
 RGB = tuple[int, int, int]
+DEFAULT_STYLE = {
+    "position": "random",
+    "font_size": "0.05:0.09",
+    "overlay_size": "0.3",
+    "colour": "auto",
+    "opacity": "1",
+    "rotation": "0",
+}
+"""How overlays look where nobody says otherwise."""
 BackingName = Literal["auto", "outline", "box", "none"]
 
 ANCHORS = {

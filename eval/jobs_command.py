@@ -1,0 +1,111 @@
+"""The command line's part that edits tables: everything is checked, then done by as many processes as were launched."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from data_prep.build.coco_file import image_names
+from data_prep.build.overlay_rows import Photographs
+from data_prep.build.typography import DEFAULT_FONT
+from data_prep.cli import OnErrorName
+from data_prep.errors import InputError
+from data_prep.geometry import Geometry
+from data_prep.images import file_digest
+from eval.base import BaseEditor
+from eval.jobs import check_knobs, read_jobs
+from eval.jobs_files import JobFiles, model_fingerprint
+from eval.jobs_run import run_jobs
+from eval.open import open_editor
+from eval.placement import Placement, make_placement
+from train.processes import Processes
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as the command line names it."""
+
+    model: str
+    geometry: Geometry | None
+    depth_model: str | None
+
+    def open(self, placement: Placement) -> BaseEditor:
+        """Its editor, which has loaded nothing yet."""
+        return open_editor(self.model, placement, self.geometry, self.depth_model)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of edits as the command line names it."""
+
+    path: Path
+    root: Path | None
+    coco: Path | None
+    fonts: tuple[Path, ...]
+    ignore_columns: bool
+
+
+def edit_table(
+    table: Table,
+    knobs: dict[str, Any],
+    base: Base,
+    device: str,
+    placed: dict[str, Any],
+    batch_size: int,
+    on_error: OnErrorName,
+    out: Path,
+) -> None:
+    """Edits every row of a table; under `accelerate launch` each process takes its share, on a device of its own.
+
+    Raises:
+        InputError: the table or an option is wrong, before anything is loaded; or some rows failed, after all others are
+            done.
+        typer.Exit: with code 1, some rows failed by a mistake of the program.
+    """
+    check_knobs(knobs)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: with --csv it is the folder of results")
+    names = image_names(table.coco) if table.coco else {}
+    root = Path(os.path.abspath(table.root or table.path.parent))
+    if not root.is_dir():
+        raise InputError(f"--root {root} is not a folder")
+    jobs = read_jobs(table.path, root, Photographs(root, names), knobs, table.ignore_columns)
+    processes = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.device(device).index is not None:
+            raise InputError(f"several processes have a device each: use --device {torch.device(device).type}")
+        processes = Processes.start(device)
+        device = str(processes.device)
+    placement = make_placement(device, **placed)
+    editor = base.open(placement)
+    files = JobFiles(common(base, editor, placement), table.fonts or (DEFAULT_FONT,))
+    summary = run_jobs(jobs, files, editor, out, batch_size, processes)
+    if processes:
+        processes.stop()
+        if not processes.is_main:
+            return
+    done = summary.num_rows - len(summary.failures)
+    print(f"{out / 'results.csv'}: {done} of {summary.num_rows} rows, {summary.num_edited} edited now")
+    if summary.failures and on_error == "raise":
+        failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / 'failed.csv'} says why"
+        if summary.bugs:
+            print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
+            raise typer.Exit(1)
+        raise InputError(f"{failed}: the same command does those again, and no others")
+
+
+def common(base: Base, editor: BaseEditor, placement: Placement) -> dict[str, Any]:
+    """What all pictures of a table depend on besides their rows. Where parts of the model wait changes none."""
+    return {
+        "model": model_fingerprint(editor.folder),
+        "geometry": repr(base.geometry),
+        "depth_model": base.depth_model,
+        "dtype": str(placement.dtype),
+        "weights": placement.weights,
+        "gguf": placement.gguf and file_digest(placement.gguf),
+        "vae_tiling": placement.vae_tiling,
+    }
