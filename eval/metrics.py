@@ -1,17 +1,19 @@
-"""How close a picture is to the one that it should be."""
+"""How close a picture is to the one that it should be, without any weights."""
 
 import statistics
 
 import torch
+from skimage.metrics import structural_similarity
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.regression import mean_squared_error
 
 MAX_PSNR = 100.0
 """dB, stands for equal pictures, whose PSNR is infinite: means stay finite and JSON valid. 8-bit noise is at 59 dB."""
 
 
 def compare(prediction: Tensor, target: Tensor, background: Tensor | None = None) -> dict[str, float]:
-    """Scores one picture.
+    """Scores one picture, as a validation during training does.
 
     Args:
         prediction: RGB pixels in [0, 1], (3, H, W).
@@ -33,6 +35,11 @@ def compare(prediction: Tensor, target: Tensor, background: Tensor | None = None
     return scores
 
 
+def mse(prediction: Tensor, target: Tensor) -> float:
+    """Mean square of the difference of values in [0, 1]."""
+    return float(mean_squared_error(prediction.contiguous(), target.contiguous()))
+
+
 def psnr(prediction: Tensor, target: Tensor) -> float:
     """Peak signal-to-noise ratio of values in [0, 1] in dB, at most MAX_PSNR."""
     if torch.equal(prediction, target):
@@ -42,10 +49,18 @@ def psnr(prediction: Tensor, target: Tensor) -> float:
 
 def ssim(prediction: Tensor, target: Tensor) -> float:
     """Structural similarity of RGB pictures (3, H, W) in [0, 1]: Gaussian window of 11 pixels, sigma 1.5."""
-    batches = prediction[None].double(), target[None].double()  # float32 rounds the small variances of smooth areas
-    value = structural_similarity_index_measure(*batches, data_range=1.0)
-    assert isinstance(value, Tensor)
-    return value.item()
+    return ssim_map(prediction, target)[0]
+
+
+def ssim_map(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:
+    """`ssim`, and its value around every pixel, (H, W)."""
+    arrays = (
+        pixels.double().numpy() for pixels in (prediction, target)
+    )  # float32 rounds the variances of smooth areas
+    mean, full = structural_similarity(
+        *arrays, channel_axis=0, data_range=1.0, gaussian_weights=True, use_sample_covariance=False, full=True
+    )
+    return float(mean), torch.from_numpy(full).mean(0)
 
 
 def mean_scores(rows: list[dict[str, float]]) -> dict[str, float]:

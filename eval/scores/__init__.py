@@ -1,0 +1,1 @@
+"""What a report measures: every metric by itself, with its name, unit, direction and source."""

@@ -1,0 +1,97 @@
+"""FID: whether a set of pictures is distributed as the targets are."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
+
+from data_prep.geometry import Size, stretch, to_image
+from eval.scores.metric import Example, Metric, Scores, Unavailable, first_line
+from eval.scores.places import Places
+
+INCEPTION_SIZE = Size(299, 299)
+
+
+class Exported(nn.Module):
+    """Features from a program of `torch.export`: RGB pixels in 0…255 (uint8, (1, 3, H, W)) -> (1, D)."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        program = torch.export.load(file)
+        if program.example_inputs is None:
+            raise ValueError("it has no example input, which says the size of its pictures")
+        example = program.example_inputs[0][0]
+        self.size = Size(*example.shape[-2:])
+        self.network = program.module()
+        self.num_features: int = self.network(example).shape[-1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features (N, D) of pixels (N, 3, H, W)."""
+        return torch.cat([self.network(each[None]) for each in pixels])
+
+
+class Fid:
+    """Fréchet distance between the Gaussians that fit the features of the pictures and of the targets.
+
+    The features are Inception's if the file is its weights (`.pth`, as torch-fidelity has them), or what a program of
+    `torch.export` makes (`.pt2`); only the first can be compared with published figures. With no more pictures than features the
+    covariance has no full rank, and there is no figure.
+    """
+
+    metrics = (Metric("fid", "FID", "lower", "target", "Heusel et al. 2017, arXiv 1706.08500", digits=2),)
+
+    def __init__(self, places: Places):
+        if places.fid is None:
+            raise Unavailable("no features: give Inception's weights (.pth) or an exported program (.pt2) with --fid")
+        if not places.fid.is_file():
+            raise Unavailable(f"there is no file {places.fid}")
+        self.device = places.device
+        try:
+            self.network, self.size = _inception(places.fid) if places.fid.suffix == ".pth" else _exported(places.fid)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise Unavailable(f"{places.fid} cannot be loaded: {first_line(error)}") from error
+        self.sets: dict[str, FrechetInceptionDistance] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, example: Example) -> None:
+        """Takes a picture and its target into the method's sets."""
+        if example.method not in self.sets:
+            fid = FrechetInceptionDistance(self.network, input_img_size=(3, self.size.height, self.size.width))
+            self.sets[example.method] = fid.to(self.device)
+        self.counts[example.method] += 1
+        self.sets[example.method].update(self._pixels(example.target), real=True)
+        self.sets[example.method].update(self._pixels(example.prediction), real=False)
+
+    def result(self, method: str) -> Scores:
+        """The method's FID.
+
+        Raises:
+            Unavailable: there are no more pictures than features.
+        """
+        fid, count = self.sets[method], self.counts[method]
+        num_features = fid.real_features_sum.shape[-1]
+        if count <= num_features:
+            raise Unavailable(f"{count} pictures are not enough: there must be more than the {num_features} features")
+        return {"fid": float(fid.compute())}
+
+    def _pixels(self, pixels: Tensor) -> Tensor:
+        picture: Image.Image = stretch(to_image(pixels * 2 - 1), self.size)
+        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return data.view(*self.size, 3).permute(2, 0, 1)[None].to(self.device)
+
+
+def _inception(file: Path) -> tuple[nn.Module, Size]:
+    if not _TORCH_FIDELITY_AVAILABLE:
+        raise Unavailable("Inception needs the package torch-fidelity: install the extra “fid”")
+    network = FrechetInceptionDistance(feature_extractor_weights_path=str(file)).inception
+    assert isinstance(network, nn.Module)
+    return network, INCEPTION_SIZE
+
+
+def _exported(file: Path) -> tuple[nn.Module, Size]:
+    network = Exported(file)
+    return network, network.size

@@ -1,0 +1,71 @@
+"""Where the weights of metrics come from."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
+
+from eval.scores.metric import Unavailable, first_line
+
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vitb8"
+SECONDS = 20.0
+"""That a server may take to answer."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders, files and hub ids."""
+
+    clip: str = CLIP
+    dino: str = DINO
+    torch_hub: Path | None = None
+    """In the layout of `$TORCH_HOME/hub`, which is the default."""
+    face: Path | None = None
+    """Folder of dlib's models; by default the package face_recognition_models."""
+    fid: Path | None = None
+    device: str | torch.device = "cpu"
+    download: bool = False
+    """Fetch what is not here."""
+
+    @property
+    def online(self) -> bool:
+        """Whether anything may be fetched: it is wanted, and HF_HUB_OFFLINE does not forbid it."""
+        return self.download and not constants.HF_HUB_OFFLINE
+
+    @contextmanager
+    def hub_checkpoint(self, name: str) -> Iterator[None]:
+        """Inside, torch's hub folder is the chosen one and has the file, or may fetch it.
+
+        Raises:
+            Unavailable: it is not there, and cannot be fetched.
+        """
+        before, timeout = torch.hub.get_dir(), socket.getdefaulttimeout()
+        folder = self.torch_hub or Path(before)
+        if not (folder / "checkpoints" / name).is_file() and not self.online:
+            raise Unavailable(f"{name} is not in {folder / 'checkpoints'}: put it there, or give --torch-hub")
+        torch.hub.set_dir(folder)
+        socket.setdefaulttimeout(SECONDS)
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError) as error:
+            raise Unavailable(f"{name} cannot be had: {first_line(error)}") from error
+        finally:
+            torch.hub.set_dir(before)
+            socket.setdefaulttimeout(timeout)
+
+    def pretrained(self, load: Callable[..., Any], place: str) -> Any:
+        """`load(place)` of transformers: a folder, or a hub id that is in the cache or may be fetched.
+
+        Raises:
+            Unavailable: neither, or not what the class reads.
+        """
+        try:
+            return load(place, local_files_only=not self.online)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise Unavailable(f"{place} cannot be loaded: {first_line(error)}") from error
