@@ -1,8 +1,9 @@
 """Which adapters a denoiser has: any number of LoRAs, added up, put on and taken off without touching the base weights."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -40,7 +41,7 @@ def use_adapters(denoiser: Denoiser, adapters: Sequence[AdapterUse]) -> None:
     used = [use for use in adapters if use.weight != 0]
     linear = linear_modules(denoiser.dit)
     read = [(use, read_adapter(use.path, linear)) for use in used]
-    _check_dora(read)
+    _check_dora(read, linear)
     combined = {
         name: low_rank_sum([(adapter[name], use.weight) for use, adapter in read if name in adapter])
         for name in linear
@@ -66,7 +67,7 @@ def remove_adapters(denoiser: Denoiser) -> None:
         del dit.peft_config
 
 
-def _check_dora(read: list[tuple[AdapterUse, dict[str, LowRank]]]) -> None:
+def _check_dora(read: list[tuple[AdapterUse, dict[str, LowRank]]], linear: dict[str, nn.Linear]) -> None:
     for use, adapter in read:
         with_magnitude = [part.magnitude is not None for part in adapter.values()]
         if any(with_magnitude) and not all(with_magnitude):
@@ -75,6 +76,11 @@ def _check_dora(read: list[tuple[AdapterUse, dict[str, LowRank]]]) -> None:
             raise InputError(
                 f"{adapter_file(use.path)} is a DoRA adapter, which rescales the weights and cannot be added to others: "
                 "use it alone"
+            )
+        if any(with_magnitude) and any(type(linear[name]) is not nn.Linear for name in adapter):
+            raise InputError(
+                f"{adapter_file(use.path)} is a DoRA adapter, which needs the lengths of the full weights: "
+                "use it with weights=full and without gguf"
             )
 
 
@@ -93,7 +99,12 @@ def _attach(denoiser: Denoiser, parts: dict[str, LowRank], dora_weight: float) -
         parameter.requires_grad_(False)
     if dora and dora_weight != 1:
         for layer in adapter.layers.values():  # what this part returns is what DoRA adds to the base layer's output
-            layer.lora_magnitude_vector["default"].register_forward_hook(lambda _, __, added: dora_weight * added)
+            layer.lora_magnitude_vector["default"].register_forward_hook(_times(dora_weight))
+
+
+def _times(weight: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook."""
+    return lambda module, args, output: weight * output
 
 
 def _state(parts: dict[str, LowRank]) -> dict[str, Tensor]:
