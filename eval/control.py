@@ -81,7 +81,7 @@ def _colour_edges(lab: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray
     detection with automatic scale selection).
     """
     smooth = ndimage.gaussian_filter(lab, (sigma, sigma, 0))
-    down, across = sigma * np.stack(np.gradient(smooth, axis=(0, 1)))
+    down, across = (sigma * np.asarray(np.gradient(smooth, axis=axis)) for axis in (0, 1))
     xx, xy, yy = (across**2).sum(-1), (across * down).sum(-1), (down**2).sum(-1)
     strength = np.sqrt((xx + yy + np.hypot(xx - yy, 2 * xy)) / 2)
     angle = np.arctan2(2 * xy, xx - yy) / 2  # of the steepest direction

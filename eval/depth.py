@@ -31,14 +31,16 @@ class DepthModel:
 
     @torch.no_grad()
     def nearness(self, image: Image.Image) -> np.ndarray:
-        """1 at the nearest point of an RGB image, 0 at the farthest, float32 (H, W); 0 everywhere if nothing differs."""
+        """1 at the nearest point of an RGB image, 0 at the farthest, float32 (H, W); 0 everywhere if all is as near."""
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         sizes = [(image.height, image.width)]
         near = self.processor.post_process_depth_estimation(self.model(**inputs), sizes)[0]["predicted_depth"]
         if self.model.config.depth_estimation_type == "metric":
             near = 1 / near.clamp_min(1e-3)  # metres; relative models predict inverse depth
-        near = near - near.min()
-        return (near / near.max().clamp_min(torch.finfo(near.dtype).tiny)).cpu().numpy()
+        farthest, span = near.min(), near.max() - near.min()
+        if span <= 1e-5 * near.abs().max():  # rounding, which must not be stretched to a picture
+            return np.zeros(near.shape, np.float32)
+        return ((near - farthest) / span).clamp(0, 1).cpu().numpy()
 
 
 def load_depth_model(path: str | None = None, device: torch.device | str = "cpu") -> DepthModel:

@@ -1,0 +1,232 @@
+"""Control maps against shapes whose edges are known, depth through the real model class, strengths against arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from scipy.ndimage import distance_transform_edt
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessor,
+)
+
+from data_prep.errors import InputError
+from eval.control import Strengthened, make_map
+from eval.depth import DepthModel, load_depth_model
+from eval.request import Control
+from losses.batch import Condition
+from scripts import photographs
+
+SIDE = 96
+
+
+def disc(inside: tuple[int, int, int], outside: tuple[int, int, int]) -> Image.Image:
+    """A disc of radius 30 around the middle, drawn large and reduced, so that its rim is smooth."""
+    image = Image.new("RGB", (SIDE * 4, SIDE * 4), outside)
+    ImageDraw.Draw(image).ellipse([72, 72, 312, 312], fill=inside)
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def from_rim() -> np.ndarray:
+    """Distance of every pixel's centre from the disc's rim, pixels."""
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    return np.abs(np.hypot(y - SIDE / 2, x - SIDE / 2) - 30)
+
+
+def values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L")) / 255
+
+
+@pytest.mark.parametrize("kind", ["canny", "lines"])
+@pytest.mark.parametrize("bright", [255, 90])
+def test_edges_are_where_the_shape_ends_and_nowhere_else(kind, bright):
+    drawn = make_map(Control(kind), disc((bright,) * 3, (20, 20, 20)))
+    assert (drawn.mode, drawn.size) == ("RGB", (SIDE, SIDE))
+    lines = values(drawn) > 0.5
+    assert lines[from_rim() > 3].sum() == 0
+    near = distance_transform_edt(~lines)[from_rim() < 0.5]
+    assert near.max() < 3  # the whole rim, without a gap
+
+
+def test_canny_is_black_and_white_and_lines_are_soft_and_weigh_contrast():
+    """Of two discs the fainter has the fainter lines; Canny draws both alike."""
+    scene = Image.new("RGB", (2 * SIDE, SIDE))
+    scene.paste(disc((235, 235, 235), (128, 128, 128)), (0, 0))
+    scene.paste(disc((150, 150, 150), (128, 128, 128)), (SIDE, 0))
+    canny, lines = (values(make_map(Control(kind), scene)) for kind in ("canny", "lines"))
+    assert set(np.unique(canny)) == {0, 1}
+    rim = from_rim() < 1
+    strong, faint = lines[:, :SIDE][rim].mean(), lines[:, SIDE:][rim].mean()
+    assert 0.05 < faint < strong / 2
+    assert abs(canny[:, :SIDE].sum() - canny[:, SIDE:].sum()) < 0.3 * canny[:, :SIDE].sum()
+
+
+def test_lines_see_an_edge_of_colour_alone():
+    """Red on green of one grey value, which Canny cannot see."""
+    picture = disc((200, 0, 0), (0, 59, 0))
+    assert values(make_map(Control("canny"), picture)).sum() == 0
+    lines = values(make_map(Control("lines"), picture))
+    assert lines[from_rim() < 1].mean() > 0.5
+    assert lines[from_rim() > 5].max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["canny", "lines"])
+def test_a_picture_of_nothing_has_no_lines(kind):
+    noise = np.random.default_rng(0).integers(126, 130, (SIDE, SIDE, 3), dtype=np.uint8)
+    for nothing in (Image.new("RGB", (40, 64), (90, 120, 30)), Image.fromarray(noise)):
+        assert values(make_map(Control(kind), nothing)).max() < 0.5
+
+
+@pytest.mark.parametrize("path", [photographs.TRAIN[0], *photographs.HELD_OUT], ids=lambda path: path.stem)
+def test_a_photograph_is_drawn_with_few_lines_that_both_detectors_agree_on(path):
+    photograph = ImageOps.fit(photographs.load(path), (256, 256))
+    canny, lines = (values(make_map(Control(kind), photograph)) for kind in ("canny", "lines"))
+    for drawn in (canny, lines):
+        assert 0.02 < (drawn > 0.5).mean() < 0.15
+    distance = distance_transform_edt(canny == 0)
+    assert (distance[lines > 0.8] <= 2).mean() > 0.8  # by chance about a third
+
+
+@pytest.fixture(scope="module", params=["relative", "metric"])
+def depth_folder(request, tmp_path_factory):
+    """A tiny random Depth-Anything in the library's layout."""
+    folder = tmp_path_factory.mktemp(request.param)
+    backbone = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        out_features=["stage1", "stage2"],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=32,
+        reassemble_factors=[2, 1],
+        neck_hidden_sizes=[8, 16],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+        depth_estimation_type=request.param,
+        max_depth=20,
+    )
+    model = DepthAnythingForDepthEstimation(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # so that it tells points apart: initialised for training it finds 1e-7 everywhere
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight[0].numel() ** -0.5)
+        model.head.conv3.bias.fill_(1.0)  # not cut off below 0
+    model.save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    DPTImageProcessor(size=size, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(folder)
+    return folder
+
+
+def test_depth_is_the_librarys_near_in_white(depth_folder, monkeypatch):
+    """Against transformers' pipeline, which has its own resizing: the order of points, and black to white."""
+    from transformers import pipeline
+
+    photograph = ImageOps.fit(photographs.load(photographs.HELD_OUT[0]), (80, 64))
+    monkeypatch.setenv("DEPTH_MODEL", str(depth_folder))
+    drawn = make_map(Control("depth"), photograph, load_depth_model())
+    assert (drawn.mode, drawn.size) == ("RGB", (80, 64))
+    ours = values(drawn)
+    assert (ours.min(), ours.max()) == (0, 1)
+    theirs = pipeline("depth-estimation", str(depth_folder), device="cpu")(photograph)["predicted_depth"].numpy()
+    far = "metric" in depth_folder.name  # metres: more is farther
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] * (-1 if far else 1) > 0.9
+    where = theirs.argmin() if far else theirs.argmax()
+    assert ours.ravel()[where] == 1
+
+
+def test_a_flat_depth_is_black(depth_folder):
+    depth = load_depth_model(str(depth_folder))
+    for weight in depth.model.head.parameters():
+        weight.data.zero_()
+    assert values(make_map(Control("depth"), disc((9, 9, 9), (200, 0, 0)), depth)).max() == 0
+    assert isinstance(depth, DepthModel)
+
+
+def test_a_depth_model_that_cannot_be_had_says_how_to_get_one(depth_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.delenv("DEPTH_MODEL", raising=False)
+    with pytest.raises(InputError, match=r"V2-Small-hf: name a folder .*--depth-model or DEPTH_MODEL.*hf download"):
+        load_depth_model()
+    with pytest.raises(InputError, match="no model at /nowhere/depth"):
+        load_depth_model("/nowhere/depth")
+    config = json.loads((depth_folder / "config.json").read_text())
+    for broken, message in (
+        ("", "no depth model could be read from"),
+        ("{}", "no depth model could be read from"),
+        (json.dumps(config), "no depth model could be read from"),  # without weights
+        (json.dumps({"model_type": "bert"}), "is a bert model: a map of depth needs Depth-Anything"),
+    ):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(InputError, match=message):
+            load_depth_model(str(tmp_path))
+
+
+def test_missing_tensors_are_not_left_random(depth_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in depth_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(depth_folder / "model.safetensors")
+    save_file(
+        {name: weight for name, weight in weights.items() if not name.startswith("head.")},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(InputError, match="no depth model could be read"):
+        load_depth_model(str(tmp_path))
+
+
+def condition(number: float) -> Condition:
+    return Condition(torch.tensor([[[number]]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), [])
+
+
+class Toy:
+    """A velocity in float64 that is not linear in its condition, and counts its calls."""
+
+    def __init__(self):
+        self.asked: list[float] = []
+
+    def __call__(self, latents, sigma, condition):
+        number = condition.prompt_emb.item()
+        self.asked.append(number)
+        return torch.sin(latents * (1 + number)) + sigma[:, None, None, None] * number**2
+
+
+LATENTS = torch.randn(2, 16, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SIGMA = torch.tensor([0.3, 0.8], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("strength", "asked"), [(0.0, [1.0]), (1.0, [2.0]), (0.25, [1.0, 2.0]), (1.5, [1.0, 2.0])])
+def test_a_controls_strength_is_linear_from_without_to_with(strength, asked):
+    toy, base, controlled = Toy(), condition(1.0), condition(2.0)
+    velocity = Strengthened(toy, base, [controlled], [strength])(LATENTS, SIGMA, base)
+    assert toy.asked == asked  # and no call more than that
+    without, with_it = toy(LATENTS, SIGMA, base), toy(LATENTS, SIGMA, controlled)
+    assert torch.allclose(velocity, without + strength * (with_it - without), rtol=0, atol=1e-14)
+    if strength in (0, 1):
+        assert torch.equal(velocity, with_it if strength else without)
+
+
+def test_several_controls_add_up_and_other_conditions_pass_through():
+    toy, base, negative = Toy(), condition(1.0), condition(5.0)
+    both = Strengthened(toy, base, [condition(2.0), condition(3.0)], [0.5, 0.25])
+    alone = [toy(LATENTS, SIGMA, condition(number)) for number in (1.0, 2.0, 3.0)]
+    expected = alone[0] + 0.5 * (alone[1] - alone[0]) + 0.25 * (alone[2] - alone[0])
+    assert torch.allclose(both(LATENTS, SIGMA, base), expected, rtol=0, atol=1e-14)
+    assert torch.equal(both(LATENTS, SIGMA, negative), toy(LATENTS, SIGMA, negative))
+    twice = Strengthened(both, negative, [condition(6.0)], [0.5])
+    halves = toy(LATENTS, SIGMA, negative) / 2 + toy(LATENTS, SIGMA, condition(6.0)) / 2
+    assert torch.allclose(twice(LATENTS, SIGMA, negative), halves, rtol=0, atol=1e-14)
+    assert torch.allclose(twice(LATENTS, SIGMA, base), expected, rtol=0, atol=1e-14)
