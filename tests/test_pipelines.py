@@ -273,6 +273,41 @@ def test_a_model_whose_weights_are_missing(tmp_path, folders):
         open_editor(str(broken), EXACT).edit(request("sdxl"))
 
 
+def test_weights_that_are_there_in_half_precision_alone(folders, tmp_path):
+    saved = DiffusionPipeline.from_pretrained(folders["sdxl"], dtype=torch.float16)
+    saved.save_pretrained(tmp_path / "half", variant="fp16")
+    result = open_editor(str(tmp_path / "half"), EXACT).edit(request("sdxl"))[0]
+    assert abs(pixels(result.image) - direct("sdxl", folders["sdxl"])).mean() < 2
+    before = result.settings["model_fingerprint"]
+    (tmp_path / "half" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    (tmp_path / "half" / "scheduler" / "older").mkdir()
+    again = open_editor(str(tmp_path / "half"), EXACT).edit(request("sdxl"))[0]
+    assert again.settings["model_fingerprint"] == before
+    config = tmp_path / "half" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    changed = open_editor(str(tmp_path / "half"), EXACT).edit(request("sdxl"))[0]
+    assert changed.settings["model_fingerprint"] != before
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement(CPU, torch.float32, weights="int8"), "sd15 is not placed with weights=int8"),
+        (Placement(CPU, torch.float32, offload="model"), "offload=model of sd15 needs a GPU"),
+    ],
+)
+def test_a_placement_that_pipelines_do_not_have(folders, placement, message):
+    with pytest.raises(InputError, match=message):
+        open_editor(str(folders["sd15"]), placement)
+
+
+def test_vae_tiling_is_for_what_does_not_fit_into_a_tile(editors, folders):
+    tiled = open_editor(str(folders["sd15"]), Placement(CPU, torch.float32, vae_tiling=True))
+    large = request("sd15", images=[picture(2, (128, 128))], steps=2)
+    assert np.array_equal(edit(tiled, request("sd15")), edit(editors["sd15"], request("sd15")))
+    assert not np.array_equal(edit(tiled, large), edit(editors["sd15"], large))  # the tiny VAE's tiles are 64 pixels
+
+
 def test_which_base_a_folder_holds(tmp_path, folders, monkeypatch):
     assert {name: base_of(str(folder)) for name, folder in folders.items()} == {name: name for name in folders}
     with pytest.raises(
@@ -290,6 +325,7 @@ def test_which_base_a_folder_holds(tmp_path, folders, monkeypatch):
     assert base_of(str(tmp_path / "other")) == "qwen-image-edit"
     monkeypatch.setenv("MODEL_DIR", str(tmp_path))
     editor = open_editor("other", EXACT)
+    assert editor.folder == tmp_path / "other"
     assert editor.abilities == abilities_of("qwen-image-edit")
     assert editor.abilities.max_images == 3
     assert {abilities_of(base).base for base in CLASSES.values()} == set(CLASSES.values())

@@ -24,6 +24,8 @@ from eval.placement import Placement
 
 SDPipeline = StableDiffusionImg2ImgPipeline | StableDiffusionInpaintPipeline
 SDXLPipeline = StableDiffusionXLImg2ImgPipeline | StableDiffusionXLInpaintPipeline
+HALF = "fp16"
+"""How diffusers marks weights in half precision: `model.fp16.safetensors`."""
 P = TypeVar("P", bound=DiffusionPipeline)
 
 
@@ -118,12 +120,19 @@ def _load(cls: type[P], folder: Path, placement: Placement) -> P:
     diffusers_logging.disable_progress_bar()
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_is_worth_saying)
     transformers_logging.disable_progress_bar()
+    files = {"use_safetensors": True, "local_files_only": True, "variant": _variant(folder)}
     try:
-        pipeline = cls.from_pretrained(folder, dtype=placement.dtype, use_safetensors=True, local_files_only=True)
+        pipeline = cls.from_pretrained(folder, dtype=placement.dtype, **files)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return place(pipeline, placement)
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` where the weights are there under that name alone: the half of SDXL's download that many take."""
+    names = [file.name for file in folder.glob("*/*.safetensors")]
+    return HALF if names and all(f".{HALF}" in name for name in names) else None
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
