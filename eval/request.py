@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
-from data_prep.encoders import MAX_IMAGES
 from data_prep.errors import InputError
 from data_prep.geometry import MULTIPLE, Size
+from data_prep.rows import MAX_SOURCES
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
@@ -117,9 +117,9 @@ class EditRequest:
     def __post_init__(self):
         if self.mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if not 1 <= len(self.images) + len(self.controls) <= MAX_IMAGES or not self.images:
+        if not 1 <= len(self.images) + len(self.controls) <= MAX_SOURCES or not self.images:
             with_maps = f" and {len(self.controls)} control maps" if self.controls else ""
-            raise InputError(f"an edit takes 1 to {MAX_IMAGES} images, got {len(self.images)}{with_maps}")
+            raise InputError(f"an edit takes 1 to {MAX_SOURCES} images, got {len(self.images)}{with_maps}")
         self._check_numbers()
         self._check_mode()
 
