@@ -3,12 +3,15 @@
 import atexit
 import functools
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK_TO_START = ("data_prep/",)
@@ -18,6 +21,8 @@ QUICK_TO_START = ("data_prep/",)
 def warm_python() -> list[str]:
     """A Python whose libraries are imported already: `tests/warm.py` says how. The first call, in each of pytest's
     workers, starts the server that it asks."""
+    if torch.cuda.is_available():  # which forks cannot use
+        return [sys.executable]
     path = tempfile.mkdtemp()
     command = [sys.executable, str(ROOT / "tests/warm_server.py"), f"{path}/socket"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -28,6 +33,21 @@ def warm_python() -> list[str]:
     ready = any(line == "ready\n" for line in server.stdout)
     os.environ["WARM_SERVER"] = f"{path}/socket" if ready else ""
     return [sys.executable, "-SE", str(ROOT / "tests/warm.py")]
+
+
+def warm_programs(folder: Path) -> dict[str, str]:
+    """An environment in which bash scripts find a `python` and an `accelerate` whose processes are warm, except for those
+    of `eval/` and `data_prep/`."""
+    warm, stand_in = shlex.join(warm_python()), ROOT / "tests/warm.py"
+    python = f'case "$1" in *train/*.py | *scripts/*.py) exec {warm} "$@" ;; *) exec {sys.executable} "$@" ;; esac'
+    launch = f'for word; do [[ $word != */train/run.py ]] || words+=({stand_in}); words+=("$word"); done'
+    accelerate = f'{launch}\nexec {warm} -m accelerate.commands.accelerate_cli "${{words[@]}}"'
+    (folder / "bin").mkdir(parents=True)
+    for name, text in {"python": python, "accelerate": accelerate}.items():
+        (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"VIRTUAL_ENV": str(folder), "PATH": path, "WARM_SERVER": os.environ.get("WARM_SERVER", "")}
 
 
 def run_script(

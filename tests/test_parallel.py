@@ -252,9 +252,9 @@ def test_accelerates_own_deepspeed_settings_are_honoured(settings, tmp_path):
     """ZeRO-2 from the command line of accelerate, with the bucket size of a DeepSpeed file."""
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 12345}}))
-    options = launcher(2, "--use_deepspeed", "--deepspeed_config_file", str(file))
+    options = ("--use_deepspeed", "--deepspeed_config_file", str(file))
     arguments = ["train/run.py", *settings, "train.num_steps=2"]
-    done = run_script(*options, *arguments, "parallel=zero2", f"run_dir={tmp_path}/run")
+    done = launch(2, *arguments, "parallel=zero2", f"run_dir={tmp_path}/run", options=options)
     assert len(metrics(tmp_path / "run")) == 2, done.stderr
-    wrong = run_script(*options, *arguments, "parallel=zero3", f"run_dir={tmp_path}/wrong", check=False)
+    wrong = launch(2, *arguments, "parallel=zero3", f"run_dir={tmp_path}/wrong", options=options, check=False)
     assert "accelerate was launched with DeepSpeed's ZeRO stage 2, but parallel=zero3" in wrong.stderr

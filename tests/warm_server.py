@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import random
+import resource
 import runpy
 import select
 import signal
@@ -25,8 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("losses", "data_prep", "train", "eval", "scripts", "tests")
-IMPORTED = ("train.phases", "train.sweep", "torchmetrics.functional.image")
-READ_ONCE = ("CUDA_", "DS_", "HF_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_")
+IMPORTED = ("train.phases", "train.sweep", "torchmetrics.functional.image", "accelerate.commands.launch")
+READ_ONCE = ("DS_", "HF_", "OMP_", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONWARNINGS", "TRANSFORMERS_")
 """Environment variables that Python or a library reads when it is started or imported."""
 
 
@@ -54,10 +55,13 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 
 
 def keep(process: int, connection: socket.socket) -> None:
-    """Sends the status with which the process ends; kills it when nobody waits for it any more."""
+    """Passes signals on to the process, kills it when nobody waits for it any more, and sends the status it ends with."""
     ended = os.pidfd_open(process)
-    if ended not in select.select([ended, connection], [], [])[0]:
-        os.kill(process, signal.SIGKILL)
+    while ended not in (ready := select.select([ended, connection], [], [])[0]):
+        number = connection.recv(1) if ready else b""
+        os.kill(process, number[0] if number else signal.SIGKILL)
+        if not number:
+            break
     status = os.waitpid(process, 0)[1]
     with suppress(BrokenPipeError):
         connection.sendall(struct.pack("<i", status))
@@ -69,7 +73,6 @@ def forked(connection: socket.socket) -> tuple[dict, list[int]] | None:
     if read_once(request["environment"]) != read_once(dict(os.environ)):
         connection.sendall(b"n")
     elif os.fork() == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         process = os.fork()
         if process == 0:
             return request, streams
@@ -84,13 +87,15 @@ def forked(connection: socket.socket) -> tuple[dict, list[int]] | None:
 def serve(path: str) -> tuple[dict, list[int]]:
     """Accepts requests until the process that started the server is gone. Returns in the forks alone."""
     parent = os.getppid()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
         listener.settimeout(1)
         print("ready", flush=True)
         while os.getppid() == parent:
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:  # a keeper has ended; its processor time is the server's now
+                    pass
             with suppress(TimeoutError):
                 connection = listener.accept()[0]
                 with connection:
@@ -99,11 +104,14 @@ def serve(path: str) -> tuple[dict, list[int]]:
     raise SystemExit
 
 
-def become(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> None:
+def become(
+    arguments: list[str], folder: str, environment: dict[str, str], largest_file: list[int], streams: list[int]
+) -> None:
     """Is `python *arguments` up to its end, which `leave` is for."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    resource.setrlimit(resource.RLIMIT_FSIZE, largest_file)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
