@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from data_prep.errors import InputError
 from data_prep.geometry import Size
 from eval.placement import OffloadName, WeightsName
 from eval.places import find_adapter
@@ -62,8 +61,6 @@ def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     def parsed(text: str) -> Any:
         try:
             return parse(text)
-        except InputError:  # it is a sentence of its own
-            raise
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 

@@ -1,162 +1,188 @@
-"""The editor, and the command that edits one image."""
+"""The command that edits one image, and the PNG that says how it was made."""
 
-import json
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageChops
+import typer
+from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
-from data_prep.images import open_image
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
-from eval.editor import Editor, EditRequest
-from eval.metadata import DEFAULT_GEOMETRY, choose_sampler, trained_geometry
-from eval.samplers import BridgeSampler, FlowSampler
+from data_prep.geometry import Geometry
+from data_prep.images import file_digest
+from eval.edit import edit
+from eval.provenance import read_png
 from tests.adapters import write_adapter
-from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_image, write_rows
+from tests.caching import write_image, write_mask
 from tests.commands import run_script
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 
 
 @pytest.fixture(scope="module")
-def bridge(tmp_path_factory, tiny_model_dir):
-    return write_adapter(tmp_path_factory.mktemp("bridge"), tiny_model_dir, "lbm", SMALL, bridge_noise=0.005)
+def folder(tmp_path_factory, tiny_model_dir):
+    """A photograph, a mask, and the run of a bridge."""
+    folder = tmp_path_factory.mktemp("edit")
+    write_image(folder / "photo.png", 3, 160, 100)
+    write_image(folder / "other.png", 4)
+    write_mask(folder / "mask.png", 160, 100)
+    checkpoints = folder / "runs/mine/checkpoints"
+    write_adapter(checkpoints / "step-000002", tiny_model_dir, "lbm", SMALL, bridge_noise=0.005)
+    (checkpoints / "latest").write_text("step-000002\n")
+    return folder
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("picture")
-    return folder / write_image(folder / "photo.png", 3, 160, 100)
+@pytest.fixture(autouse=True)
+def places(folder, tiny_model_dir, monkeypatch):
+    monkeypatch.setenv("MODEL_DIR", str(tiny_model_dir.parent))
+    monkeypatch.setenv("CHECKPOINT_DIR", str(folder / "runs"))
+    monkeypatch.chdir(folder)
 
 
-@pytest.fixture(scope="module")
-def editor(tiny_model_dir, bridge):
-    return Editor(ModelDirectory.resolve(tiny_model_dir), bridge, dtype=torch.float32)
+def command(*arguments: object) -> None:
+    """The command, in this process."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(edit)
+    app([str(argument) for argument in arguments], standalone_mode=False)
 
 
-@pytest.fixture(scope="module")
-def flow_editor(tiny_model_dir):
-    return Editor(ModelDirectory.resolve(tiny_model_dir), dtype=torch.float32, geometry=SMALL)
-
-
-def settings_of(path) -> dict:
-    with Image.open(path) as image:
-        return json.loads(image.text["qwen-image-edit"])
-
-
-def test_the_command_writes_a_png_that_says_how_to_make_it_again(tiny_model_dir, bridge, picture, tmp_path):
-    arguments = ["eval/edit.py", "--model", tiny_model_dir, "--adapter", bridge, "--image", picture]
-    arguments += ["--prompt", "déjà vu, 编辑", "--steps", "2", "--seed", "1"]
+def test_the_command_writes_pngs_that_say_how_to_make_them_again(folder, tmp_path):
+    arguments = ["eval/edit.py", "--model", "tiny", "--adapter", "mine:0.5", "--image", folder / "photo.png"]
+    arguments += ["--prompt", "déjà vu, 编辑", "--steps", "2", "--seed", "1", "--count", "2"]
     done = run_script(*arguments, "--out", tmp_path / "result.png")
-    assert f"{tmp_path}/result.png: 64x32, 2 steps, seed 1, " in done.stdout
-    settings = settings_of(tmp_path / "result.png")
+    assert f"{tmp_path}/result-1.png: 64x32, 2 steps, seed 1, " in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result-1.png", "result-2.png"]
+    settings = read_png(tmp_path / "result-2.png")
     assert settings["notice"] == "edited by a generative model"
-    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("déjà vu, 编辑", 1, 2)
-    assert settings["sampler"]["name"] == "BridgeSampler"
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("déjà vu, 编辑", 2, 2)
     assert settings["sampler"]["bridge_noise"] == 0.005
     assert settings["geometry"] == {"max_pixels": 64 * 64, "vision_pixels": 56 * 56, "reference_pixels": None}
-    assert [image["name"] for image in settings["images"]] == ["photo.png"]
+    assert settings["images"] == [{"name": "photo.png", "digest": file_digest(folder / "photo.png")}]
+    weights = folder / "runs/mine/checkpoints/step-000002/adapter_model.safetensors"
+    assert settings["adapters"] == [{"path": str(weights), "digest": file_digest(weights), "weight": 0.5}]
     assert settings["model_fingerprint"]
-    assert settings["adapter_digest"]
-    run_script(*arguments, "--out", tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "result.png").read_bytes()
+
+    command("--repeat", tmp_path / "result-2.png", "--image", "photo.png", "--out", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "result-2.png").read_bytes()
+
+
+def test_other_tools_can_tell_that_a_model_made_it(folder, tmp_path):
+    command(*plain(tmp_path / "result.png"))
+    with Image.open(tmp_path / "result.png") as image:
+        text = dict(image.text)
+    assert text["Software"] == "qwen-image-edit-lora"
+    assert text["Comment"] == "edited by a generative model"
+    xmp = ElementTree.fromstring(text["XML:com.adobe.xmp"].strip().lstrip("\ufeff"))
+    description = next(xmp.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"))
+    source_type = description.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"]
+    assert source_type == "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+    assert set(text) == {"Software", "Comment", "XML:com.adobe.xmp", "qwen-image-edit"}
+
+
+def plain(out) -> list[object]:
+    return [
+        "--model",
+        "tiny",
+        "--image",
+        "photo.png",
+        "--prompt",
+        "x",
+        "--steps",
+        1,
+        "--max-pixels",
+        4096,
+        "--out",
+        out,
+    ]
+
+
+def test_settings_of_every_mode_reach_the_editor_and_come_back(folder, tmp_path):
+    base = ["--model", "tiny", "--image", "photo.png", "--max-pixels", 4096, "--vision-pixels", 3136, "--steps", 2]
+    inpaint = ["--mode", "inpaint", "--mask", "mask.png", "--feather", 2, "--prompt", "x", "--strength", 0.5]
+    command(*base, *inpaint, "--seed", 5, "--cfg-scale", 2, "--negative-prompt", "dull", "--out", tmp_path / "a.png")
+    a = read_png(tmp_path / "a.png")
+    assert (a["mode"], a["feather"], a["negative_prompt"], a["seed"]) == ("inpaint", 2.0, "dull", 5)
+    assert (a["sampler"]["cfg_scale"], a["sampler"]["strength"]) == (2.0, 0.5)
+    assert [each["name"] for each in a["images"]] == ["photo.png", "mask.png"]
+    again = ["--image", "photo.png", "--mask", "mask.png"]
+    command("--repeat", tmp_path / "a.png", *again, "--out", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    command("--repeat", tmp_path / "a.png", *again, "--seed", 6, "--out", tmp_path / "other.png")
+    assert read_png(tmp_path / "other.png") == a | {"seed": 6}
+
+    focus = ["--mode", "focus", "--focus", "0.25,0.5,0.2", "--prompt", "x", "--cfg-scale", 1]
+    command(*base, *focus, "--size", "64x32", "--out", tmp_path / "b.png")
+    assert read_png(tmp_path / "b.png")["focus"] == {"x": 0.25, "y": 0.5, "radius": 0.2}
+    controls = ["--mode", "control", "--control", "canny:0.5", "--control", "lines", "--prompt", "x", "--cfg-scale", 1]
+    command(*base, *controls, "--aspect", "1:1", "--out", tmp_path / "c.png")
+    c = read_png(tmp_path / "c.png")
+    assert c["controls"] == [{"kind": "canny", "strength": 0.5}, {"kind": "lines", "strength": 1.0}]
+    assert c["width"] == c["height"]
+    for name in ("b", "c"):
+        command("--repeat", tmp_path / f"{name}.png", "--image", "photo.png", "--out", tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+
+
+def test_a_picture_is_repeated_with_its_own_images_alone(folder, tmp_path):
+    command(*plain(tmp_path / "result.png"))
+    before = (tmp_path / "result.png").read_bytes()
+    repeat = ["--repeat", tmp_path / "result.png", "--out", tmp_path / "again.png"]
+    with pytest.raises(InputError, match=r"made of 1 other image\(s\) than --image: give photo.png"):
+        command(*repeat, "--image", "other.png")
+    with pytest.raises(InputError, match="another --mask, or none"):
+        command(*repeat, "--image", "photo.png", "--mask", "mask.png")
+    with pytest.raises(InputError, match=r"photo.png does not say how it was made"):
+        command("--repeat", "photo.png", "--image", "photo.png", "--out", tmp_path / "again.png")
+    image = np.array(Image.open("photo.png"))
+    Image.fromarray(image).save(tmp_path / "copy.webp", lossless=True)  # the same pixels under another name
+    command(*repeat, "--image", tmp_path / "copy.webp")
+    with Image.open(tmp_path / "again.png") as again, Image.open(tmp_path / "result.png") as first:
+        assert np.array_equal(np.array(again), np.array(first))
+    assert (tmp_path / "result.png").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--image", "missing.png"], "missing.png: no such file"),
-        (["--adapter", "runs/none"], "no adapter at runs/none: give a checkpoint folder"),
+        (["--image", "mask.png", "--image", "mask.png", "--image", "mask.png"], "1 to 3 images, got 4"),
+        (["--adapter", "runs/none"], "no adapter at runs/none or"),
+        (["--model", "none"], "no model at none"),
+        (["--mask", "mask.png"], "mask is given, but mode=edit takes none"),
+        (["--mode", "inpaint"], "mode=inpaint needs a mask"),
+        (["--mode", "inpaint", "--mask", "other.png"], "other.png: the mask has another shape than its image"),
+        (["--mode", "focus", "--focus", "2,0,0.1"], r"focus x must be in \[0, 1\], got 2.0"),
+        (["--mode", "control", "--control", "cany"], "a control is one of canny, lines, depth, got 'cany'"),
+        (["--adapter", "mine", "--cfg-scale", "3"], r"without guidance: leave out cfg_scale=3\.0"),
+        (["--size", "64x65"], "multiples of 32, got 64x65"),
+        (["--steps", "0"], "steps must be positive, got 0"),
+        (["--prompt", " "], "mode=edit needs an instruction"),
+        (["--device", "gpu"], "there is no device 'gpu'"),
+        (["--out", "result.jpg"], "--out must end in .png"),
+        (["--out", "photo.png/result.png"], "photo.png is no folder that may be written to"),
+        (["--batch-size", "2"], "are for tables: give --csv"),
+        (["--csv", "jobs.csv"], "leave out --image"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(tiny_model_dir, picture, tmp_path, changes, message):
-    base = ["--model", tiny_model_dir, "--image", picture, "--prompt", "x", "--out", tmp_path / "result.png"]
-    done = run_script("eval/edit.py", *base, *changes, check=False)
+def test_wrong_input_is_a_sentence_and_leaves_nothing(folder, changes, message):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises((InputError, typer.BadParameter), match=message) as error:
+        command("--model", "tiny", "--image", "photo.png", "--prompt", "x", "--out", "new/result.png", *changes)
+    assert "\n" not in str(error.value)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_wrong_input_is_exit_code_2(folder):
+    done = run_script("eval/edit.py", "--model", "tiny", "--prompt", "x", "--size", "2", "--out", "r.png", check=False)
     assert done.returncode == 2
-    assert f"error: {message}" in done.stderr
+    assert "--size" in done.stderr
+    assert "must look like 768x512, got '2'" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ({"images": []}, "1 to 3 images, got 0"),
-        ({"images": [Image.new("RGB", (8, 8))] * 4}, "1 to 3 images, got 4"),
-        ({"steps": 0}, "steps must be positive, got 0"),
-        ({"cfg_scale": 0.5}, "cfg_scale must be at least 1"),
-        ({"size": Size(0, 32)}, "size must be in multiples of 32, got 32x0"),
-    ],
-)
-def test_wrong_requests_are_refused(request_, message):
-    with pytest.raises(InputError, match=message):
-        EditRequest(**({"prompt": "x", "images": [Image.new("RGB", (64, 64))]} | request_))
-
-
-def test_a_bridge_refuses_guidance_before_anything_is_loaded(tiny_model_dir, bridge, picture):
-    editor = Editor(ModelDirectory.resolve(tiny_model_dir), bridge)
-    with pytest.raises(InputError, match=r"sampled without guidance: leave out cfg_scale=3\.0"):
-        editor.edit(EditRequest("x", [open_image(picture)], cfg_scale=3.0))
-    assert not {"denoiser", "vae", "prompt_encoder"} & vars(editor).keys()
-
-
-def test_the_editor_encodes_as_the_cache_does(tiny_model_dir, tmp_path):
-    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 3)), tmp_path / "cache", tiny_model_dir, negative=True)
-    editor = Editor(ModelDirectory.resolve(tiny_model_dir), dtype=torch.float32, geometry=GEOMETRY)
-    for record in CacheReader(tmp_path / "cache"):
-        images = [open_image(path) for path in record.row["edit_image"]]
-        request = EditRequest(record.row["prompt"], images, negative_prompt=record.row["negative_prompt"])
-        edit = editor.encode(request, guided=True)
-        assert torch.allclose(edit.source_latents[0], record.source_latents, atol=1e-5)
-        assert torch.allclose(edit.sub_noise[0], record.sub_noise, atol=1e-5)
-        assert torch.allclose(edit.condition.prompt_emb[0], record.prompt_emb, atol=1e-5)
-        assert edit.negative is not None
-        assert record.negative_prompt_emb is not None
-        assert torch.allclose(edit.negative.prompt_emb[0], record.negative_prompt_emb, atol=1e-5)
-        for latents, cached in zip(edit.condition.edit_latents, record.edit_latents, strict=True):
-            assert torch.allclose(latents[0], cached, atol=1e-5)
-
-
-def test_seed_prompt_and_adapter_decide_the_picture(flow_editor, editor, picture):
-    source = open_image(picture)
-
-    def edited(by: Editor, prompt: str = "x", seed: int = 0) -> Image.Image:
-        return by.edit(EditRequest(prompt, [source], steps=2, seed=seed)).image
-
-    def same(a: Image.Image, b: Image.Image) -> bool:
-        return ImageChops.difference(a, b).getbbox() is None
-
-    assert same(edited(flow_editor), edited(flow_editor))
-    assert not same(edited(flow_editor), edited(flow_editor, seed=1))
-    assert same(edited(editor), edited(editor, seed=1))  # a deterministic bridge draws nothing
-    assert not same(edited(editor), edited(editor, prompt="something else"))
-    assert not same(edited(editor), edited(flow_editor))
-
-
-def test_size_steps_and_references(flow_editor, picture):
-    source, steps = open_image(picture), []
-    request = EditRequest("x", [source, source.rotate(90)], steps=3, cfg_scale=1.0, size=Size(64, 96))
-    result = flow_editor.edit(request, lambda step, _: steps.append(step))
-    assert result.image.size == (96, 64)
-    assert steps == [1, 2, 3]
-    assert "negative_prompt" not in result.settings
-    assert json.loads(json.dumps(result.settings)) == result.settings
-
-
-def test_metadata_decides_the_sampler():
-    assert choose_sampler({}).sampler == FlowSampler(cfg_scale=4.0)
-    assert choose_sampler({}, cfg_scale=1.0).guided is False
-    drift = {"objective": "lbm", "loss": json.dumps({"prediction": "drift", "bridge_noise": 0.2, "sub_prob": 1})}
-    assert choose_sampler(drift).sampler == BridgeSampler("white", bridge_noise=0.2, prediction="drift")
-    assert choose_sampler({"objective": "lbm"}).steps == 4
-    with pytest.raises(InputError, match="objective is 'gan'"):
-        choose_sampler({"objective": "gan"})
-
-
-def test_metadata_decides_the_sizes():
-    assert trained_geometry({}) == DEFAULT_GEOMETRY
-    text = json.dumps({"max_pixels": 4096, "vision_pixels": 3136, "reference_pixels": None})
-    assert trained_geometry({"geometry": text}) == SMALL
+def test_what_is_no_picture_of_ours_is_said(tmp_path):
+    (tmp_path / "text.png").write_text("x")
+    with pytest.raises(InputError, match=r"text.png is not a readable PNG"):
+        read_png(tmp_path / "text.png")
+    with pytest.raises(InputError, match=r"gone.png: no such file"):
+        read_png(tmp_path / "gone.png")
