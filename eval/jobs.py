@@ -99,7 +99,7 @@ class Job:
         Raises:
             InputError: as `request`.
         """
-        picture = Image.new("RGB", (64, 64))
+        picture = Image.new("RGB", (64, 64), "white")  # as a mask: the edit may go everywhere
         return self.request([picture] * len(self.images), picture.convert("L") if self.mask else None)
 
     def reject(self, reason: str, path: Path | None = None) -> RejectedRow:
