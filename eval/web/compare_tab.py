@@ -18,12 +18,14 @@ from eval.metadata import adapter_file
 from eval.request import AdapterUse, EditRequest
 from eval.web.edit_tab import MAX_SEED, adapter_names
 from eval.web.form import BASE_MODEL, chosen_adapters
-from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words
+from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words, say_stopped
 from eval.web.limits import read_picture
 from eval.web.studio import Studio, picture_input, session_of
 from eval.web.votes import Choice, Contestant, Standing, Vote, append_vote, read_votes, standings
 
 FILE = "votes.jsonl"
+DRAWN = -1
+"""In the seed's field: draw one."""
 CHOICES: dict[str, Choice] = {"A is better": "A", "No difference": "tie", "B is better": "B"}
 EXPLANATION = (
     "Two adapters make the same edit from the same seed. Which is A and which is B is drawn anew each time, and told "
@@ -73,11 +75,11 @@ def make_pair(
     if not (values["prompt"] or "").strip():
         raise InputError("write an instruction: what should change?")
     found = studio.adapters()
-    seed = order.randint(0, MAX_SEED) if values["seed"] is None else int(values["seed"])
+    seed = order.randint(0, MAX_SEED) if values["seed"] in (None, DRAWN) else int(values["seed"])
     source = read_picture(values["source"], studio.limits)
     sides = [(name, chosen_adapters(name, 1.0, found)) for name in (first, second)]
     order.shuffle(sides)
-    base = EditRequest(values["prompt"].strip(), [source], seed=seed, steps=values["steps"])
+    base = EditRequest(values["prompt"].strip(), [source], seed=seed, steps=values["steps"] or None)
     requests = [replace(base, adapters=uses) for _, uses in sides]
     for request in requests:
         studio.editor.check(request)
@@ -140,19 +142,19 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
         with gr.Column(scale=4, min_width=300):
             with gr.Row():
                 first = names[1] if len(names) > 1 else BASE_MODEL
-                fields["first"] = gr.Dropdown(names, value=first, label="One adapter", elem_id="first", min_width=160)
+                fields["first"] = gr.Dropdown(names, value=first, label="One adapter", elem_id="first", min_width=260)
                 second = names[2] if len(names) > 2 else BASE_MODEL
-                fields["second"] = gr.Dropdown(names, value=second, label="The other", elem_id="second", min_width=160)
+                fields["second"] = gr.Dropdown(names, value=second, label="The other", elem_id="second", min_width=260)
             fields["source"] = picture_input("Source", 240, "compare-source")
             fields["prompt"] = gr.Textbox(label="Instruction", lines=2, max_length=4000, elem_id="compare-instruction")
             draw = gr.Button(
                 f"Draw one of {len(studio.examples)} examples", visible=bool(studio.examples), elem_id="draw"
             )
             with gr.Row():
-                empty: dict[str, Any] = {"value": None, "precision": 0, "min_width": 120}
-                fields["seed"] = gr.Number(label="Seed", info="Empty: drawn.", minimum=0, **empty)
+                number: dict[str, Any] = {"precision": 0, "min_width": 120}
+                fields["seed"] = gr.Number(DRAWN, label="Seed", info="-1: drawn.", elem_id="compare-seed", **number)
                 fields["steps"] = gr.Number(
-                    label="Steps", info="Empty: what suits each.", minimum=1, elem_id="compare-steps", **empty
+                    0, label="Steps", info="0: what suits each.", elem_id="compare-steps", **number
                 )
             with gr.Row():
                 run = gr.Button("Make the pair", variant="primary", elem_id="pair", scale=3)
@@ -205,7 +207,7 @@ def _connect_pair(studio: Studio, fields: dict[str, Any], buttons: tuple[gr.Butt
             return gr.skip()
 
     def stop(request: gr.Request) -> None:
-        studio.jobs.cancel(session_of(request))
+        say_stopped(studio.jobs.cancel(session_of(request)))
 
     started = run.click(
         pair,
@@ -217,7 +219,7 @@ def _connect_pair(studio: Studio, fields: dict[str, Any], buttons: tuple[gr.Butt
         show_progress_on=outputs[:2],
         api_visibility="private",
     )
-    cancel.click(stop, cancels=[started], queue=False, show_progress="hidden", api_visibility="private")
+    cancel.click(stop, cancels=[started], concurrency_limit=None, show_progress="hidden", api_visibility="private")
 
 
 def _connect_votes(path: Path, buttons: list[gr.Button], state: gr.State, outputs: list) -> None:

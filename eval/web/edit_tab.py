@@ -2,11 +2,11 @@
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.components import Component
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_prep.errors import InputError
 from eval.request import CONTROLLED, MASKED, ModeName
@@ -22,7 +22,7 @@ from eval.web.form import (
     STRENGTHS,
     make_request,
 )
-from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words
+from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words, say_stopped
 from eval.web.limits import read_picture
 from eval.web.results import Picture, beside, save_results, settings_html
 from eval.web.studio import Studio, picture_input, session_of
@@ -34,6 +34,13 @@ MAX_SEED = 2**31 - 1
 
 Fields = dict[str, Any]
 """Name -> Gradio component."""
+
+
+class Buttons(NamedTuple):
+    """That begin an edit, and end it."""
+
+    run: gr.Button
+    cancel: gr.Button
 
 
 @dataclass(frozen=True)
@@ -60,22 +67,27 @@ def build_edit_tab(studio: Studio) -> None:
     """Lays out the tab inside the page that is being built, and connects it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            fields = build_form(studio)
-            with gr.Row():
-                run = gr.Button("Edit", variant="primary", elem_id="run", scale=3)
-                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=1, min_width=90)
-        with gr.Column(scale=6, min_width=320):
+            fields, buttons = build_form(studio)
+        with gr.Column(scale=6, min_width=320, elem_classes="result-column"):
             outcome = build_outcome()
-    connect_edit(studio, fields, outcome, run, cancel)
+    connect_edit(studio, fields, outcome, buttons)
 
 
-def build_form(studio: Studio) -> Fields:
+def build_form(studio: Studio) -> tuple[Fields, Buttons]:
     """The left column; names as `form.make_request` reads them."""
-    abilities = studio.editor.abilities
+    modes = studio.editor.abilities.modes
     fields: Fields = {}
+    fields["mode"] = gr.Dropdown(
+        [(MODE_NAMES[mode], mode) for mode in modes],
+        label="Mode",
+        value=modes[0],
+        info=MODE_HINTS[modes[0]],
+        elem_id="mode",
+        filterable=False,
+    )
     fields["source"] = picture_input("Source", 330, "source")
     fields["painting"] = gr.ImageEditor(
-        label="Paint over what may change",
+        label="Paint what may change",
         elem_id="painting",
         type="pil",
         image_mode="RGBA",
@@ -83,41 +95,38 @@ def build_form(studio: Studio) -> Fields:
         sources=(),
         transforms=(),
         layers=False,
-        brush=gr.Brush(default_size=36, colors=["#e5484d"], color_mode="fixed"),
+        brush=gr.Brush(default_size=60, colors=["#e5484d"], color_mode="fixed"),
         height=460,
         visible=False,
     )
     repaint = gr.Button("Take another picture", size="sm", visible=False, elem_id="another")
+    groups = _build_knobs(fields)
     fields["prompt"] = gr.Textbox(
         label="Instruction",
         lines=2,
         max_lines=6,
         max_length=4000,
         placeholder="Remove the sticker from the photograph.",
-        info="Ctrl+Enter starts the edit.",
         elem_id="instruction",
     )
-    fields["mode"] = gr.Dropdown(
-        [(MODE_NAMES[mode], mode) for mode in abilities.modes],
-        label="Mode",
-        value=abilities.modes[0],
-        info=MODE_HINTS[abilities.modes[0]],
-        elem_id="mode",
-        filterable=False,
-    )
-    groups = _build_knobs(fields)
-    _build_adapter(studio, fields)
     with gr.Row():
-        fields["seed"] = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed", min_width=120)
-        new_seed = gr.Button("New seed", elem_id="new-seed", min_width=90, scale=0, elem_classes="beside-field")
-        fields["count"] = gr.Slider(
-            1, studio.limits.max_count, 1, step=1, label="Pictures", elem_id="count", min_width=160
-        )
-    _build_references(fields, abilities.max_images)
+        run = gr.Button("Edit (Ctrl+Enter)", variant="primary", elem_id="run", scale=3)
+        cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=1, min_width=90)
+    _build_adapter(studio, fields)
+    _build_seed(studio, fields)
+    _build_references(fields, studio.editor.abilities.max_images)
     _build_advanced(studio, fields)
-    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=fields["seed"], queue=False, api_visibility="private")
     _connect_mode(fields, groups, repaint, studio)
-    return fields
+    return fields, Buttons(run, cancel)
+
+
+def _build_seed(studio: Studio, fields: Fields) -> None:
+    with gr.Row():
+        fields["seed"] = gr.Number(label="Seed", value=0, precision=0, elem_id="seed", min_width=100)
+        new_seed = gr.Button("New seed", elem_id="new-seed", min_width=90, scale=0, elem_classes="beside-field")
+        most = studio.limits.max_count
+        fields["count"] = gr.Slider(1, most, 1, step=1, label="Pictures", elem_id="count", min_width=200)
+    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=fields["seed"], queue=False, api_visibility="private")
 
 
 def _build_knobs(fields: Fields) -> dict[str, gr.Group]:
@@ -205,15 +214,16 @@ def _build_advanced(studio: Studio, fields: Fields) -> None:
         with gr.Row():
             fields["shape"] = gr.Dropdown(list(SHAPES), value=AS_SOURCE, label="Shape", elem_id="shape", min_width=140)
             fields["width"] = gr.Number(
-                label="Width", precision=0, step=32, visible=False, min_width=100, elem_id="width"
+                label="Width", value=0, precision=0, step=32, visible=False, min_width=100, elem_id="width"
             )
             fields["height"] = gr.Number(
-                label="Height", precision=0, step=32, visible=False, min_width=100, elem_id="height"
+                label="Height", value=0, precision=0, step=32, visible=False, min_width=100, elem_id="height"
             )
         with gr.Row():
-            unset: dict[str, Any] = {"value": None, "info": "Empty: what suits.", "min_width": 140}
-            fields["steps"] = gr.Number(label="Steps", precision=0, minimum=1, elem_id="steps", **unset)
-            fields["cfg_scale"] = gr.Number(label="Guidance", minimum=1, step=0.5, elem_id="cfg-scale", **unset)
+            # Gradio sends 0 for a field that nobody filled in, so 0 has to be what stands for nothing.
+            unset: dict[str, Any] = {"value": 0, "info": "0: what suits.", "min_width": 140}
+            fields["steps"] = gr.Number(label="Steps", precision=0, elem_id="steps", **unset)
+            fields["cfg_scale"] = gr.Number(label="Guidance", step=0.5, elem_id="cfg-scale", **unset)
         fields["sampler"] = gr.Dropdown(
             [BY_DEFAULT, *samplers], value=BY_DEFAULT, label="Sampler", elem_id="sampler", visible=bool(samplers)
         )
@@ -283,7 +293,9 @@ def canvas(source: str, studio: Studio) -> Any:
     """The picture to paint on, no larger than the canvas, as the paint box takes it."""
     with errors_in_words("Opening the picture"):
         image = read_picture(source, studio.limits)
-        image.thumbnail((CANVAS, CANVAS), Image.Resampling.LANCZOS)
+        image = ImageOps.contain(
+            image, (CANVAS, CANVAS), Image.Resampling.LANCZOS
+        )  # small ones grow: one brush fits all
         return {"background": image, "layers": [], "composite": None}
 
 
@@ -298,6 +310,8 @@ def build_outcome() -> Outcome:
         columns=4,
         height=150,
         allow_preview=False,
+        object_fit="contain",
+        show_label=False,
         visible=False,
         interactive=False,
         elem_id="gallery",
@@ -309,7 +323,7 @@ def build_outcome() -> Outcome:
     return Outcome(slider, gallery, download, settings, details, gr.State([]), gr.State(None))
 
 
-def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, run: gr.Button, cancel: gr.Button) -> None:
+def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, buttons: Buttons) -> None:
     """Buttons and what they do."""
 
     # Gradio passes a set of inputs as one dictionary, and finds the request and the progress by their annotations.
@@ -335,10 +349,9 @@ def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, run: gr.Butto
             return [slider, *others]
 
     def stop(request: gr.Request) -> None:
-        running = studio.jobs.cancel(session_of(request))
-        gr.Info("Stopped." if running else "Nothing of yours is running now.", duration=4)
+        say_stopped(studio.jobs.cancel(session_of(request)))
 
-    started = run.click(
+    started = buttons.run.click(
         edit,
         set(fields.values()),
         outcome.parts,
@@ -347,10 +360,13 @@ def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, run: gr.Butto
         trigger_mode="once",
         show_progress="full",
         show_progress_on=outcome.slider,
+        scroll_to_output=True,  # on a telephone the result is far below
         api_visibility="private",
     )
     # A waiting edit leaves the queue; of a running one Gradio waits for the thread, which `stop` ends at its next step.
-    cancel.click(stop, cancels=[started], queue=False, show_progress="hidden", api_visibility="private")
+    buttons.cancel.click(
+        stop, cancels=[started], concurrency_limit=None, show_progress="hidden", api_visibility="private"
+    )
     shown = [outcome.slider, outcome.download, outcome.settings, outcome.details]
     outcome.gallery.select(
         choose, [outcome.pictures, outcome.source], shown, show_progress="hidden", api_visibility="private"

@@ -93,8 +93,8 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         feather=float(values["feather"]) if mode in MASKED else 8.0,
         focus=_focus(values) if mode == "focus" else None,
         controls=_controls(values) if mode in CONTROLLED else (),
-        steps=_whole(values["steps"], "steps"),
-        cfg_scale=values["cfg_scale"],
+        steps=_whole(values["steps"], "steps") or None,
+        cfg_scale=values["cfg_scale"] or None,
         strength=_strength(mode, values["strength"]),
         sampler=None if values["sampler"] == BY_DEFAULT else values["sampler"],
         seed=_whole(values["seed"], "seed", 0),
@@ -163,7 +163,7 @@ def _shape(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["shape"] != EXACT:
         return {"aspect": values["shape"]}
     height, width = (_whole(values[name], name) for name in ("height", "width"))
-    if height is None or width is None:
+    if not height or not width:
         raise InputError("give the width and the height, in multiples of 32")
     return {"size": Size(height, width)}
 

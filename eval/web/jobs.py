@@ -71,6 +71,13 @@ class Jobs:
                 stop.set()
 
 
+def say_stopped(was_running: bool) -> None:
+    """The answer to the cancel button."""
+    gr.Info(
+        "It stops at its next step." if was_running else "None of your edits is running.", title="Cancel", duration=4
+    )
+
+
 @contextmanager
 def errors_in_words(doing: str) -> Iterator[None]:
     """What goes wrong is a sentence on the page; what is not the user's to mend is also in the log, with its traceback.

@@ -77,4 +77,4 @@ def _text(value: Any) -> str:
         return f"{value:g}"
     if value is None:
         return "–"
-    return re.sub(r"\s+", " ", value).strip() if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"\s+", " ", value).strip() or "–" if isinstance(value, str) else json.dumps(value)
