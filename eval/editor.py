@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_prep.encoders import MAX_IMAGES, VAE
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, to_image
+from data_prep.geometry import Geometry, Size, fit, to_image
 from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
@@ -118,7 +118,7 @@ class Editor(BaseEditor):
         """Pictures, each the number of its job and a seed; those of one group are sampled together."""
         place, first = self.components.placement.device, jobs[0]
         clock = _Clock(place)
-        maps = [self._maps(job.request) for job in jobs]
+        maps = [self._maps(job) for job in jobs]
         with self.components.encoders() as (vae, prompt_encoder), clock:
             encoded = [
                 _encode(RequestEncoder(vae, prompt_encoder, job.geometry, place), job, some)
@@ -156,10 +156,12 @@ class Editor(BaseEditor):
         random = PictureRandom([seed for _, seed in group])
         return plan.sampler(several[0].velocity(denoiser), edit, plan.steps, random, report, keep, **own)
 
-    def _maps(self, request: EditRequest) -> list[Image.Image]:
-        """Of the first image, one per control."""
-        depth = self._depth if any(control.kind == "depth" for control in request.controls) else None
-        return [make_map(control, request.images[0], depth) for control in request.controls]
+    def _maps(self, job: Job) -> list[Image.Image]:
+        """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
+        controls, image = job.request.controls, job.request.images[0]
+        depth = self._depth if any(control.kind == "depth" for control in controls) else None
+        image = fit(image, job.geometry.reference_size(Size.of(image)))
+        return [make_map(control, image, depth) for control in controls]
 
     @cached_property
     def _depth(self) -> DepthModel:
