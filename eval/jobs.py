@@ -151,18 +151,18 @@ def read_jobs(
     entries: list[Job | RejectedRow] = []
     seen: set[str] = set()
     for number, cells in enumerate(read_file(table, check), start=1):
-        default_id = f"row-{number:06d}"
+        id = f"row-{number:06d}"
         try:
             if isinstance(cells, BadRow):
                 raise cells
-            job = _job(number, _known(cells), root, photographs, options)
-            if "id" in cells and not is_absent(cells["id"]):
-                if job.id in seen:
-                    raise BadRow(f"the id {job.id!r} is already used by an earlier row")
-                seen.add(job.id)
-            entries.append(job)
+            texts = _known(cells)
+            id = texts.get("id", id)
+            if id in seen:
+                raise BadRow(f"the id {id!r} is already used by an earlier row")
+            seen.add(id)
+            entries.append(_job(number, texts, root, photographs, options))
         except (BadRow, InputError) as error:
-            entries.append(RejectedRow(number, default_id, str(table), str(error)))
+            entries.append(RejectedRow(number, id, str(table), str(error)))
     if not entries:
         raise InputError(f"{table} has no rows")
     return entries

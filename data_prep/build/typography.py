@@ -117,7 +117,7 @@ def check_font(path: Path) -> None:
 @lru_cache(maxsize=16)
 def characters(path: Path) -> frozenset[int]:
     """The code points that a font has pictures for. Of a collection it is the first font."""
-    with TTFont(path, fontNumber=0, lazy=True) as font:
+    with open(path, "rb") as file, TTFont(file, fontNumber=0, lazy=True) as font:  # which leaves a bad file open
         return frozenset(font.getBestCmap() or ())
 
 
