@@ -6,18 +6,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import distance_transform_edt
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
     DPTImageProcessor,
+    pipeline,
 )
 
 from data_prep.errors import InputError
+from data_prep.geometry import Geometry, Size, fit
+from data_prep.model_dir import ModelDirectory
 from eval.control import Strengthened, make_map
-from eval.depth import DepthModel, load_depth_model
-from eval.request import Control
+from eval.depth import load_depth_model
+from eval.editor import Editor
+from eval.request import Control, EditRequest
 from losses.batch import Condition
 from scripts import photographs
 
@@ -130,8 +135,6 @@ def depth_folder(request, tmp_path_factory):
 
 def test_depth_is_the_librarys_near_in_white(depth_folder, monkeypatch):
     """Against transformers' pipeline, which has its own resizing: the order of points, and black to white."""
-    from transformers import pipeline
-
     photograph = ImageOps.fit(photographs.load(photographs.HELD_OUT[0]), (80, 64))
     monkeypatch.setenv("DEPTH_MODEL", str(depth_folder))
     drawn = make_map(Control("depth"), photograph, load_depth_model())
@@ -150,7 +153,6 @@ def test_a_flat_depth_is_black(depth_folder):
     for weight in depth.model.head.parameters():
         weight.data.zero_()
     assert values(make_map(Control("depth"), disc((9, 9, 9), (200, 0, 0)), depth)).max() == 0
-    assert isinstance(depth, DepthModel)
 
 
 def test_a_depth_model_that_cannot_be_had_says_how_to_get_one(depth_folder, tmp_path, monkeypatch):
@@ -174,8 +176,6 @@ def test_a_depth_model_that_cannot_be_had_says_how_to_get_one(depth_folder, tmp_
 
 
 def test_missing_tensors_are_not_left_random(depth_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     for file in depth_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(depth_folder / "model.safetensors")
@@ -230,3 +230,20 @@ def test_several_controls_add_up_and_other_conditions_pass_through():
     halves = toy(LATENTS, SIGMA, negative) / 2 + toy(LATENTS, SIGMA, condition(6.0)) / 2
     assert torch.allclose(twice(LATENTS, SIGMA, negative), halves, rtol=0, atol=1e-14)
     assert torch.allclose(twice(LATENTS, SIGMA, base), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("depth_folder", ["relative"], indirect=True)
+def test_the_editor_shows_depth_to_the_model_and_asks_for_it_first(tiny_model_dir, depth_folder):
+    photograph = photographs.load(photographs.HELD_OUT[0])
+    geometry = Geometry(max_pixels=64 * 64, vision_pixels=64 * 64)
+    request = EditRequest("Make it darker.", [photograph], "control", controls=[Control("depth", 0.5)], steps=1)
+    editor = Editor(ModelDirectory(tiny_model_dir), geometry=geometry, depth_model=str(depth_folder))
+    result = editor.edit(request)[0]
+    depth = load_depth_model(str(depth_folder))
+    shown = fit(photograph, geometry.reference_size(Size.of(photograph)))
+    assert result.maps[0].tobytes() == make_map(request.controls[0], shown, depth).tobytes()
+    without = editor.edit(EditRequest(request.prompt, [photograph], steps=1))[0]
+    assert without.image.tobytes() != result.image.tobytes()
+    nowhere = Editor(ModelDirectory(tiny_model_dir), geometry=geometry, depth_model="/nowhere/depth")
+    with pytest.raises(InputError, match="no model at /nowhere/depth"):
+        nowhere.edit(request)
