@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import os
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from data_prep.cli import OnError, run_command
@@ -232,7 +233,11 @@ def edit_image(
     request = EditRequest(images=images, mask=opened, **values)
     editor = base.open(placement)
     editor.check(request)
-    results = editor.edit(request, show_step)
+    try:
+        results = editor.edit(request, show_step)
+    except torch.OutOfMemoryError as error:
+        print(f"{error}\nout of memory: a smaller --size, --offload or --weights needs less", file=sys.stderr)
+        raise typer.Exit(1) from None
     if made:
         made.check_model(results[0].settings)
     for name, result in zip(numbered(out.name, request.count), results, strict=True):

@@ -1,5 +1,8 @@
 """The command that edits one image, and the PNG that says how it was made."""
 
+import re
+import shlex
+import shutil
 from xml.etree import ElementTree
 
 import numpy as np
@@ -7,14 +10,16 @@ import pytest
 import typer
 from PIL import Image
 
+from data_prep.build.overlay_style import PARSERS as STYLE
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.images import file_digest
 from eval.edit import edit
+from eval.jobs import COLUMNS
 from eval.provenance import read_png
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
-from tests.commands import run_script
+from tests.commands import ROOT, run_script
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 
@@ -186,3 +191,25 @@ def test_what_is_no_picture_of_ours_is_said(tmp_path):
         read_png(tmp_path / "text.png")
     with pytest.raises(InputError, match=r"gone.png: no such file"):
         read_png(tmp_path / "gone.png")
+
+
+def test_every_command_of_the_docs_runs(folder, tiny_model_dir, tmp_path, monkeypatch):
+    text = (ROOT / "docs/editing.md").read_text(encoding="utf-8")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CHECKPOINT_DIR")
+    (tmp_path / "note.txt").write_text("a note")
+    (tmp_path / "jobs.csv").write_text(re.findall(r"```csv\n(.*?)```", text, re.DOTALL)[0])
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for line in lines:
+        words = shlex.split(line.replace("models/tiny", str(tiny_model_dir)).partition("eval/edit.py ")[2])
+        quick = [] if "--repeat" in words else ["--max-pixels", "4096", "--vision-pixels", "3136", "--steps", "2"]
+        command(*words, *quick)
+    made = ["again.png", "another.png", "result.png", "variation-1.png", "variation-2.png", "variation-3.png"]
+    assert all((tmp_path / name).is_file() for name in made)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "result.png").read_bytes()
+    assert (tmp_path / "results/results.csv").read_text().count("\n") == 3
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert set(COLUMNS) - {"image_2", "image_3", *STYLE} <= documented
