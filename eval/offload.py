@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from diffusers.hooks.group_offloading import apply_group_offloading
 from peft.tuners.lora import LoraLayer
 
 from train.denoiser import Denoiser
@@ -18,6 +17,8 @@ def stream_layers(denoiser: Denoiser, device: torch.device, folder: Path | None 
     Args:
         folder: let the layers wait in files there instead of in memory.
     """
+    from diffusers.hooks.group_offloading import apply_group_offloading  # nobody else waits for it
+
     cuda = device.type == "cuda"
     apply_group_offloading(
         denoiser,

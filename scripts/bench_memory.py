@@ -3,12 +3,12 @@
     python scripts/bench_memory.py --model models/tiny
     python scripts/bench_memory.py --model models/tiny --grow 7 --size 512 --device cuda
 
-Each option edits one picture in a process of its own, several times; the first is not timed. Measured: bytes of the transformer's weights
-on the device and waiting beside it, the most memory that the process took for loading and editing (torch's on cuda; on the CPU
-what the process held above what its libraries need), seconds for one edit (on the CPU: of processor time), and how far the picture is from that of full
-weights. Then one picture through the VAE, whole and in tiles. Prints tables. `--grow` puts a random transformer of that many
-blocks, of 75 MB each in bfloat16, into a copy of the model: its figures of memory and time mean more than the tiny one's, its
-pictures nothing.
+Each option edits one picture in a process of its own, several times; the first is not timed. Measured: bytes of the
+transformer's weights, and how many of them are on the device between edits; the most memory that loading and editing took
+(torch's on cuda; on the CPU what the process held above what its libraries need); seconds for one edit (on the CPU: of
+processor time); and how far the picture is from that of full weights. Then one picture through the VAE, whole and in tiles.
+Prints tables. `--grow` puts a random transformer of that many blocks, of 75 MB each in bfloat16, into a copy of the model:
+its figures of memory and time mean more than the tiny one's, its pictures nothing.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def report(found: Mapping[str, Figures]) -> None:
     print("| option | transformer's weights | on the device between edits | peak | seconds per edit | picture |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, figures in found.items():
-        row = [f"{size / MIB:.1f} MiB" for size in (figures.stored, figures.on_device, figures.peak)]
+        row = [f"{size / MIB:.1f} MiB" if size else "" for size in (figures.stored, figures.on_device, figures.peak)]
         time_taken = f"{figures.seconds:.2f} ({figures.seconds / first.seconds:.2f}x)"
         print(f"| {name} | {' | '.join(row)} | {time_taken} | {psnr(figures.picture, first.picture)} |", flush=True)
 

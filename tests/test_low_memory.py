@@ -1,6 +1,7 @@
 """What saves memory: each option against full weights, and what cannot be served refused before anything is loaded."""
 
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import gguf
@@ -19,11 +20,13 @@ from eval.offload import keep_adapters_on, stream_layers
 from eval.placement import Placement, make_placement
 from eval.quantize import ScaledLinear, round_rows
 from eval.request import AdapterUse
+from scripts import bench_memory as bench
 from tests.test_adapter import close, fresh, trained
 from tests.test_components import velocity
 from train.denoiser import Denoiser
 
 F32 = torch.float32
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +55,20 @@ def dora(tiny_model_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def gguf_files(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
-    """The tiny transformer in GGUF: everything F16, and the blocks' linear layers Q8_0 under ComfyUI's prefix."""
+    """The tiny transformer in GGUF: everything but one layer F16, and the blocks' layers Q8_0 under ComfyUI's prefix."""
     folder = tmp_path_factory.mktemp("gguf")
     weights = fresh(tiny_model_dir).dit.state_dict()
-    for kind, prefix in {"F16": "", "Q8_0": "model.diffusion_model."}.items():
-        writer = gguf.GGUFWriter(folder / f"{kind}.gguf", "qwen_image")
-        for name, weight in weights.items():
-            q8 = kind == "Q8_0" and weight.ndim == 2 and weight.shape[1] % 32 == 0
-            if q8:
-                quant = gguf.GGMLQuantizationType.Q8_0
-                writer.add_tensor(prefix + name, gguf.quantize(weight.numpy(), quant), raw_dtype=quant)
-            else:
-                writer.add_tensor(prefix + name, weight.numpy().astype(np.float16 if weight.ndim == 2 else np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    bench.write_gguf(weights, folder / "Q8_0.gguf", prefix="model.diffusion_model.")
+    writer = gguf.GGUFWriter(folder / "F16.gguf", "qwen_image")
+    for name, weight in weights.items():
+        if name == "img_in.weight":
+            writer.add_tensor(name, gguf.quantize(weight.numpy(), Q8_0), raw_dtype=Q8_0)
+        else:
+            writer.add_tensor(name, weight.numpy().astype(np.float16 if weight.ndim == 2 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return {kind: folder / f"{kind}.gguf" for kind in ("F16", "Q8_0")}
 
 
@@ -99,7 +100,7 @@ def test_round_rows_is_as_near_as_the_format_allows(stored, bits, largest):
 # was measured, and a quantisation that does nothing falls below the lower ones.
 @pytest.mark.parametrize(
     ("weights", "share", "low", "high"),
-    [("int8", 0.28, 1e-4, 0.02), ("fp8", 0.28, 1e-3, 0.06), ("nf4", 0.18, 1e-2, 0.3)],
+    [("int8", 0.28, 1e-4, 0.02), ("fp8", 0.28, 1e-3, 0.06), ("nf4", 0.18, 1e-2, 0.18)],
 )
 def test_quantised_weights(model, base, adapter, dora, weights, share, low, high):
     full = fresh(model.path)
@@ -148,8 +149,11 @@ def test_weights_are_rounded_one_at_a_time(model, monkeypatch):
 def test_gguf(model, base, adapter, gguf_files, tmp_path):
     expected = fresh(model.path).dit.state_dict()
     exact = load_placed_denoiser(model, Placement(dtype=F32, gguf=gguf_files["F16"]))
-    for name, weight in exact.dit.state_dict().items():
-        assert torch.equal(weight, expected[name].half().float() if weight.ndim == 2 else expected[name]), name
+    img_in = expected.pop("img_in.weight").numpy()
+    rounded = torch.from_numpy(gguf.dequantize(gguf.quantize(img_in, Q8_0), Q8_0))
+    assert torch.equal(exact.dit.img_in.weight, rounded)  # outside the blocks nothing stays quantised
+    for name, weight in expected.items():
+        assert torch.equal(exact.dit.get_parameter(name), weight.half().float() if weight.ndim == 2 else weight), name
     components = Components(model, Placement(dtype=F32, gguf=gguf_files["Q8_0"]))
     with components.denoiser() as denoiser:
         assert 1e-4 < error(velocity(denoiser), base) < 0.02
@@ -283,6 +287,21 @@ def test_tiles_have_no_seams(model):
     assert float((jumps - expected).abs().max()) < 0.1 * float(expected.max())
     small = torch.zeros(1, 3, 64, 64)
     assert torch.equal(tiled.encode(small), plain.encode(small))  # one tile is the whole
+
+
+def test_bench_measures_an_edit(model, tmp_path):
+    """int8 of 96-wide blocks: a byte a weight, two more of scale and two of bias for each output; bfloat16 around them."""
+    args = Namespace(device="cpu", dtype="bfloat16", size=64, steps=1, repeat=1)
+    full, int8 = (
+        bench.measure_edit(model.path, args, s, tmp_path / f"{i}") for i, s in enumerate([{}, {"weights": "int8"}])
+    )
+    shapes = model.shapes("transformer")
+    assert full.stored == full.on_device == 2 * sum(math.prod(shape) for shape in shapes.values())
+    matrices = [s for name, s in shapes.items() if len(s) == 2 and name.startswith("transformer_blocks.")]
+    assert full.stored - int8.stored == sum(math.prod(shape) - 2 * shape[0] for shape in matrices)
+    assert full.seconds > 0
+    assert bench.psnr(f"{full.picture}.npy", f"{full.picture}.npy") == "same"
+    assert 25 < float(bench.psnr(f"{full.picture}.npy", f"{int8.picture}.npy").removesuffix(" dB")) < 70
 
 
 def test_encoders_on_another_device(model):
