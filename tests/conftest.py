@@ -7,10 +7,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.commands import run_script
 
 torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None)  # an example may take its time on a busy machine
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

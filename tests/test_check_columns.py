@@ -44,7 +44,7 @@ def peak_after(number):
     return int(lines["VmHWM"].split()[0]) * 1024
 
 few = peak_after(40_000)
-print((peak_after(200_000) - few) / 160_000)
+print((peak_after(150_000) - few) / 110_000)
 """
 
 
