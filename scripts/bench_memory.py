@@ -13,7 +13,6 @@ its figures of memory and time mean more than the tiny one's, its pictures nothi
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -123,11 +122,26 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def peak(device: torch.device) -> int:
-    """The most bytes held so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class PeakMemory:
+    """The most bytes held since it was made: by torch on cuda, else by the process, above what it held then. Linux only."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high water mark
+        self.before = 0 if device.type == "cuda" else _resident("VmHWM")
+
+    def bytes(self) -> int:
+        """So far."""
+        highest = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
+        return highest - self.before
+
+
+def _resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> float:
@@ -143,10 +157,10 @@ def measure_edit(model: Path, args: argparse.Namespace, settings: dict[str, Any]
     placement = make_placement(args.device, args.dtype, **settings)
     editor = Editor(ModelDirectory.resolve(model), placement, Geometry(max_pixels=args.size**2))
     request = EditRequest("make it blue", [example(args.size)], steps=args.steps, cfg_scale=1.0, sampler="flow")
-    before = 0 if placement.device.type == "cuda" else peak(placement.device)
+    memory = PeakMemory(placement.device)
     result = editor.edit(request)[0]
     seconds = min(timed(placement.device, lambda: editor.edit(request)) for _ in range(args.repeat))
-    highest = peak(placement.device) - before
+    highest = memory.bytes()
     np.save(picture, np.asarray(result.image))
     with editor.components.denoiser() as denoiser:
         sizes = [(tensor.numel() * tensor.element_size(), tensor.device) for tensor in tensors(denoiser.dit)]
@@ -160,12 +174,12 @@ def measure_vae(model: Path, args: argparse.Namespace, tiled: bool, picture: Pat
     plain = load_vae(ModelDirectory.resolve(model), placement.device, placement.dtype)
     vae = PlacedVAE(plain, placement.device, tiled)
     pixels = torch.from_numpy(np.asarray(example(args.vae_size))).permute(2, 0, 1)[None] / 127.5 - 1
-    before = peak(placement.device)
+    memory = PeakMemory(placement.device)
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels)).cpu()
         seconds = timed(placement.device, lambda: vae.decode(vae.encode(pixels)).cpu())
     np.save(picture, ((decoded[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy())
-    return Figures(0, 0, peak(placement.device) - before, seconds, str(picture))
+    return Figures(0, 0, memory.bytes(), seconds, str(picture))
 
 
 def example(size: int) -> Image.Image:
