@@ -13,8 +13,12 @@ MAX_POINTS = 160
 """Longer series are averaged into so many points."""
 
 
-def line_chart(series: Mapping[str, Points], x_label: str) -> Markup:
-    """Draws named series of (x, y) in one pair of axes, with a legend.
+Whiskers = Sequence[tuple[float, float, float]]
+"""x, low, high."""
+
+
+def line_chart(series: Mapping[str, Points], x_label: str, intervals: Mapping[str, Whiskers] | None = None) -> Markup:
+    """Draws named series of (x, y) in one pair of axes, with a legend; `intervals` are drawn as bars behind their series.
 
     Raises:
         ValueError: there is no point to draw.
@@ -24,7 +28,9 @@ def line_chart(series: Mapping[str, Points], x_label: str) -> Markup:
         raise ValueError("a chart needs at least one point")
     everything = [point for points in thinned.values() for point in points]
     x_ticks = ticks(min(x for x, _ in everything), max(x for x, _ in everything))
-    y_ticks = ticks(min(y for _, y in everything), max(y for _, y in everything))
+    bars = {name: bars for name, bars in (intervals or {}).items() if name in thinned}
+    heights = [y for _, y in everything] + [end for some in bars.values() for _, *ends in some for end in ends]
+    y_ticks = ticks(min(heights), max(heights))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -40,7 +46,12 @@ def line_chart(series: Mapping[str, Points], x_label: str) -> Markup:
         x, _ = place(tick, y_ticks[0])
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>')
-    for number, points in enumerate(thinned.values()):
+    for number, (name, points) in enumerate(thinned.items()):
+        for x, low, high in bars.get(name, ()):
+            (across, bottom), (_, top) = place(x, low), place(x, high)
+            parts.append(
+                f'<line class="line-{number % 6} bar" x1="{across:.1f}" x2="{across:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
+            )
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         parts.append(f'<polyline class="line-{number % 6}" points="{path}"/>')
         if len(points) < 12:

@@ -1,6 +1,7 @@
 """How close a picture is to the one that it should be, without any weights."""
 
 import statistics
+from typing import Any
 
 import torch
 from skimage.metrics import structural_similarity
@@ -48,7 +49,7 @@ def psnr(prediction: Tensor, target: Tensor) -> float:
 
 
 def ssim(prediction: Tensor, target: Tensor) -> float:
-    """Structural similarity of RGB pictures (3, H, W) in [0, 1]: Gaussian window of 11 pixels, sigma 1.5."""
+    """Structural similarity of RGB pictures (3, H, W) in [0, 1]: Gaussian windows of 11 pixels, sigma 1.5, wherever one fits."""
     return ssim_map(prediction, target)[0]
 
 
@@ -57,9 +58,10 @@ def ssim_map(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:
     arrays = (
         pixels.double().numpy() for pixels in (prediction, target)
     )  # float32 rounds the variances of smooth areas
-    mean, full = structural_similarity(
+    found: Any = structural_similarity(
         *arrays, channel_axis=0, data_range=1.0, gaussian_weights=True, use_sample_covariance=False, full=True
     )
+    mean, full = found
     return float(mean), torch.from_numpy(full).mean(0)
 
 

@@ -1,9 +1,9 @@
-"""Scores adapters on a dataset file and writes `metrics.json`, `report.html` and a picture grid for each.
+"""Scores adapters on a dataset file and writes `report.json`, `report.html` and every picture.
 
-    python eval/run.py --model models/tiny --adapter runs/lbm/checkpoints/step-000400 \
-        --dataset pairs.json --root photos --steps 1,2,4 --out runs/scores
+    python eval/run.py --model models/tiny --adapter runs/lbm --adapter runs/flow --base \
+        --dataset pairs.json --root photos --steps 1,4 --out runs/scores
 
-Without `--adapter` the base model is scored.
+Without `--adapter` the base model is scored. docs/evaluation.md says what is measured and how it is read.
 """
 
 import sys
@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import gc
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -24,17 +25,40 @@ import typer
 from data_prep.cache import build_cache
 from data_prep.cli import OnErrorName, run_command
 from data_prep.encode import Encoders
-from data_prep.encoders import load_prompt_encoder, load_vae
 from data_prep.errors import InputError
 from data_prep.files import write_text
+from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
 from data_prep.rows import RejectedRow, Row, read_rows
-from eval.editor import Editor
-from eval.metadata import choose_geometry, choose_sampler, read_metadata
-from eval.options import DEVICE, DTYPE, CfgScale, Device, Dtype, MaxPixels, Model, Seed, VisionPixels
-from eval.report import RunSummary, print_table, write_report
+from eval.card import CardRequest, check_card, write_card
+from eval.components import Components, Placement
+from eval.evaluation import Report, build_report
+from eval.evaluation_page import print_report, write_page
+from eval.metadata import SamplerChoice, choose_geometry, choose_sampler, read_metadata
+from eval.options import (
+    DEVICE,
+    DTYPE,
+    CfgScale,
+    Device,
+    Dtype,
+    MaxPixels,
+    Model,
+    Seed,
+    VisionPixels,
+    option,
+    parse_adapter,
+)
+from eval.places import find_model
+from eval.publish import check_push, push
+from eval.recorder import Recorder
+from eval.report import OBJECTIVES
+from eval.request import AdapterUse
+from eval.scores.catalog import ALL, METRICS, load_battery
+from eval.scores.metric import check_names
+from eval.scores.places import CLIP, DINO, Places
 from eval.validation import Validation
+from eval.wandb_table import log_wandb
 
 ENCODERS = ("vae", "text_encoder", "processor")
 BASE = "base"
@@ -49,13 +73,42 @@ def parse_steps(text: str) -> list[int]:
         raise typer.BadParameter(f"must look like 1,2,4, got {text!r}") from None
 
 
+def parse_metrics(text: str) -> list[str]:
+    """`psnr,ssim`, or `all`."""
+    names = [name.strip() for name in text.split(",")]
+    check_names([name for name in names if name != ALL], list(METRICS))
+    return names
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter, or the base model, and how it is sampled."""
+
+    name: str
+    use: AdapterUse | None
+    geometry: Geometry
+    choice: SamplerChoice
+
+    @property
+    def objective(self) -> str:
+        """In words."""
+        name = type(self.choice.sampler).__name__
+        return OBJECTIVES.get(name, name)
+
+
 def score(
     *,
     model: Model,
     adapter: Annotated[
-        list[Path] | None,
-        typer.Option(help="Checkpoint folder or safetensors file; repeatable.", show_default="the base model"),
+        list[AdapterUse] | None,
+        typer.Option(
+            parser=option(parse_adapter),
+            metavar="PATH[:WEIGHT]",
+            help="Run, checkpoint or safetensors file; repeatable, each is scored by itself.",
+            show_default="the base model",
+        ),
     ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the model without an adapter too.")] = False,
     dataset: Annotated[str, typer.Option(help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset.")],
     root: Annotated[
         str | None, typer.Option(help="Folder that the rows' paths are relative to.", show_default="the dataset's own")
@@ -70,6 +123,33 @@ def score(
         int | None, typer.Option(help="Score so many rows, chosen by the seed.", show_default="all")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of one size sampled together.")] = 1,
+    metrics: Annotated[
+        list | None,
+        typer.Option(
+            parser=option(parse_metrics),
+            metavar="NAME,…|all",
+            help=f"What to measure, fetching weights: {', '.join(METRICS)}.",
+            show_default="those whose weights are here",
+        ),
+    ] = None,
+    rank_by: Annotated[
+        str, typer.Option(help="The metric that best, median and worst pictures are chosen by.")
+    ] = "psnr",
+    clip: Annotated[str, typer.Option(help="Folder or hub id of a CLIP.")] = CLIP,
+    dino: Annotated[str, typer.Option(help="Folder or hub id of a DINO or DINOv2.")] = DINO,
+    torch_hub: Annotated[
+        Path | None,
+        typer.Option(
+            help="Torch's hub folder, with checkpoints/ of AlexNet, SqueezeNet, VGG16.", show_default="torch's own"
+        ),
+    ] = None,
+    face: Annotated[
+        Path | None, typer.Option(help="Folder of dlib's face models.", show_default="the extra “identity”")
+    ] = None,
+    fid: Annotated[
+        Path | None,
+        typer.Option(help="Inception's weights (.pth), or features by torch.export (.pt2).", show_default="no"),
+    ] = None,
     seed: Seed = 0,
     cfg_scale: CfgScale = None,
     max_pixels: MaxPixels = None,
@@ -78,73 +158,185 @@ def score(
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
     title: Annotated[str, typer.Option(help="Of the report.")] = "Evaluation",
+    wandb: Annotated[
+        str | None, typer.Option(metavar="PROJECT", help="Log numbers, rows and pictures to W&B.", show_default="no")
+    ] = None,
+    publish_card: Annotated[
+        bool, typer.Option("--publish-card", help="Write a model card beside the (first) adapter; needs --license.")
+    ] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Of the adapter, as the hub names it: apache-2.0.", show_default="the card's")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="In the card.", show_default="the adapter's, if it is a hub id"),
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload adapter and card.", show_default="no")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """Scores adapters, or the base model, on a dataset file, beside the source unchanged.
 
-    PSNR and SSIM are against ref_gt, or image where a row has none; with back_mask also inside and outside.
+    The ground truth is ref_gt, or image where a row has none; with back_mask also inside and outside. A metric whose weights
+    cannot be had is reported as such, and the rest goes on.
     """
-    directory, place = ModelDirectory.resolve(model), (torch.device(device), getattr(torch, dtype))
-    editors = {}
-    for name, path in named_adapters(adapter or []):
-        geometry = choose_geometry(read_metadata(path) if path else {}, max_pixels, vision_pixels)
-        editors[name] = Editor(directory, path, *place, geometry)
-        choose_sampler(editors[name].metadata, cfg_scale)  # refuses before anything is cached
-    runs = []
-    for name, editor in editors.items():
-        reader = open_cache(editor, read_rows(dataset, root), out, on_error)
-        choice = choose_sampler(editor.metadata, cfg_scale)
-        counts, rows = steps or choice.compared, num_rows or len(reader)
+    check_names([rank_by], list(METRICS))
+    placement = Placement(torch.device(device), getattr(torch, dtype))
+    subjects = list(choose_subjects(adapter or [], base, cfg_scale, max_pixels, vision_pixels))
+    card = None
+    if publish_card or push_to:
+        if not adapter:
+            raise InputError("--publish-card and --push describe an adapter: give one with --adapter")
+        card = check_card(CardRequest(adapter[0].path, license, base_model, push_to))
+    if push_to:
+        check_push(push_to)
+    fetch = metrics is not None or (clip, dino) != (CLIP, DINO)
+    battery = load_battery(metrics, Places(clip, dino, torch_hub, face, fid, placement.device, fetch))
+    if rank_by in battery.unavailable or rank_by not in battery.chosen:
+        raise InputError(
+            f"--rank-by {rank_by} is not measured: {battery.unavailable.get(rank_by, 'name it in --metrics')}"
+        )
+
+    directory = ModelDirectory.resolve(find_model(model))
+    readers = cache_rows(subjects, lambda: read_rows(dataset, root), directory, placement, out, on_error)
+    components, recorder = Components(directory, placement), Recorder(battery, out)
+    for subject in subjects:
+        counts, rows = steps or subject.choice.compared, num_rows or len(readers[subject.geometry])
+        recorder.begin(subject.name, subject.objective, subject.geometry)
+        sample(subject, components, readers[subject.geometry], recorder, out, counts, rows, batch_size, seed)
+    settings = {
+        "model": model,
+        "adapters": {each.name: str(each.use.path) for each in subjects if each.use},
+        "weights": {each.name: each.use.weight for each in subjects if each.use},
+        "dataset": dataset,
+        "root": root,
+        "batch_size": batch_size,
+        "seed": seed,
+        "cfg_scale": cfg_scale,
+        "sizes": {each.name: each.geometry.max_pixels for each in subjects},
+        "device": device_name(placement.device),
+        "dtype": dtype,
+        "clip": clip,
+        "dino": dino,
+        "fid": str(fid) if fid else None,
+        "rank_by": rank_by,
+    }
+    report = build_report(title, list(recorder.methods.values()), recorder.prompts, battery.unavailable, settings, seed)
+    write_reports(report, recorder, out, rank_by)
+    if wandb:
+        log_wandb(wandb, report, recorder.picture, out)
+    if card:
+        print(write_card(card, report, out / subjects[0].name))
+    if push_to and card:
+        print(push(card.folder, card.files, push_to, private))
+
+
+def choose_subjects(
+    adapters: Sequence[AdapterUse],
+    base: bool,
+    cfg_scale: float | None,
+    max_pixels: int | None,
+    vision_pixels: int | None,
+) -> Iterator[Subject]:
+    """What is to be scored. The base model beside adapters is shown pictures of the first one's size.
+
+    Raises:
+        InputError: an adapter's header cannot be read, or it cannot be sampled as wanted.
+    """
+    headers = [read_metadata(each.path) for each in adapters]
+    for (name, use), header in zip(named_adapters(adapters), headers, strict=True):
+        yield Subject(name, use, choose_geometry(header, max_pixels, vision_pixels), choose_sampler(header, cfg_scale))
+    if base or not adapters:
+        first = headers[0] if headers else {}
+        yield Subject(BASE, None, choose_geometry(first, max_pixels, vision_pixels), choose_sampler({}, cfg_scale))
+
+
+def cache_rows(
+    subjects: Sequence[Subject],
+    read: Callable[[], Iterable[Row | RejectedRow]],
+    model: ModelDirectory,
+    placement: Placement,
+    out: Path,
+    on_error: OnErrorName,
+) -> dict[Geometry, CacheReader]:
+    """The rows' caches by geometry, in `out/cache`, built where they are not there; the encoders are gone afterwards."""
+    fingerprint, components = model.fingerprint(*ENCODERS), Components(model, placement)
+    readers = {}
+    for number, geometry in enumerate(dict.fromkeys(subject.geometry for subject in subjects), start=1):
+        folder = out / ("cache" if number == 1 else f"cache-{number}")
+        with ExitStack() as in_use:
+
+            def load_encoders(in_use: ExitStack = in_use) -> Encoders:
+                return Encoders(*in_use.enter_context(components.encoders()))
+
+            summary = build_cache(
+                read(),
+                geometry,
+                load_encoders,
+                folder,
+                fingerprint=fingerprint,
+                rejected_path=out / "rejected.jsonl",
+                dtype=placement.dtype,
+                negative=True,
+                on_error=on_error,
+            )
+        print(summary, file=sys.stderr, flush=True)
+        readers[geometry] = CacheReader(folder, fingerprint=fingerprint, geometry=geometry)
+    return readers
+
+
+def sample(
+    subject: Subject,
+    components: Components,
+    reader: CacheReader,
+    recorder: Recorder,
+    out: Path,
+    steps: Sequence[int],
+    num_rows: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Makes a subject's pictures and shows them to the recorder; writes `metrics.json` and the grid in `out/NAME`."""
+    adapters = [subject.use] if subject.use else []
+    folder = out / subject.name
+    with components.denoiser(adapters) as denoiser, components.vae() as vae:
         try:
             validation = Validation(
-                reader, editor.vae.decode, out, choice.sampler, counts, rows, batch_size, seed, show_progress=True
+                *(reader, vae.decode, out, subject.choice.sampler, steps, num_rows, batch_size, seed),
+                show_progress=True,
+                scorer=recorder,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-        validation.write(editor.denoiser, out / name)
-        metrics = json.loads((out / name / "metrics.json").read_text(encoding="utf-8"))
-        runs.append(RunSummary(name, metrics, out / name / "grid.png"))
-        del editor.denoiser  # room for the next
-        gc.collect()
-    metrics = {run.name: run.metrics for run in runs}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    write_report(out / "report.html", title, runs)
-    print_table(runs)
+        validation.write(denoiser, folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    recorder.finish(metrics["seconds_per_edit"])
+
+
+def write_reports(report: Report, recorder: Recorder, out: Path, rank_by: str) -> None:
+    """Writes `report.json` and `report.html`, and prints the tables."""
+    write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_page(out / "report.html", report, recorder.picture, rank_by)
+    print_report(report)
     print(out / "report.html")
 
 
-def open_cache(editor: Editor, rows: Iterable[Row | RejectedRow], out: Path, on_error: OnErrorName) -> CacheReader:
-    """The rows' cache in `out/cache`, built where it is not there already; the text encoder is gone afterwards."""
-    model, fingerprint = editor.model, editor.model.fingerprint(*ENCODERS)
-
-    def load_encoders() -> Encoders:
-        place = editor.device, editor.dtype
-        return Encoders(load_vae(model, *place), load_prompt_encoder(model, *place))
-
-    summary = build_cache(
-        rows,
-        editor.geometry,
-        load_encoders,
-        out / "cache",
-        fingerprint=fingerprint,
-        rejected_path=out / "rejected.jsonl",
-        dtype=editor.dtype,
-        negative=True,
-        on_error=on_error,
-    )
-    print(summary, file=sys.stderr, flush=True)
-    return CacheReader(out / "cache", fingerprint=fingerprint, geometry=editor.geometry)
+def device_name(device: torch.device) -> str:
+    """What people call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def named_adapters(paths: Sequence[Path]) -> Iterator[tuple[str, Path | None]]:
+def named_adapters(adapters: Sequence[AdapterUse]) -> Iterator[tuple[str, AdapterUse]]:
     """Names for folders and tables: the run's (`lbm` of `runs/lbm/checkpoints/step-000400`), numbered if they repeat."""
-    taken = {"cache"}
-    for path in paths or [None]:
-        wanted = BASE if path is None else run_name(path)
+    taken = {"cache", "pictures", BASE}
+    for use in adapters:
+        wanted = run_name(use.path)
         candidates = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))
         name = next(candidate for candidate in candidates if candidate not in taken)
         taken.add(name)
-        yield name, path
+        yield name, use
 
 
 def run_name(path: Path) -> str:

@@ -27,6 +27,7 @@ from eval.grid import GridRow, draw_grid, side_by_side
 from eval.metadata import describe_sampler
 from eval.metrics import compare, mean_scores
 from eval.samplers import Sampler
+from eval.scores.metric import Example, Scores
 from losses.randomness import SampleRandom
 from train.loggers import Picture
 from train.processes import Processes
@@ -35,7 +36,13 @@ SOURCE = "source"
 """The baseline's name among the methods: the source image, returned unchanged."""
 TARGET = "target"
 
-Scores = dict[str, float]
+Scorer = Callable[[Example], Scores]
+"""Numbers of one picture, by metric."""
+
+
+def basic_scores(example: Example) -> Scores:
+    """PSNR and SSIM, against the target: what needs no weights and little time."""
+    return compare(example.prediction, example.target, example.background)
 
 
 @dataclass
@@ -74,6 +81,7 @@ class Validation:
         grid_rows: rows that the picture shows.
         show_progress: draw a bar on stderr; not inside a training, which has its own.
         processes: those that share the rows out and all call this; rank 0 writes. None for one process.
+        scorer: what is measured of every picture, and of every row's source; PSNR and SSIM by default.
 
     Raises:
         ValueError: a number is not positive, or there are no rows.
@@ -93,6 +101,7 @@ class Validation:
         grid_rows: int = 8,
         show_progress: bool = False,
         processes: Processes | None = None,
+        scorer: Scorer = basic_scores,
     ):
         sizes = {"num_rows": num_rows, "batch_size": batch_size, "grid_rows": grid_rows, "steps": min(steps, default=0)}
         for name, value in sizes.items():
@@ -102,7 +111,7 @@ class Validation:
             raise ValueError("validation needs at least one row, the cache has none")
         self.reader, self.decode, self.folder = reader, decode, Path(folder)
         self.sampler, self.steps, self.seed, self.batch_size = sampler, sorted(set(steps)), seed, batch_size
-        self.show_progress, self.processes = show_progress, processes
+        self.show_progress, self.processes, self.scorer = show_progress, processes, scorer
         self.rows = choose_rows(len(reader), num_rows, seed)
         self.shown = set(self.rows[:grid_rows])
         for index in self.rows:
@@ -168,7 +177,7 @@ class Validation:
                 edit = collate(records).to(device)
                 generator = SampleRandom(self.seed, [record.row["number"] for record in records])
                 files = [
-                    _read_files(record, keep=index in self.shown)
+                    _read_files(record, self.scorer, keep=index in self.shown)
                     for index, record in zip(indices, records, strict=True)
                 ]
                 if number < len(batches):
@@ -248,7 +257,9 @@ class _Files:
     """What a row's files say, and the row's result so far."""
 
     result: RowResult
+    scorer: Scorer
     target: Tensor
+    source: Tensor
     background: Tensor | None
     keep: bool
     """Keep the pictures, to show them."""
@@ -256,12 +267,14 @@ class _Files:
     def score(self, method: str, prediction: Tensor) -> None:
         """Scores pixels (3, H, W) in about [-1, 1]."""
         unit = (prediction.clamp(-1, 1) + 1) / 2
-        self.result.scores[method] = compare(unit, self.target, self.background)
+        row = self.result
+        example = Example(row.id, row.prompt, method, unit, self.target, self.source, self.background)
+        row.scores[method] = self.scorer(example)
         if self.keep:
             self.result.pictures[method] = to_image(prediction)
 
 
-def _read_files(record: Record, keep: bool) -> _Files:
+def _read_files(record: Record, scorer: Scorer, keep: bool) -> _Files:
     """Reads target, source and mask at the size of the record's target, and scores the source."""
     row, size = record.row, Size(*(side * LATENT_CELL for side in record.target_latents.shape[-2:]))
     target = fit(open_image(_truth(row)), size)
@@ -269,8 +282,9 @@ def _read_files(record: Record, keep: bool) -> _Files:
     background = None
     if row["back_mask"]:
         background = torch.from_numpy(np.array(fit_mask(open_mask(row["back_mask"]), size)) >= 128)
-    files = _Files(RowResult(record.id, row["prompt"]), (to_pixels(target) + 1) / 2, background, keep)
-    files.score(SOURCE, to_pixels(source))
+    before, truth = (to_pixels(image) for image in (source, target))
+    files = _Files(RowResult(record.id, row["prompt"]), scorer, (truth + 1) / 2, (before + 1) / 2, background, keep)
+    files.score(SOURCE, before)
     if keep:
         files.result.pictures[TARGET] = target
     return files

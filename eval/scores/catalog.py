@@ -22,6 +22,8 @@ METRICS: dict[str, Metric] = {
 }
 """By name, in the order of tables."""
 ALL = "all"
+CAPTION = "psnr"
+"""Always measured: it stands under every picture."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ def load_battery(names: Sequence[str] | None, places: Places) -> Battery:
     Raises:
         InputError: there is no metric of such a name.
     """
-    wanted = list(METRICS) if names is None or ALL in names else list(names)
+    wanted = list(METRICS) if names is None or ALL in names else [CAPTION, *names]
     check_names(wanted, list(METRICS))
     battery = Battery(chosen=frozenset(wanted))
     for family in (family() for family in WEIGHTLESS):

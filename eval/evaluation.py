@@ -1,0 +1,134 @@
+"""An evaluation as numbers: `report.json`, from which page, table and card are made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from eval.intervals import SIGNIFICANT, compare_methods, mean_interval
+from eval.recorder import Measured, label
+from eval.scores.catalog import METRICS
+from eval.scores.metric import Metric
+from eval.validation import TARGET
+from train.provenance import provenance
+
+FORMAT_VERSION = 1
+
+Report = dict[str, Any]
+
+
+def build_report(
+    title: str,
+    methods: Sequence[Measured],
+    prompts: Mapping[str, str],
+    unavailable: Mapping[str, str],
+    settings: Mapping[str, Any],
+    seed: int = 0,
+) -> Report:
+    """The content of `report.json`: JSON values only.
+
+    Args:
+        title: of the page.
+        methods: what was measured; the sources unchanged and the targets among them.
+        prompts: instruction by row's id.
+        unavailable: reason by metric's name.
+        settings: how it was made.
+        seed: of the resampling.
+    """
+    names = [name for name in METRICS if any(name in scores for each in methods for scores in _all_scores(each))]
+    return {
+        "format_version": FORMAT_VERSION,
+        "title": title,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_rows": len(prompts),
+        "metrics": {name: asdict(METRICS[name]) for name in names},
+        "unavailable": dict(unavailable),
+        "methods": [_method(each, names, seed) for each in methods],
+        "tests": [test for name in names for test in _tests(name, methods, seed)],
+        "settings": dict(settings),
+        "environment": provenance(),
+        "per_row": [
+            {
+                "id": row,
+                "prompt": prompt,
+                "scores": {each.name: each.rows[row] for each in methods if row in each.rows},
+            }
+            for row, prompt in prompts.items()
+        ],
+    }
+
+
+def _all_scores(method: Measured) -> list[dict[str, float]]:
+    return [*method.rows.values(), method.whole]
+
+
+def _values(method: Measured, name: str) -> dict[str, float]:
+    return {row: scores[name] for row, scores in method.rows.items() if name in scores}
+
+
+def _method(method: Measured, names: Sequence[str], seed: int) -> dict[str, Any]:
+    scores = {}
+    for name in names:
+        if values := _values(method, name):
+            scores[name] = asdict(mean_interval(list(values.values()), seed))
+        elif name in method.whole:
+            scores[name] = {"mean": method.whole[name], "num_rows": len(method.rows), "low": None, "high": None}
+    return {
+        "name": method.name,
+        "label": label(method.name),
+        "adapter": method.adapter,
+        "steps": method.steps,
+        "objective": method.objective,
+        "seconds_per_edit": method.seconds,
+        "scores": scores,
+    }
+
+
+def _tests(name: str, methods: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
+    """Every two methods on one metric; the target is no method."""
+    measured = {each.name: _values(each, name) for each in methods if not each.name.startswith(TARGET)}
+    found = compare_methods({method: values for method, values in measured.items() if values}, seed)
+    return [{"metric": name, **asdict(each)} for each in found]
+
+
+def main_methods(report: Report) -> list[dict[str, Any]]:
+    """The methods that made edits, without sources and targets."""
+    return [method for method in report["methods"] if method["adapter"] is not None]
+
+
+def best_methods(report: Report, metric: str) -> set[str]:
+    """Names of the method with the best mean and of those that its paired tests cannot tell from it.
+
+    Empty if there are fewer than two methods with this metric.
+    """
+    means = {each["name"]: each["scores"][metric]["mean"] for each in main_methods(report) if metric in each["scores"]}
+    if len(means) < 2:
+        return set()
+    best = (max if METRICS[metric].better == "higher" else min)(means, key=lambda name: means[name])
+    alike = {best}
+    for test in tests_of(report, metric):
+        pair = {test["first"], test["second"]}
+        if best in pair and pair <= means.keys() and (test["p_holm"] is None or test["p_holm"] >= SIGNIFICANT):
+            alike |= pair
+    return alike
+
+
+def tests_of(report: Report, metric: str) -> list[dict[str, Any]]:
+    """The comparisons on one metric."""
+    return [test for test in report["tests"] if test["metric"] == metric]
+
+
+def ranked_rows(report: Report, metric: str) -> list[str]:
+    """Rows' ids from best to worst, by the mean of the metric over all methods that made edits."""
+    edited = {method["name"] for method in main_methods(report)}
+    means = {}
+    for row in report["per_row"]:
+        values = [scores[metric] for name, scores in row["scores"].items() if name in edited and metric in scores]
+        if values:
+            means[row["id"]] = sum(values) / len(values)
+    return sorted(means, key=lambda row: means[row], reverse=METRICS[metric].better == "higher")
+
+
+def show_value(metric: Metric, value: float) -> str:
+    """With the metric's digits."""
+    return f"{value:.{metric.digits}f}"
