@@ -12,13 +12,28 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from typing import Annotated
 
-import torch
 import typer
 
 from data_prep.cli import run_command
 from data_prep.files import make_folder
-from eval.options import DEVICE, DTYPE, Device, Dtype, Model
-from eval.placement import Placement
+from eval.metadata import choose_geometry
+from eval.open import open_editor
+from eval.options import (
+    DEVICE,
+    DTYPE,
+    DepthModel,
+    Device,
+    Dtype,
+    EncoderDevice,
+    Gguf,
+    MaxPixels,
+    Model,
+    Offload,
+    VaeTiling,
+    VisionPixels,
+    Weights,
+)
+from eval.placement import make_placement
 from eval.places import checkpoint_folder
 from eval.web.limits import Limits, check_exposure, check_port, parse_auth
 
@@ -59,8 +74,16 @@ def app(
     max_upload_mb: Annotated[int, typer.Option(help="Largest file, in megabytes.")] = Limits.max_upload_mb,
     max_image_pixels: Annotated[int, typer.Option(help="Most pixels of an upload.")] = Limits.max_image_pixels,
     max_count: Annotated[int, typer.Option(help="Most pictures of one edit.")] = Limits.max_count,
+    max_pixels: MaxPixels = None,
+    vision_pixels: VisionPixels = None,
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
+    encoder_device: EncoderDevice = None,
+    offload: Offload = "none",
+    weights: Weights = "full",
+    gguf: Gguf = None,
+    vae_tiling: VaeTiling = False,
+    depth_model: DepthModel = None,
 ) -> None:
     """Serves a page that edits pictures, compares two adapters blind, and shows how training went.
 
@@ -71,10 +94,14 @@ def app(
     check_exposure(host, share, login)
     check_port(host, port)
     make_folder(out)
-    from eval.web.serve import Address, open_studio, read_examples, serve  # seconds of imports, after the checks
+    placement = make_placement(device, dtype, encoder_device, offload, weights, gguf, vae_tiling)
+    fixed = max_pixels is not None or vision_pixels is not None
+    geometry = choose_geometry({}, max_pixels, vision_pixels) if fixed else None
+    from eval.web.serve import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
 
-    placement = Placement(torch.device(device), getattr(torch, dtype))
-    studio = open_studio(model, placement, out.resolve(), runs or checkpoint_folder(), limits, adapter)
+    editor = open_editor(model, placement, geometry, depth_model)
+    title = f"{editor.abilities.base} ({Path(model).name}) on {placement.device}, {dtype}"
+    studio = make_studio(editor, title, out.resolve(), runs or checkpoint_folder(), limits, adapter)
     studio.examples = read_examples(examples, examples_root) if examples else []
     serve(studio, Address(host, port, share, login))
 

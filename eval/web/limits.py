@@ -18,7 +18,7 @@ class Limits:
     """Of one upload and one edit."""
 
     max_upload_mb: int = 20
-    """Size of a file, in megabytes (10⁶ bytes)."""
+    """Size of a file, in units of 2²⁰ bytes, as browsers say it."""
     max_image_pixels: int = 40 * MEGA
     """Width times height of an uploaded image; a larger one is refused by its header, before it is decoded."""
     max_count: int = 4
@@ -28,6 +28,11 @@ class Limits:
         for name in ("max_upload_mb", "max_image_pixels", "max_count"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """The same in bytes."""
+        return self.max_upload_mb * 2**20
 
     def apply(self) -> None:
         """Makes the limit Pillow's own as well, for whatever decodes an image by another way than `read_picture`."""

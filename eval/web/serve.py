@@ -15,9 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_prep.errors import InputError
 from data_prep.rows import Row, read_rows
-from eval.open import open_editor
-from eval.placement import Placement
-from eval.web.limits import MEGA, Limits, is_loopback
+from eval.base import BaseEditor
+from eval.web.limits import Limits, is_loopback
 from eval.web.page import SHORTCUT, STYLE, build_page, theme
 from eval.web.results import FOLDER
 from eval.web.studio import Example, Studio
@@ -39,8 +38,8 @@ class Address:
     """User and password; None on this machine alone."""
 
 
-def open_studio(
-    model: str, placement: Placement, out: Path, runs: Path, limits: Limits, first_adapter: str | None = None
+def make_studio(
+    editor: BaseEditor, title: str, out: Path, runs: Path, limits: Limits, first_adapter: str | None = None
 ) -> Studio:
     """What the page works with. Models load with the first edit.
 
@@ -48,11 +47,8 @@ def open_studio(
         first_adapter: name of the adapter that is chosen when the page opens.
 
     Raises:
-        InputError: no such model, or no such adapter.
+        InputError: there is no such adapter.
     """
-    editor = open_editor(model, placement)
-    dtype = str(placement.dtype).removeprefix("torch.")
-    title = f"{editor.abilities.base} ({Path(model).name}) on {placement.device}, {dtype}"
     studio = Studio(editor, title, out, runs, limits, first_adapter=first_adapter)
     names = [adapter.name for adapter in studio.adapters()]
     if first_adapter and first_adapter not in names:
@@ -91,7 +87,7 @@ def serve(studio: Studio, address: Address) -> None:
                 server_port=address.port,
                 share=address.share,
                 auth=address.login,
-                max_file_size=studio.limits.max_upload_mb * MEGA,
+                max_file_size=studio.limits.max_upload_bytes,
                 allowed_paths=[str(studio.out / FOLDER)],
                 blocked_paths=[str(studio.out / "votes.jsonl")],
                 app_kwargs={"middleware": [Middleware(OwnFilesOnly)], "docs_url": None, "redoc_url": None},

@@ -1,0 +1,402 @@
+"""The web page in a real browser: one process on the tiny model, driven as a person would. Pictures of it go to artifacts/."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from data_prep.geometry import Geometry
+from eval.provenance import read_png
+from tests.adapters import write_adapter
+from tests.commands import ROOT, run_script
+from tests.pictures import lines, picture, save
+
+pytestmark = pytest.mark.slow
+
+ARTIFACTS = Path(os.environ.get("ARTIFACTS_DIR", ROOT / "artifacts"))
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+SIDE = 64
+SMALL = Geometry(max_pixels=SIDE * SIDE, vision_pixels=56 * 56)
+PATIENCE = 90_000
+"""Milliseconds, on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium. CI must have it."""
+    path = shutil.which("chromium")
+    if path is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI needs chromium: apt-get install chromium")
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tiny_model_dir) -> Path:
+    """A run with a validation and a half-written history, and one that only has a checkpoint."""
+    runs = folder / "runs"
+    write_adapter(runs / "lbm/checkpoints/step-000002", tiny_model_dir, "lbm", SMALL, bridge_noise=0.0)
+    write_adapter(runs / "flow/checkpoints/step-000002", tiny_model_dir, "flow", SMALL)
+    history = [{"step": step, "loss": 1 / step, "loss/main": 1 / step, "lr": 1e-4} for step in range(1, 21)]
+    text = "".join(json.dumps(line) + "\n" for line in history)
+    (runs / "lbm/metrics.jsonl").write_text(text + '{"step": 21, "lo')
+    for step in (10, 20):
+        validation = runs / f"lbm/validation/step-{step:06d}"
+        save(validation / "grid.png", step, (96, 48))
+        scores = {"psnr": 20.0 + step, "ssim": 0.5}
+        metrics = {"num_rows": 3, "sampler": {"name": "BridgeSampler"}, "source": {"psnr": 19.0, "ssim": 0.4}}
+        metrics |= {"steps_1": scores, "seconds_per_edit": {"steps_1": 0.1}, "by_prompt": {}}
+        (validation / "metrics.json").write_text(json.dumps(metrics))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def source(folder) -> Path:
+    """A photograph of the result's size, so that what a mask keeps can be compared pixel by pixel."""
+    smooth = picture(5, (5, 5)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    smooth.save(folder / "photo.png")
+    return folder / "photo.png"
+
+
+@contextmanager
+def serving(log: Path, *arguments: str | Path):
+    """The command, until it is interrupted; yields the process and its port. `log` gets all that it prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "eval/app.py", *map(str, arguments), "--port", str(port)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while f"Open http://127.0.0.1:{port}" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def app(folder, runs, source, tiny_model_dir):
+    """Process and port; uploads of up to 1 MB and 65,536 pixels."""
+    study = folder / "study.json"
+    study.write_text(json.dumps([{"prompt": "Sharpen it.", "image": "photo.png", "edit_image": "photo.png"}]))
+    limits = ("--max-upload-mb", "1", "--max-image-pixels", str(256 * 256))
+    places = ("--runs", runs, "--out", folder / "out", "--examples", study, "--adapter", "lbm/step-000002")
+    with serving(folder / "app.log", "--model", tiny_model_dir, *places, *limits) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(browser, app):
+    """The page, opened once; what it asks of the network and says on the console is kept on it."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    page.requested, page.complaints = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto(f"http://127.0.0.1:{app[1]}/")
+    expect(page.locator("#run")).to_be_visible()
+    yield page
+    context.close()
+
+
+def choose(page: Page, field: str, option: str) -> None:
+    page.click(f"{field} input")
+    page.get_by_role("option", name=option).click()
+
+
+def upload(page: Page, path: Path, box: str = "#source") -> None:
+    """Replaces what is there."""
+    page.set_input_files(f"{box} input[type=file]", path)
+    expect(page.locator(f"{box} img")).to_have_attribute("src", re.compile(path.name))
+
+
+def toast(page: Page, text: str) -> None:
+    """A message appears, and is closed."""
+    message = page.locator(".toast-body", has_text=text)
+    expect(message.first).to_be_visible()
+    page.evaluate("document.querySelectorAll('.toast-close').forEach((button) => button.click())")
+    expect(message).to_have_count(0)
+
+
+def download(page: Page, folder: Path) -> Path:
+    with page.expect_download() as caught:
+        page.click("#download")
+    path = folder / caught.value.suggested_filename
+    caught.value.save_as(path)
+    return path
+
+
+def results(folder: Path) -> list[Path]:
+    return sorted((folder / "out/results").glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def edit(page: Page, folder: Path, count: int = 1) -> list[Path]:
+    """Clicks, and waits for the files and for the page."""
+    before, shown = len(results(folder)), page.locator("#download a, a#download")
+    old = shown.first.get_attribute("href") if shown.count() else None
+    page.click("#run")
+    deadline = time.monotonic() + PATIENCE / 1000
+    while len(results(folder)) < before + count and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    made = results(folder)[before:]
+    assert len(made) == count
+    if old:
+        expect(shown.first).not_to_have_attribute("href", old)
+    expect(page.locator("#result img").first).to_be_visible()
+    return made
+
+
+def shot(page: Page, name: str) -> None:
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{name}.png")
+
+
+def test_without_picture_or_instruction_a_sentence_says_so(page, source):
+    page.click("#run")
+    toast(page, "choose a source picture first")
+    upload(page, source)
+    page.click("#run")
+    toast(page, "write an instruction: what should change?")
+
+
+def test_ctrl_enter_edits_with_the_adapter_and_the_download_says_how(page, folder, source):
+    page.fill("#instruction textarea", "Make it <b>brighter</b>.")
+    page.press("#instruction textarea", "Control+Enter")
+    expect(page.locator("#result img").first).to_be_visible()
+    (made,) = results(folder)
+    path = download(page, folder)
+    assert path.read_bytes() == made.read_bytes()
+    settings = read_png(path)
+    assert (settings["prompt"], settings["seed"], settings["mode"]) == ("Make it <b>brighter</b>.", 0, "edit")
+    assert settings["sampler"]["name"] == "BridgeSampler"  # the adapter that the page opened with
+    assert settings["images"][0]["name"] == source.name
+    page.get_by_text("How it was made").click()
+    expect(page.locator("#settings")).to_contain_text("Make it <b>brighter</b>.")  # as text
+    shot(page, "edit")
+
+
+def test_inpainting_changes_what_is_painted_and_no_other_pixel(page, folder, source):
+    choose(page, "#mode", "Inpaint:")
+    canvas = page.locator("#painting canvas").first
+    expect(canvas).to_be_visible()
+    page.click("#run")
+    toast(page, "nothing is painted yet")
+    page.wait_for_timeout(1000)  # the picture is drawn onto the canvas
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(middle[0] - 30, middle[1])
+    page.mouse.down()
+    page.mouse.move(middle[0] + 30, middle[1], steps=10)
+    page.mouse.up()
+    page.wait_for_timeout(1000)  # the stroke is uploaded
+    page.fill("#feather input[type=number]", "0")
+    page.press("#feather input[type=number]", "Tab")
+    page.fill("#instruction textarea", "Make it brighter.")
+    shot(page, "paint")
+    (made,) = edit(page, folder)
+    assert read_png(download(page, folder))["mode"] == "inpaint"
+    with Image.open(made) as after, Image.open(source) as before:
+        changed = (np.array(after, int) != np.array(before.convert("RGB"), int)).any(axis=2)
+    assert changed[SIDE // 2, SIDE // 2 - 2 : SIDE // 2 + 2].any()  # under the stroke
+    for strip in (changed[: SIDE // 4], changed[-SIDE // 4 :], changed[:, : SIDE // 8], changed[:, -SIDE // 8 :]):
+        assert not strip.any()
+    page.click("#another")
+    expect(page.locator("#painting canvas")).to_have_count(0)
+    upload(page, source)  # shows the paint box again
+    expect(page.locator("#painting canvas").first).to_be_visible()
+    choose(page, "#mode", "Edit by instruction")
+    expect(page.locator("#source img")).to_be_visible()
+
+
+def test_several_pictures_make_a_gallery_to_choose_from(page, folder):
+    choose(page, "#adapter", "Base model")
+    page.get_by_text("Size and sampling").click()
+    page.fill("#steps input", "2")
+    page.fill("#count input[type=number]", "2")
+    page.press("#count input[type=number]", "Tab")
+    choose(page, "#shape", "16:9")
+    choose(page, "#shape", "As the source")
+    page.fill("#seed input", "7")
+    edit(page, folder, count=2)
+    expect(page.locator("#gallery img")).to_have_count(2)
+    assert read_png(download(page, folder))["seed"] == 7
+    page.locator("#gallery img").nth(1).click()
+    expect(page.locator("#settings tr", has_text="seed").first).to_contain_text("8")
+    assert read_png(download(page, folder))["seed"] == 8
+    shot(page, "gallery")
+
+
+def test_cancel_stops_at_the_next_step_and_the_queue_goes_on(page, folder):
+    before = len(results(folder))
+    page.fill("#count input[type=number]", "1")
+    page.press("#count input[type=number]", "Tab")
+    page.fill("#steps input", "2000")
+    page.click("#run")
+    expect(page.locator("#result")).to_contain_text(re.compile(r"\d+/2k steps.*Editing", re.DOTALL))
+    shot(page, "progress")
+    page.click("#cancel")
+    toast(page, "It stops at its next step.")
+    page.fill("#steps input", "1")
+    start = time.monotonic()
+    edit(page, folder)
+    assert time.monotonic() - start < 30  # not behind the 2000 steps
+    assert len(results(folder)) == before + 1
+
+
+def test_files_that_are_too_large_or_no_picture_are_refused_in_words(page, folder):
+    assert page.complaints == []
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "heavy.png")  # 1.5 MB
+    page.set_input_files("#source input[type=file]", folder / "heavy.png")
+    toast(page, "exceed the maximum allowed size of 1 Mb")
+    # The browser says on its console that this upload has no progress.
+    assert [text for text in page.complaints if text != "Response" and "404" not in text] == []
+    page.complaints.clear()
+    Image.new("RGB", (300, 300)).save(folder / "wide.png")  # few bytes, too many pixels
+    upload(page, folder / "wide.png")
+    page.click("#run")
+    toast(page, "wide.png has 0.1 megapixels (300x300); at most 0.065536 go")
+    (folder / "text.png").write_text("not a picture")
+    upload(page, folder / "text.png")
+    page.click("#run")
+    toast(page, "text.png is not an image that can be read")
+    shot(page, "after-errors")
+
+
+def test_a_blind_comparison_is_voted_on_once_and_counted(page, folder):
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#draw")
+    expect(page.locator("#compare-instruction textarea")).to_have_value("Sharpen it.")
+    page.fill("#compare-steps input", "1")
+    page.click("#pair")
+    expect(page.locator("#side-b img")).to_be_visible()
+    for name in ("flow/step", "lbm/step"):
+        assert name not in page.locator("#sides").inner_html()
+    page.click("#vote-a")
+    expect(page.locator("#told")).to_contain_text("Thank you. A was")
+    expect(page.locator("#vote-a")).to_be_disabled()
+    (vote,) = lines(folder / "out/votes.jsonl")
+    assert {vote["a"]["name"], vote["b"]["name"]} == {"lbm/step-000002", "flow/step-000002"}
+    assert (vote["choice"], vote["prompt"], len(vote["source"])) == ("A", "Sharpen it.", 32)
+    assert vote["images"][0] != vote["images"][1]
+    assert f"A was {vote['a']['name']}" in page.locator("#told").inner_text()
+    row = page.locator("#standings tbody tr")
+    expect(row).to_contain_text(re.compile(rf"{vote['a']['name']}.*100%\s*\(21% – 100%\)", re.DOTALL))  # Wilson, 1 of 1
+    shot(page, "compare")
+
+
+def test_a_run_has_curves_numbers_and_pictures_by_step(page):
+    page.get_by_role("tab", name="Runs").click()
+    expect(page.locator("#run-charts polyline").first).to_be_visible()
+    expect(page.locator("#run-summary")).to_contain_text("20")  # the half-written line 21 is not there
+    expect(page.locator("#run-scores")).to_contain_text("40.00")
+    expect(page.locator("#run-grid img")).to_be_visible()
+    latest = page.locator("#run-grid img").get_attribute("src")
+    choose(page, "#run-step", "10")
+    expect(page.locator("#run-scores")).to_contain_text("30.00")
+    expect(page.locator("#run-grid img")).not_to_have_attribute("src", latest or "")
+    shot(page, "runs")
+
+
+def test_nothing_outside_of_what_the_page_shows_is_served(app, folder, tiny_model_dir, page):
+    base = f"http://127.0.0.1:{app[1]}"
+    (folder / "secret.txt").write_text("secret")
+    forbidden = ["/etc/passwd", ROOT / "pyproject.toml", tiny_model_dir / "vae/config.json", folder / "secret.txt"]
+    forbidden += [f"{folder}/out/results/../../secret.txt", f"{folder}/out/results/%2e%2e/%2e%2e/secret.txt"]
+    forbidden += [folder / "out/votes.jsonl", folder / "runs/lbm/metrics.jsonl", "pyproject.toml", ROOT / ".git/config"]
+    forbidden += ["http://127.0.0.1:1/x", "//127.0.0.1:1/x", "file:///etc/passwd"]
+    for path in forbidden:
+        for route in ("/gradio_api/file=", "/file="):
+            assert status(f"{base}{route}{path}") in (403, 404), path
+    assert status(f"{base}/gradio_api/file={results(folder)[0]}") == 200
+    for path in ("/docs", "/redoc", "/monitoring"):
+        assert status(base + path) in (403, 404), path
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--x--\r\n'
+    for size, answer in ((2**18, 200), (2**21, 413)):  # also for who does not come by a browser
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert status(urllib.request.Request(f"{base}/gradio_api/upload", part % bytes(size), kind)) == answer
+
+
+def status(url: str | urllib.request.Request) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_page_asks_nobody_else_and_complains_of_nothing(page, app):
+    """After all of the above."""
+    own = (f"http://127.0.0.1:{app[1]}/", "data:", "blob:")
+    assert [url for url in page.requested if not url.startswith(own)] == []
+    assert page.complaints == []
+
+
+def test_dark_and_narrow(browser, app):
+    context = browser.new_context(viewport={"width": 420, "height": 900}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{app[1]}/", timeout=PATIENCE)
+    expect(page.locator("#run")).to_be_visible(timeout=PATIENCE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420  # nothing sticks out
+    assert page.evaluate("document.body.classList.contains('dark')")
+    shot(page, "dark-narrow")
+    context.close()
+
+
+def test_a_taken_port_is_a_sentence_and_ctrl_c_ends_cleanly(app, tiny_model_dir, folder):
+    process, port = app
+    arguments = ("eval/app.py", "--model", tiny_model_dir, "--out", folder / "other", "--port", str(port))
+    done = run_script(*arguments, check=False)
+    assert done.returncode == 2
+    assert f"error: cannot serve on 127.0.0.1 port {port} (Address already in use): choose another" in done.stderr
+    assert "Traceback" not in done.stderr
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    log = (folder / "app.log").read_text()
+    assert log.splitlines()[-1] == "stopped"
+    assert "Traceback" not in log
+
+
+def test_it_is_not_opened_to_others_without_a_password(tiny_model_dir, folder):
+    for exposed in (["--host", "0.0.0.0"], ["--share"]):
+        arguments = ("eval/app.py", "--model", tiny_model_dir, "--out", folder / "other", *exposed)
+        done = run_script(*arguments, check=False)
+        assert done.returncode == 2
+        assert "give --auth USER:PASSWORD too" in done.stderr
+        assert "Traceback" not in done.stderr
