@@ -7,12 +7,16 @@ import pytest
 import torch
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffusers import QwenImageEditPlusPipeline
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
+from eval.adapters import use_adapters
+from eval.metadata import read_metadata
+from eval.request import AdapterUse
 from tests.test_denoiser import make_condition, run_reference
-from train.adapter import Adapter, attach_lora, load_adapter, match_modules
+from train.adapter import Adapter, attach_lora, match_modules
 from train.config import DEFAULT_TARGETS as TARGETS
 from train.denoiser import Denoiser, load_denoiser
 
@@ -59,9 +63,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_loads_back_exactly(tiny_model_dir, exported, tmp_path):
     folder, num_modules, velocity = exported
     denoiser = fresh(tiny_model_dir)
-    info = load_adapter(denoiser, folder)
-    assert info.num_modules == num_modules
-    assert info.metadata["objective"] == "lbm"
+    use_adapters(denoiser, [AdapterUse(folder)])
+    assert sum(isinstance(module, LoraLayer) for module in denoiser.dit.modules()) == num_modules
+    assert read_metadata(folder)["objective"] == "lbm"
     assert torch.equal(denoiser(*inputs(denoiser)), velocity)  # alpha / rank = 2 is exact in binary
 
 
@@ -102,14 +106,14 @@ def test_dora_loads_back(tiny_model_dir, tmp_path):
     denoiser = fresh(tiny_model_dir)
     trained(denoiser, dora=True).export(tmp_path, {})
     other = fresh(tiny_model_dir)
-    load_adapter(other, tmp_path)
+    use_adapters(other, [AdapterUse(tmp_path)])
     assert close(other(*inputs(other)), denoiser(*inputs(denoiser)))
 
 
 @torch.no_grad()
 def test_strength_zero_is_the_base_model(tiny_model_dir, exported):
     plain, adapted = fresh(tiny_model_dir), fresh(tiny_model_dir)
-    load_adapter(adapted, exported[0], strength=0.0)
+    use_adapters(adapted, [AdapterUse(exported[0], 0.0)])
     assert close(adapted(*inputs(adapted)), plain(*inputs(plain)))
 
 
@@ -143,9 +147,9 @@ def test_unknown_target_names_the_nearest(tiny_model_dir):
 def test_wrong_files_are_refused(tiny_model_dir, exported, tmp_path):
     denoiser = fresh(tiny_model_dir)
     with pytest.raises(InputError, match="no adapter at"):
-        load_adapter(denoiser, tmp_path / "nothing")
+        use_adapters(denoiser, [AdapterUse(tmp_path / "nothing")])
     (tmp_path / "broken.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(InputError, match="not a readable safetensors"):
-        load_adapter(denoiser, tmp_path / "broken.safetensors")
-    with pytest.raises(InputError, match="not an adapter of this project"):
-        load_adapter(denoiser, tiny_model_dir / "vae" / "diffusion_pytorch_model.safetensors")
+        use_adapters(denoiser, [AdapterUse(tmp_path / "broken.safetensors")])
+    with pytest.raises(InputError, match="is not a LoRA adapter: it cannot use its tensor"):
+        use_adapters(denoiser, [AdapterUse(tiny_model_dir / "vae" / "diffusion_pytorch_model.safetensors")])

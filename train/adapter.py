@@ -1,4 +1,4 @@
-"""LoRA on the transformer: attaching, exporting in the one form that diffusers, DiffSynth and ComfyUI all load, loading back.
+"""LoRA on the transformer: attaching, and exporting in the one form that diffusers, DiffSynth and ComfyUI all load.
 
 Exported keys are `diffusion_model.<module>.lora_A.weight` and `.lora_B.weight` with the scale alpha/rank inside B.
 Measured: bare keys load 0 modules in diffusers without a word, and `transformer.` keys fuse 0 modules in DiffSynth.
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -157,66 +156,6 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
             )
         matched |= hits
     return [name for name in linear if name in matched - unused]
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """An adapter that was loaded: the header's metadata and the number of modules it touched."""
-
-    metadata: dict[str, str]
-    num_modules: int
-
-
-@torch.no_grad()
-def load_adapter(denoiser: Denoiser, path: Path, strength: float = 1.0) -> AdapterInfo:
-    """Loads an exported adapter into a denoiser without one; every tensor of the file is used.
-
-    Args:
-        path: the safetensors file, or the folder (a checkpoint) that holds `adapter_model.safetensors`.
-        strength: multiplies the adapter's contribution; 0 leaves the base model.
-
-    Raises:
-        InputError: no such file, not an adapter of this transformer, or ranks that differ between modules.
-    """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    tensors, metadata = _read(file)
-    names = sorted({name.split(".lora_")[0] for name in tensors})
-    linear = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, nn.Linear)}
-    if unknown := [name for name in names if name not in linear]:
-        raise InputError(
-            f"{file} has LoRA weights for {unknown[0]!r} ({len(unknown)} such modules), which this model lacks"
-        )
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-    if len(ranks) != 1:
-        raise InputError(f"{file} mixes the ranks {sorted(ranks)}; only adapters of one rank can be loaded")
-    rank = ranks.pop()
-    dora = any(".lora_magnitude_vector." in name for name in tensors)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, use_dora=dora)
-    adapter = inject_lora(denoiser, config, names)
-    adapter.load_state_dict(tensors)
-    for layer in adapter.layers.values():
-        layer.scaling["default"] *= strength
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(False)
-    return AdapterInfo(metadata, len(adapter.layers))
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an adapter file by their name without the prefix, and its metadata."""
-    if not file.is_file():
-        raise InputError(f"no adapter at {file}: give a checkpoint folder or its {WEIGHTS_FILE}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            metadata = opened.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{file} is not a readable safetensors file ({error})") from error
-    foreign = [name for name in tensors if not name.startswith(PREFIX) or ".lora_" not in name]
-    if foreign or not tensors:
-        raise InputError(
-            f"{file} is not an adapter of this project: its keys begin with {next(iter(foreign), 'nothing')!r}, not {PREFIX!r}"
-        )
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, metadata
 
 
 def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:
