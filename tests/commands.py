@@ -47,7 +47,8 @@ def warm_programs(folder: Path) -> dict[str, str]:
         (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / "bin" / name).chmod(0o755)
     path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"VIRTUAL_ENV": str(folder), "PATH": path, "WARM_SERVER": os.environ.get("WARM_SERVER", "")}
+    server = {"WARM_SERVER": os.environ.get("WARM_SERVER", ""), "WARM_PREFIX": str(folder)}
+    return server | {"VIRTUAL_ENV": str(folder), "PATH": path}
 
 
 def run_script(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.records import CacheReader
-from tests.commands import ROOT
+from tests.commands import ROOT, warm_programs
 
 SCRIPTS = ROOT / "scripts"
 SYSTEM = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
@@ -225,7 +225,8 @@ def test_two_nodes_cache_and_train_together(slurm, spooled, tiny_model_dir, tiny
     data = [f"data.dataset={tiny_pairs}/train.json", f"data.validation={tiny_pairs}/validation.json"]
     settings = ["parallel=ddp", "train.num_steps=1", "train.micro_batch_size=1", "adapter.rank=2", "validate=none"]
     paths = [f"model.path={tiny_model_dir}", "cache.dir=shared cache", "run_dir=runs/two nodes"]
-    done = bash(spooled, "+exp=tiny_lbm", *data, *settings, *paths, "cache.shard_size=2", folder=tmp_path, **slurm)
+    warm = warm_programs(tmp_path / "programs") | slurm
+    done = bash(spooled, "+exp=tiny_lbm", *data, *settings, *paths, "cache.shard_size=2", folder=tmp_path, **warm)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("12 rows cached (12 encoded now)") == 1
     assert CacheReader(tmp_path / "shared cache/train").keys == CacheReader(tiny_cache / "train").keys

@@ -5,13 +5,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import photographs
-from tests.commands import ROOT
+from tests.commands import ROOT, warm_programs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -65,9 +64,9 @@ def quick(command: str) -> str:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme(workspace):
+def test_every_command_of_the_readme(workspace, tmp_path):
     """In order: the later ones use what the earlier ones made."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+    environment = os.environ | warm_programs(tmp_path / "programs") | {"WANDB_MODE": "offline"}
     assert len(COMMANDS) >= 9
     for command in COMMANDS:
         done = subprocess.run(

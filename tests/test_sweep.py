@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.commands import ROOT, run_script
+from tests.commands import ROOT, run_script, warm_programs, warm_python
 from train.sweep import LONGEST_NAME, Sweep, job_name, quoted
 
 SMALL = [
@@ -24,19 +24,20 @@ SMALL = [
 
 
 def sweep_command(*overrides: str) -> list[str]:
-    """The command of a small sweep."""
-    return [sys.executable, str(ROOT / "train/run.py"), *SMALL, "-m", *overrides]
+    """The arguments of a small sweep."""
+    return [str(ROOT / "train/run.py"), *SMALL, "-m", *overrides]
 
 
 def run_sweep(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs it from a folder."""
-    settings = {"cwd": folder, "env": os.environ | environment, "capture_output": True, "text": True, "timeout": 600}
-    return subprocess.run(sweep_command(*overrides), **settings)
+    return run_script(*sweep_command(*overrides), cwd=folder, env=os.environ | environment, check=False, timeout=600)
 
 
 @pytest.fixture
-def workspace(tiny_model_dir, tiny_pairs, tmp_path) -> Path:
+def workspace(tiny_model_dir, tiny_pairs, tmp_path, tmp_path_factory, monkeypatch) -> Path:
     """A user's folder: paths in it are relative, and one has a space."""
+    for name, value in warm_programs(tmp_path_factory.mktemp("programs")).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "my pairs").symlink_to(tiny_pairs)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tiny").symlink_to(tiny_model_dir)
@@ -150,9 +151,10 @@ def test_a_job_that_fails_leaves_the_others_alone(workspace):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_that_is_stopped_takes_its_job_along(number, workspace):
+    python = [sys.executable] if number == signal.SIGINT else warm_python()
     arguments = ["data.dataset=my pairs/train.json", "train.num_steps=100000", "adapter.rank=2,4"]
     process = subprocess.Popen(
-        sweep_command(*arguments), cwd=workspace, stderr=subprocess.DEVNULL, start_new_session=True
+        [*python, *sweep_command(*arguments)], cwd=workspace, stderr=subprocess.DEVNULL, start_new_session=True
     )
     metrics = workspace / "runs/sweeps/tiny_lbm/adapter.rank=2/metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("losses", "data_prep", "train", "eval", "scripts", "tests")
 IMPORTED = ("train.phases", "train.sweep", "torchmetrics.functional.image", "accelerate.commands.launch")
-READ_ONCE = ("DS_", "HF_", "OMP_", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONWARNINGS", "TRANSFORMERS_")
+READ_ONCE = ("DS_", "HF_", "OMP_", "PYTHONHASHSEED", "PYTHONWARNINGS", "TRANSFORMERS_")
 """Environment variables that Python or a library reads when it is started or imported."""
 
 
@@ -55,11 +55,11 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 
 
 def keep(process: int, connection: socket.socket) -> None:
-    """Passes signals on to the process, kills it when nobody waits for it any more, and sends the status it ends with."""
+    """Passes signals on to the process and its children, kills them when nobody waits any more, and sends the status."""
     ended = os.pidfd_open(process)
     while ended not in (ready := select.select([ended, connection], [], [])[0]):
         number = connection.recv(1) if ready else b""
-        os.kill(process, number[0] if number else signal.SIGKILL)
+        os.killpg(process, number[0] if number else signal.SIGKILL)
         if not number:
             break
     status = os.waitpid(process, 0)[1]
@@ -74,6 +74,8 @@ def forked(connection: socket.socket) -> tuple[dict, list[int]] | None:
         connection.sendall(b"n")
     elif os.fork() == 0:
         process = os.fork()
+        with suppress(PermissionError):  # whichever of the two is first
+            os.setpgid(process, process)
         if process == 0:
             return request, streams
         connection.sendall(b"y")
@@ -117,6 +119,8 @@ def become(
     os.environ.update(environment)
     random.seed()
     sys.modules["numpy"].random.seed()
+    sys.prefix = environment.get("WARM_PREFIX", sys.prefix)
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.orig_argv = [sys.executable, *arguments]
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], folder
