@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +15,6 @@ from eval.metadata import adapter_file
 from eval.request import AdapterUse
 from train.adapter import inject_lora
 from train.denoiser import Denoiser
-
-AdapterState = tuple[tuple[Path, int, int, float], ...]
-
-
-def adapter_state(adapters: Sequence[AdapterUse]) -> AdapterState:
-    """What identifies adapters in use, down to the moment that their files were written.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    files = [(adapter_file(use.path).resolve(), use.weight) for use in adapters]
-    return tuple((file, file.stat().st_mtime_ns, file.stat().st_size, weight) for file, weight in files)
 
 
 @torch.no_grad()

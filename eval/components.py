@@ -10,8 +10,9 @@ import torch
 
 from data_prep.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from data_prep.model_dir import ModelDirectory
-from eval.adapters import AdapterState, adapter_state, use_adapters
+from eval.adapters import use_adapters
 from eval.encoder_placement import PlacedPromptEncoder, PlacedVAE
+from eval.metadata import AdapterState, adapter_state
 from eval.offload import keep_adapters_on, stream_layers
 from eval.placement import CPU, Placement
 from eval.quantize import quantize_blocks

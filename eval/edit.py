@@ -39,13 +39,12 @@ from eval.options import (
     Offload,
     VaeTiling,
     VisionPixels,
-    Weights,
     option,
     parse_control,
     parse_focus,
     parse_size,
 )
-from eval.placement import Placement, make_placement
+from eval.placement import Placement, WeightsName, make_placement
 from eval.provenance import write_png
 from eval.repeat import Repeat, read_repeat
 from eval.request import AspectName, Control, EditRequest, Focus, ModeName, SamplerName
@@ -126,7 +125,10 @@ def edit(
     ] = None,
     encoder_device: EncoderDevice = None,
     offload: Offload = "none",
-    weights: Weights = "full",
+    weights: Annotated[
+        WeightsName | None,
+        typer.Option(help="Of the transformer's layers: as --dtype, or rounded to fewer bits.", show_default="full"),
+    ] = None,
     gguf: Gguf = None,
     vae_tiling: VaeTiling = False,
     repeat: Annotated[
@@ -177,7 +179,9 @@ def edit(
     model = model or (made.model if made else None)
     if model is None:
         raise InputError("--model is missing: name the base model's folder or hub id")
-    knobs = made.knobs if made else knobs
+    if made:
+        made.check_gguf(gguf)
+        knobs = made.knobs
     geometry = made.geometry if made else None
     if max_pixels is not None or vision_pixels is not None:
         first = next(iter(knobs.get("adapters", ())), None)
@@ -186,7 +190,7 @@ def edit(
         "dtype": dtype or (made.dtype if made else DTYPE),
         "encoder_device": encoder_device,
         "offload": offload,
-        "weights": weights,
+        "weights": weights or (made.weights if made else "full"),
         "gguf": gguf,
         "vae_tiling": vae_tiling,
     }

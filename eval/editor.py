@@ -1,6 +1,5 @@
 """Qwen-Image-Edit behind a request: what the command line, CSV batches, web page and reports call."""
 
-import hashlib
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from eval.encoding import Encoded, RequestEncoder, join_conditions, join_edits
 from eval.masks import paste_back
 from eval.metadata import adapter_file, describe_sampler, read_metadata, trained_geometry
 from eval.modes import Plan, check_request, edit_mask, make_plan, result_size
-from eval.provenance import NOTICE
+from eval.provenance import NOTICE, pixel_digest
 from eval.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName
 from eval.samplers import Keep, OnStep
 from losses.randomness import PictureRandom
@@ -198,14 +197,8 @@ class Editor(BaseEditor):
             "height": image.height,
             "geometry": asdict(job.geometry),
             "image_digests": [pixel_digest(each) for each in request.images],
-            "dtype": str(self.components.placement.dtype).removeprefix("torch."),
+            **self.components.placement.numbers,
         }
-
-
-def pixel_digest(image: Image.Image) -> str:
-    """Identifies a picture by its size and pixels, whatever file it came from."""
-    content = f"{image.mode} {image.size}".encode() + image.tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:

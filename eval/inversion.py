@@ -13,8 +13,8 @@ from torch import Tensor
 
 from eval.samplers import FlowSampler, Keep, OnStep, Velocity
 from losses.batch import Condition, Edit
+from losses.patches import PATCH
 from losses.randomness import SampleRandom
-from train.denoiser import PATCH
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 """`velocity = flow(latents (B, 16, h, w), sigma (B,))`: the denoiser with its condition, guided or not."""

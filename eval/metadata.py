@@ -1,7 +1,7 @@
 """What an adapter says of itself, and so how it must be sampled."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
+from eval.request import AdapterUse
 from eval.samplers import BridgeSampler, FlowSampler, Sampler
 from train.adapter import WEIGHTS_FILE
 
 FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 """As Qwen-Image-Edit is meant to be sampled."""
 BRIDGE_STEPS = 4
+AdapterState = tuple[tuple[Path, int, int, float], ...]
+"""Resolved file, time of writing, bytes and weight of each adapter."""
 DEFAULT_GEOMETRY = Geometry(max_pixels=1024 * 1024)
 
 
@@ -29,6 +32,16 @@ def adapter_file(path: Path) -> Path:
     if not file.is_file():
         raise InputError(f"no adapter at {file}: give a checkpoint folder or its {WEIGHTS_FILE}")
     return file
+
+
+def adapter_state(adapters: Sequence[AdapterUse]) -> AdapterState:
+    """What identifies adapters in use, down to the moment that their files were written.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    files = [(adapter_file(use.path).resolve(), use.weight) for use in adapters]
+    return tuple((file, file.stat().st_mtime_ns, file.stat().st_size, weight) for file, weight in files)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

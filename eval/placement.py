@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from data_prep.errors import InputError
+from data_prep.images import file_digest
 
 OffloadName = Literal["none", "model", "layer"]
 WeightsName = Literal["full", "int8", "fp8", "nf4"]
@@ -52,6 +53,13 @@ class Placement:
     def home_of_encoders(self) -> torch.device:
         """Where the text encoder and the VAE compute."""
         return self.encoder_device or self.device
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """What a picture depends on, for its settings: `dtype`, and `weights` or `gguf` where they are not full."""
+        stored = {"gguf": file_digest(self.gguf)} if self.gguf else {}
+        rounded = {"weights": self.weights} if self.weights != "full" else {}
+        return {"dtype": str(self.dtype).removeprefix("torch."), **stored, **rounded}
 
     def _check_offload(self) -> None:
         if self.offload != "layer":

@@ -1,5 +1,6 @@
 """What a picture's file says of how it was made: the settings for us, standard fields for everybody else's tools."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,12 @@ def _info(settings: Mapping[str, Any], sources: Sequence[tuple[str, str]]) -> Pn
     info.add_itxt(XMP_KEY, XMP)
     info.add_itxt(KEY, json.dumps({"notice": NOTICE, **settings, "images": images}, ensure_ascii=False))
     return info
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """Identifies a picture by its size and pixels, whatever file it came from."""
+    content = f"{image.mode} {image.size}".encode() + image.tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_png(path: Path) -> dict[str, Any]:

@@ -10,13 +10,11 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size
 from data_prep.images import file_digest
-from eval.editor import pixel_digest
 from eval.metadata import adapter_file
+from eval.placement import WeightsName
 from eval.places import find_adapter
-from eval.provenance import read_png
-from eval.request import AdapterUse, Control, Focus
-
-STRENGTH_MODES = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
+from eval.provenance import pixel_digest, read_png
+from eval.request import WITH_STRENGTH, AdapterUse, Control, Focus
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,20 @@ class Repeat:
     def dtype(self) -> str:
         """Of the weights."""
         return self.settings["dtype"]
+
+    @property
+    def weights(self) -> WeightsName:
+        """How the transformer's were rounded."""
+        return self.settings.get("weights", "full")
+
+    def check_gguf(self, gguf: Path | None) -> None:
+        """Refuses another GGUF file than the one that the transformer was read from.
+
+        Raises:
+            InputError: another file, one too many, or none.
+        """
+        if (file_digest(gguf) if gguf else None) != self.settings.get("gguf"):
+            raise InputError(f"{self.path} was made with another --gguf, or none: give the same")
 
     def check_images(self, images: Sequence[Image.Image], mask: Image.Image | None) -> None:
         """Refuses other images than those that the picture was made of.
@@ -94,7 +106,7 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs |= {name: settings[name] for name in ("negative_prompt", "feather") if name in settings}
     knobs["sampler"] = sampler.get("kind")
     knobs["cfg_scale"] = sampler.get("cfg_scale", sampler.get("flow", {}).get("cfg_scale"))
-    knobs["strength"] = sampler.get("strength") if settings["mode"] in STRENGTH_MODES else None
+    knobs["strength"] = sampler.get("strength") if settings["mode"] in WITH_STRENGTH else None
     knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
     knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])

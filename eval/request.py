@@ -21,6 +21,7 @@ AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
 
 MASKED = ("inpaint", "control-inpaint")
 CONTROLLED = ("control", "control-inpaint")
+WITH_STRENGTH = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 MAX_COUNT = 64
 
 OnProgress = Callable[[int, int], None]
@@ -156,9 +157,8 @@ class EditRequest:
                 raise InputError(f"mode={self.mode} needs {'a mask' if name == 'mask' else 'at least one control'}")
         if self.focus and self.mode != "focus":
             raise InputError(f"focus is given, but mode={self.mode} takes none: use mode=focus")
-        walks = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
-        if self.strength is not None and self.mode not in walks:
-            raise InputError(f"strength is given, but mode={self.mode} takes none: use mode={', '.join(walks)}")
+        if self.strength is not None and self.mode not in WITH_STRENGTH:
+            raise InputError(f"strength is given, but mode={self.mode} takes none: use mode={', '.join(WITH_STRENGTH)}")
 
     @property
     def seeds(self) -> range:

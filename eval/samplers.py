@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from losses.batch import Condition, Edit
+from losses.patches import PATCH, patchify, unpatchify
 from losses.paths import Prediction
 from losses.randomness import SampleRandom
 from losses.sigmas import qwen_shift
-from train.denoiser import PATCH, patchify, unpatchify
 
 SHIFT_TERMINAL = 0.02
 """The last sigma before 0, from Qwen-Image's scheduler_config.json."""

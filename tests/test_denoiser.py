@@ -7,7 +7,8 @@ from diffusers import QwenImageTransformer2DModel
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
 from losses.batch import Condition
-from train.denoiser import Denoiser, load_denoiser, patchify, unpatchify
+from losses.patches import patchify, unpatchify
+from train.denoiser import Denoiser, load_denoiser
 
 # Both sides compute the same operations in float32; attention masks and the order of sums may differ in the last bits.
 TOLERANCE = 2e-5

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
 from losses.batch import Condition
+from losses.patches import PATCH, patchify, unpatchify
 
-PATCH = 2  # one token is a 2 x 2 patch of latents
 TIMESTEPS = 1000  # the transformer is embedded with timestep = 1000 * sigma
 ROPE_THETA = 10_000
 
@@ -61,19 +61,6 @@ def build_dit(config: dict) -> QwenImageDiT:
         if isinstance(module, ApproximateGELU):
             module.__class__ = TanhGELU
     return dit
-
-
-def patchify(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 * w/2, 4C): channels first, then the patch's rows and columns."""
-    b, c, h, w = latents.shape
-    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def unpatchify(tokens: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `patchify`: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
-    b, _, channels = tokens.shape
-    grid = tokens.reshape(b, h // 2, w // 2, channels // 4, 2, 2)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, channels // 4, h, w)
 
 
 class Denoiser(nn.Module):

@@ -15,17 +15,15 @@ from PIL import Image
 from data_prep.geometry import Geometry
 from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
-from eval.adapters import AdapterState, adapter_state
 from eval.base import BaseEditor
-from eval.editor import pixel_digest
 from eval.masks import paste_back
-from eval.metadata import adapter_file
+from eval.metadata import AdapterState, adapter_file, adapter_state
 from eval.modes import check_request
 from eval.pipelines.adapters import check_adapter, use_adapters
 from eval.pipelines.bases import Base
 from eval.pipelines.load import check_placement, pipeline_folder
 from eval.placement import Placement
-from eval.provenance import NOTICE
+from eval.provenance import NOTICE, pixel_digest
 from eval.request import EditRequest, EditResult, OnProgress
 
 AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
