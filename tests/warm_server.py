@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("losses", "data_prep", "train", "eval", "scripts", "tests")
 IMPORTED = ("train.phases", "train.sweep", "torchmetrics.functional.image", "accelerate.commands.launch")
-READ_ONCE = ("DS_", "HF_", "OMP_", "PYTHONHASHSEED", "PYTHONWARNINGS", "TRANSFORMERS_")
+READ_ONCE = ("DS_", "HF_", "OMP_NUM_THREADS", "PYTHONHASHSEED", "PYTHONWARNINGS", "TRANSFORMERS_")
 """Environment variables that Python or a library reads when it is started or imported."""
 
 
@@ -119,7 +119,8 @@ def become(
     os.environ.update(environment)
     random.seed()
     sys.modules["numpy"].random.seed()
-    sys.prefix = environment.get("WARM_PREFIX", sys.prefix)
+    if prefix := environment.get("WARM_PREFIX"):  # what it starts in turn is found there
+        sys.prefix, sys.executable = prefix, f"{prefix}/bin/python"
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.orig_argv = [sys.executable, *arguments]
     if arguments[0] == "-m":
