@@ -15,11 +15,14 @@ from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
 from data_prep.model_dir import HUB_ID
 from eval.evaluation import Report
-from eval.evaluation_page import ScoreCell, score_tables
+from eval.evaluation_page import CHARTED, ScoreCell, score_tables
 from eval.metadata import adapter_file, read_metadata
+from eval.recorder import steps_label
 from eval.scores.metric import Metric
 from train.adapter import CONFIG_FILE
 
+BASE = "base"
+"""The name of the model without an adapter."""
 README, SAMPLES = "README.md", "samples"
 MARKER = "<!-- This card was written by eval/run.py --publish-card; without this line it is left alone. -->"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -105,6 +108,7 @@ def write_card(card: Card, report: Report, pictures: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    own = card_adapter(report)
     text = environment.get_template("card.md.j2").render(
         data=_card_data(card, report).to_yaml(),
         marker=MARKER,
@@ -113,7 +117,8 @@ def write_card(card: Card, report: Report, pictures: Path) -> Path:
         repository=card.repository or "OWNER/NAME",
         bridge=card.metadata.get("objective") == "lbm",
         report=report,
-        tables=[(table.title, *_markdown(table.headings, table.rows)) for table in score_tables(report)],
+        own=[method for method in report["methods"] if method["adapter"] in (own, BASE)],
+        tables=[(table.title, *_markdown(table.headings, table.rows, own)) for table in score_tables(report)],
         config=_training(card.folder),
         samples=samples,
     )
@@ -125,24 +130,29 @@ def card_name(card: Card, report: Report) -> str:
     """The repository's name, else the adapter's in the report."""
     if card.repository:
         return card.repository.partition("/")[2]
+    return card_adapter(report)
+
+
+def card_adapter(report: Report) -> str:
+    """The adapter that the card is about: the report's first."""
     return next(method["adapter"] for method in report["methods"] if method["adapter"])
 
 
 def _card_data(card: Card, report: Report) -> ModelCardData:
     name = card_name(card, report)
-    adapter = next(method["adapter"] for method in report["methods"] if method["adapter"])
     results = [
         EvalResult(
             task_type="image-to-image",
             dataset_type="custom",
             dataset_name=Path(report["settings"]["dataset"]).name,
             metric_type=metric,
-            metric_name=f"{report['metrics'][metric]['label']}, {method['steps']} steps",
+            metric_name=f"{report['metrics'][metric]['label']}, {steps_label(method['steps'])}",
             metric_value=round(score["mean"], 6),
         )
         for method in report["methods"]
-        if method["adapter"] == adapter
+        if method["adapter"] == card_adapter(report)
         for metric, score in method["scores"].items()
+        if metric in CHARTED
     ]
     return ModelCardData(
         base_model=card.base_model,
@@ -170,11 +180,11 @@ def _training(folder: Path) -> str | None:
 
 
 def _markdown(
-    headings: Sequence[Metric], rows: Sequence[tuple[dict[str, Any], list[ScoreCell]]]
+    headings: Sequence[Metric], rows: Sequence[tuple[dict[str, Any], list[ScoreCell]]], own: str
 ) -> tuple[list[str], list[list[str]]]:
     """Heading and lines of a table."""
     lines = []
-    for method, cells in rows:
+    for method, cells in ((method, cells) for method, cells in rows if method["adapter"] in (None, own, BASE)):
         shown = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells]
         lines.append([method["label"], *shown])
     return ["", *(f"{metric.label} {'↑' if metric.better == 'higher' else '↓'}" for metric in headings)], lines

@@ -97,20 +97,21 @@ def main_methods(report: Report) -> list[dict[str, Any]]:
 
 
 def best_methods(report: Report, metric: str) -> set[str]:
-    """Names of the method with the best mean and of those that its paired tests cannot tell from it.
+    """Names of the method with the best mean and of those that its paired tests (p alone, 0.05) cannot tell from it.
 
-    Empty if there are fewer than two methods with this metric.
+    Empty if that is all of them: then the rows tell nothing apart.
     """
     means = {each["name"]: each["scores"][metric]["mean"] for each in main_methods(report) if metric in each["scores"]}
-    if len(means) < 2:
+    if not means:
         return set()
     best = (max if METRICS[metric].better == "higher" else min)(means, key=lambda name: means[name])
     alike = {best}
     for test in tests_of(report, metric):
         pair = {test["first"], test["second"]}
-        if best in pair and pair <= means.keys() and (test["p_holm"] is None or test["p_holm"] >= SIGNIFICANT):
+        if best in pair and pair <= means.keys() and (test["p"] is None or test["p"] >= SIGNIFICANT):
             alike |= pair
-    return alike
+    tested = {name for test in tests_of(report, metric) for name in (test["first"], test["second"])}
+    return alike if tested >= means.keys() and alike < means.keys() else set()
 
 
 def tests_of(report: Report, metric: str) -> list[dict[str, Any]]:

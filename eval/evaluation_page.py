@@ -23,6 +23,8 @@ from eval.validation import SOURCE, TARGET
 
 THUMBNAIL = 320
 """Longest side of a picture on the page, in pixels."""
+PRINTED = 5
+"""Metrics side by side on the terminal."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 CHARTED = (
     "psnr",
@@ -67,9 +69,12 @@ GROUPS: dict[str, tuple[str, Callable[[Metric], bool]]] = {
         lambda metric: metric.against == "target" and not _is_part(metric),
     ),
     "Edited part and background": (
-        "Over the rows that have a mask. By area: over the part's own pixels, against the target. PIE: as PIE-Bench does it, "
-        "everything else blackened, and the background against the source.",
-        lambda metric: _is_part(metric),
+        "Over the rows that have a mask: over the part's own pixels, against the target.",
+        lambda metric: _is_part(metric) and not metric.name.endswith("_pie"),
+    ),
+    "Edited part and background, as in PIE-Bench": (
+        "The same rows: everything outside the part is blackened and the whole is compared, the background with the source.",
+        lambda metric: metric.name.endswith("_pie"),
     ),
     "Against the instruction and the source": (
         "Whether the instruction was followed, and whether what it does not name was left alone.",
@@ -218,13 +223,16 @@ def print_report(report: Report) -> None:
     """The tables on the terminal, means alone, and what could not be measured."""
     console = Console()
     for score_table in score_tables(report):
-        table = Table(title=score_table.title, title_justify="left")
-        table.add_column("", no_wrap=True)
-        for metric in score_table.headings:
-            table.add_column(f"{metric.label} {ARROWS[metric.better]}", justify="right")
-        for method, cells in score_table.rows:
-            table.add_row(method["label"], *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
-        console.print(table)
+        for start in range(0, len(score_table.headings), PRINTED):
+            part = slice(start, start + PRINTED)
+            table = Table(title=score_table.title, title_justify="left")
+            table.add_column("", no_wrap=True)
+            for metric in score_table.headings[part]:
+                table.add_column(f"{metric.label} {ARROWS[metric.better]}", justify="right", min_width=6)
+            for method, cells in score_table.rows:
+                shown = (f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells[part])
+                table.add_row(method["label"], *shown)
+            console.print(table)
     for line in unavailable_lines(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

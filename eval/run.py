@@ -31,7 +31,7 @@ from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
 from data_prep.rows import RejectedRow, Row, read_rows
-from eval.card import CardRequest, check_card, write_card
+from eval.card import BASE, CardRequest, check_card, write_card
 from eval.components import Components, Placement
 from eval.evaluation import Report, build_report
 from eval.evaluation_page import print_report, write_page
@@ -61,8 +61,6 @@ from eval.validation import Validation
 from eval.wandb_table import log_wandb
 
 ENCODERS = ("vae", "text_encoder", "processor")
-BASE = "base"
-"""The name of the model without an adapter."""
 
 
 def parse_steps(text: str) -> list[int]:

@@ -1,18 +1,24 @@
 """The evaluation command and the report, through the real commands on the tiny model."""
 
+import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
+from eval import run
 from eval.chart import MAX_POINTS, line_chart, thin, ticks
 from eval.report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
 from tests.adapters import write_adapter
 from tests.commands import run_script
+from tests.tiny_weights import write_clip, write_dino, write_features
+from tests.wandb_log import Written
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 
@@ -144,34 +150,160 @@ def test_the_command_reads_the_last_validation_of_each_run(tmp_path):
     assert page.tags.count("img") == page.tags.count("svg") == 2
 
 
-def test_scores_two_adapters_and_reports_on_them(tiny_model_dir, tiny_pairs, tmp_path):
-    lbm = write_adapter(tmp_path / "lbm" / "checkpoints" / "step-000001", tiny_model_dir, "lbm", SMALL)
-    flow = write_adapter(tmp_path / "flow" / "checkpoints" / "step-000001", tiny_model_dir, "flow", SMALL)
-    out = tmp_path / "scores"
+@pytest.fixture(scope="module")
+def scored(tiny_model_dir, tiny_pairs, tmp_path_factory):
+    """One evaluation with everything on: the finished command, its folder, and the folder of the first adapter."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    lbm = write_adapter(folder / "lbm" / "checkpoints" / "step-000001", tiny_model_dir, "lbm", SMALL)
+    flow = write_adapter(folder / "flow" / "checkpoints" / "step-000001", tiny_model_dir, "flow", SMALL)
+    (lbm / "optimizer.safetensors").write_bytes(b"not for others")
+    clip, dino = write_clip(folder / "clip"), write_dino(folder / "dino")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
     done = run_script(
-        *("eval/run.py", "--model", tiny_model_dir, "--adapter", lbm, "--adapter", flow, "--cfg-scale", "1"),
-        *("--dataset", tiny_pairs / "validation.json", "--root", tiny_pairs, "--steps", "1,2", "--out", out),
+        *("eval/run.py", "--model", tiny_model_dir, "--adapter", lbm, "--adapter", flow, "--base", "--cfg-scale", "1"),
+        *("--dataset", tiny_pairs / "validation.json", "--root", tiny_pairs, "--steps", "1,2", "--out", folder / "out"),
+        *(
+            "--clip",
+            clip,
+            "--dino",
+            dino,
+            "--torch-hub",
+            folder / "empty",
+            "--fid",
+            write_features(folder / "mean.pt2"),
+        ),
+        *("--face", folder / "empty", "--wandb", "edits", "--publish-card", "--license", "apache-2.0"),
+        env=environment | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "HOME": str(folder)},
     )
-    assert "4 rows cached (4 encoded now)" in done.stderr
-    assert "4 rows cached (0 encoded now)" in done.stderr  # the second adapter has the same sizes
-    scores = json.loads((out / "metrics.json").read_text())
-    assert scores.keys() == {"lbm", "flow"}
-    assert scores["lbm"]["source"] == scores["flow"]["source"]
-    assert scores["lbm"]["steps_1"] != scores["flow"]["steps_1"]
-    for name in scores:
-        assert scores[name]["num_rows"] == 4
-        assert scores[name]["steps_2"].keys() == {"psnr", "ssim", "psnr_edited", "psnr_background"}
-        assert json.loads((out / name / "metrics.json").read_text()) == scores[name]
-    page = Page((out / "report.html").read_text())
-    assert len(page.sources) == 2
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    return done, folder / "out", lbm
+
+
+@pytest.fixture(scope="module")
+def measured(scored):
+    """Its `report.json`."""
+    return json.loads((scored[1] / "report.json").read_text())
+
+
+EDITED = [f"{name}/steps_{steps}" for name in ("lbm", "flow", "base") for steps in (1, 2)]
+
+
+def test_every_adapter_and_the_base_are_scored_at_every_step_count(scored, measured):
+    done, out, _ = scored
+    assert done.stderr.count("4 rows cached (4 encoded now)") == 1  # one cache: all have the same sizes
+    assert {method["name"] for method in measured["methods"]} == {"source", "target", *EDITED}
+    assert all(method["seconds_per_edit"] > 0 for method in measured["methods"] if method["adapter"])
+    assert [row.keys() for row in measured["per_row"]] == [{"id", "prompt", "scores"}] * 4
+    for name in ("lbm", "flow", "base"):
+        own = json.loads((out / name / "metrics.json").read_text())
+        assert own["num_rows"] == 4
+        assert own["steps_2"].keys() >= {"psnr", "ssim", "psnr_edited", "psnr_background", "clip_i", "drifted"}
+        assert own["steps_2"]["psnr"] == score(measured, f"{name}/steps_2", "psnr")["mean"]
+    assert score(measured, "lbm/steps_1", "psnr") != score(measured, "flow/steps_1", "psnr")
     assert "lbm, 2 steps" in done.stdout
 
 
-def test_a_wrong_dataset_is_one_sentence_and_exit_code_2(tiny_model_dir, tmp_path):
-    base = ["eval/run.py", "--model", tiny_model_dir, "--dataset", "nothing.json", "--out", tmp_path / "scores"]
-    done = run_script(*base, check=False)
-    assert done.returncode == 2
-    assert "error: " in done.stderr
-    assert "nothing.json" in done.stderr
-    assert "Traceback" not in done.stderr
+def score(report: dict, method: str, metric: str) -> dict:
+    """A method's mean and interval."""
+    (found,) = (each for each in report["methods"] if each["name"] == method)
+    return found["scores"][metric]
+
+
+def test_the_means_and_tests_are_those_of_the_rows(measured):
+    rows = [row["scores"] for row in measured["per_row"]]
+    values = [row["flow/steps_1"]["psnr"] for row in rows]
+    interval = score(measured, "flow/steps_1", "psnr")
+    assert interval["mean"] == pytest.approx(sum(values) / 4)
+    assert min(values) <= interval["low"] <= interval["mean"] <= interval["high"] <= max(values)
+    assert score(measured, "lbm/steps_1", "psnr_edited")["num_rows"] == 2  # the rows with a mask
+    pairs = [(test["first"], test["second"]) for test in measured["tests"] if test["metric"] == "psnr"]
+    assert len(pairs) == len({frozenset(pair) for pair in pairs}) == 7 * 6 // 2
+    (test,) = (
+        each for each in measured["tests"] if [each["metric"], each["first"], each["second"]] == ["psnr", *EDITED[1:3]]
+    )
+    differences = [row[EDITED[1]]["psnr"] - row[EDITED[2]]["psnr"] for row in rows]
+    assert test["difference"]["mean"] == pytest.approx(sum(differences) / 4)
+    signs = list(itertools.product((-1, 1), repeat=4))
+    sums = [abs(sum(sign * value for sign, value in zip(some, differences, strict=True))) for some in signs]
+    assert test["p"] == pytest.approx(sum(each >= abs(sum(differences)) - 1e-9 for each in sums) / 16)
+
+
+def test_what_the_source_unchanged_must_score(measured):
+    for row in measured["per_row"]:
+        source = row["scores"]["source"]
+        assert source["structure"] == 0
+        assert "clip_direction" not in source  # a picture that did not change has no direction
+        assert source.get("psnr_background_pie", 100) == 100
+        assert source["drifted"] == source.get("drift_shift", 0) == 0
+    assert score(measured, "source", "fid")["num_rows"] == 4
+
+
+def test_weights_that_cannot_be_had_are_reported_and_the_rest_goes_on(scored, measured):
+    done, out, _ = scored
+    unavailable = measured["unavailable"]
+    assert unavailable.keys() == {"lpips", "lpips_background_pie", "dists", "identity", "face_kept"}
+    assert "alexnet-owt-7be5be79.pth is not in" in unavailable["lpips"]
+    assert "not measured: dists (vgg16-397923af.pth" in done.stdout
+    assert "vgg16-397923af.pth is not in" in (out / "report.html").read_text()
+
+
+def test_the_page_of_an_evaluation_is_whole_and_loads_nothing(scored):
+    text = (scored[1] / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.sources) == 3 * (2 + len(EDITED))  # best, median, worst: source, edits, target
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
+    assert page.tags.count("svg") == text.count("<h3>PSNR") + text.count("<h3>SSIM, ") + 5
+    for word in ("best", "median", "worst"):
+        assert f'<span class="tag">{word}</span>' in text
+
+
+def test_every_picture_is_kept(scored):
+    found = {path.parent.relative_to(scored[1] / "pictures").as_posix() for path in scored[1].glob("pictures/**/*.jpg")}
+    assert found == {"source", "target", *EDITED}
+    assert len(list(scored[1].glob("pictures/**/*.jpg"))) == 4 * 8
+    with Image.open(scored[1] / "pictures" / "lbm" / "steps_1" / "00000.jpg") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_the_table_on_wandb(scored, measured):
+    (folder,) = (scored[1] / "wandb").glob("offline-run-*")
+    (file,) = (folder / "files" / "media" / "table" / "evaluation").glob("rows_*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"][:4] == ["id", "prompt", "method", "psnr"]
+    assert table["columns"][-3:] == ["source", "edit", "target"]
+    assert len(table["data"]) == 4 * len(EDITED)
+    line = next(each for each in table["data"] if each[2] == "flow/steps_2")
+    row = next(each for each in measured["per_row"] if each["id"] == line[0])
+    assert line[3] == row["scores"]["flow/steps_2"]["psnr"]
+    assert (folder / "files" / line[-2]["path"]).is_file()
+    summary = Written(folder).summary()
+    assert summary["flow/steps_2/psnr"] == score(measured, "flow/steps_2", "psnr")["mean"]
+
+
+def test_the_card_is_beside_the_adapter(scored, measured):
+    adapter = scored[2]
+    card = ModelCard.load(adapter / "README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-to-image")
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results["PSNR, 2 steps"] == pytest.approx(score(measured, "lbm/steps_2", "psnr")["mean"], abs=1e-6)
+    assert "| lbm, 1 step |" in card.text
+    assert "| flow, 1 step |" not in card.text
+    pictures = re.findall(r"\]\((samples/[^)]+)\)", card.text)
+    assert len(pictures) == 4
+    assert all((adapter / name).is_file() for name in pictures)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset": "nothing.json"}, "nothing.json"),
+        ({"rank_by": "beauty"}, "there is no metric 'beauty'"),
+        ({"metrics": ["ssim"], "rank_by": "mse"}, "--rank-by mse is not measured"),
+        ({"rank_by": "lpips"}, "--rank-by lpips is not measured: alexnet"),
+        ({"publish_card": True}, "give one with --adapter"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tiny_model_dir, tmp_path, changed, message):
+    wanted = {"model": str(tiny_model_dir), "dataset": "nothing.json", "device": "cpu", "dtype": "float32"}
+    with pytest.raises(InputError, match=message):
+        run.score(**(wanted | {"out": tmp_path, "torch_hub": tmp_path, "metrics": ["psnr", "lpips"]} | changed))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 from PIL import Image
@@ -52,7 +53,7 @@ class Fid:
         self.device = places.device
         try:
             self.network, self.size = _inception(places.fid) if places.fid.suffix == ".pth" else _exported(places.fid)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, BadZipFile) as error:
             raise Unavailable(f"{places.fid} cannot be loaded: {first_line(error)}") from error
         self.sets: dict[str, FrechetInceptionDistance] = {}
         self.counts: Counter[str] = Counter()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError
 
 from eval.scores.metric import Unavailable, first_line
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vitb8"
+FILES = ["*.json", "*.txt", "*.safetensors"]
 SECONDS = 20.0
 """That a server may take to answer."""
 
@@ -66,6 +67,8 @@ class Places:
             Unavailable: neither, or not what the class reads.
         """
         try:
-            return load(place, local_files_only=not self.online)
+            if not Path(place).is_dir():  # the folder first: classes look for more files than they say, and on the hub
+                place = snapshot_download(place, local_files_only=not self.online, allow_patterns=FILES)
+            return load(place, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise Unavailable(f"{place} cannot be loaded: {first_line(error)}") from error

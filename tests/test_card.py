@@ -1,0 +1,107 @@
+"""Model cards and their upload, as far as it goes without a network."""
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
+
+from data_prep.errors import InputError
+from eval.card import MARKER, CardRequest, check_card, write_card
+from eval.evaluation import build_report
+from eval.publish import check_push, push
+from eval.recorder import Measured
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A checkpoint folder with all that training leaves in one."""
+    folder = tmp_path / "run" / "checkpoints" / "step-000002"
+    folder.mkdir(parents=True)
+    header = {"base_model": "Qwen/Qwen-Image-Edit-2511", "objective": "flow", "step": "2"}
+    save_file({"diffusion_model.x.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors", header)
+    for name in ("adapter_config.json", "optimizer.safetensors", "training_lora.safetensors", "state.json"):
+        (folder / name).write_text("{}")
+    (folder / "config.yaml").write_text("run_dir: /secret/place\nadapter: {rank: 7}\ntrain: {num_steps: 2}\n")
+    return folder
+
+
+@pytest.fixture
+def report():
+    rows = {"r0": {"psnr": 20.0, "beauty": 1.0}, "r1": {"psnr": 22.0}}
+    methods = [Measured("source", rows=rows), Measured("mine/steps_4", "mine", 4, "flow matching", 0.5, rows)]
+    settings = {"dataset": "/data/pairs.json", "seed": 0, "device": "cpu", "dtype": "float32"}
+    return build_report("t", methods, {"r0": "a", "r1": "b"}, {"fid": "no features"}, settings)
+
+
+def test_a_card_says_what_it_is_and_is_written_again(adapter, report, tmp_path):
+    (tmp_path / "row-0.jpg").write_bytes(b"jpeg")
+    card = check_card(CardRequest(adapter, "mit", repository="me/my-lora"))
+    path = write_card(card, report, tmp_path)
+    read = ModelCard.load(path)
+    assert read.data.base_model == "Qwen/Qwen-Image-Edit-2511"
+    assert (read.data.license, read.data.library_name, read.data.model_name) == ("mit", "diffusers", "my-lora")
+    assert {result.metric_value for result in read.data.eval_results} == {21.0}
+    assert "21.00 (20.00 – 22.00)" in read.text
+    assert 'load_lora_weights("me/my-lora"' in read.text
+    assert "rank: 7" in read.text
+    assert "secret" not in read.text
+    assert "Not measured: fid." in read.text
+    again = check_card(CardRequest(adapter))  # the licence is that of the card
+    assert again.license == "mit"
+    write_card(again, report, tmp_path)
+    assert card.files == ["adapter_model.safetensors", "adapter_config.json", "README.md", "samples/row-0.jpg"]
+
+
+def test_a_bridge_says_that_it_needs_its_sampler(adapter, report, tmp_path):
+    header = {"base_model": str(tmp_path), "objective": "lbm"}
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
+    text = write_card(check_card(CardRequest(adapter, "mit")), report, tmp_path).read_text()
+    assert "It needs the bridge sampler" in text
+    assert "QwenImageEditPlusPipeline" not in text
+    assert "base_model:" not in text  # a folder of this machine is none
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, "add --license"),
+        ({"license": "My Own!"}, "--license must be a licence"),
+        ({"license": "mit", "base_model": "no id"}, "--base-model must look like OWNER/NAME"),
+    ],
+)
+def test_what_a_card_needs(adapter, changed, message):
+    with pytest.raises(InputError, match=message):
+        check_card(CardRequest(adapter, **changed))
+
+
+def test_somebody_elses_readme_is_left_alone(adapter):
+    (adapter / "README.md").write_text("# Mine\n")
+    with pytest.raises(InputError, match="written by somebody else"):
+        check_card(CardRequest(adapter, "mit"))
+    (adapter / "README.md").write_text(f"# Mine\n{MARKER}\n")
+    assert check_card(CardRequest(adapter, "mit")).license == "mit"
+
+
+def test_an_upload_that_would_fail_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for wrong in ("me/my lora", "a/b/c", "alone", "me/-x"):
+        with pytest.raises(InputError, match="--push"):
+            check_push(wrong)
+    with pytest.raises(InputError, match="needs a token"):
+        check_push("me/my-lora")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    check_push("me/my-lora")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        check_push("me/my-lora")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence_and_exit_code_1(adapter, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=r"error: me/my-lora was not uploaded \(.*everything is in") as ended:
+        push(adapter, ["adapter_model.safetensors"], "me/my-lora", private=True)
+    assert "\n" not in str(ended.value)
