@@ -8,14 +8,13 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.model_dir import HUB_ID
-from train.adapter import WEIGHTS_FILE
+from train.run_files import CHECKPOINTS, LATEST, WEIGHTS_FILE
 
 MODEL_DIR = "MODEL_DIR"
 """Environment variable: the folder that holds base models."""
 CHECKPOINT_DIR = "CHECKPOINT_DIR"
 """Environment variable: the folder that holds runs and their checkpoints."""
 DEFAULT_CHECKPOINTS = "runs"
-CHECKPOINTS, LATEST = "checkpoints", "latest"
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.denoiser import Denoiser
+from train.run_files import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "diffusion_model."
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 

@@ -22,6 +22,7 @@ from data_prep.errors import InputError
 from data_prep.files import sync, write_text
 from train.adapter import Adapter
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
+from train.run_files import LATEST
 
 LORA, OPTIMIZER = "training_lora.safetensors", "optimizer.safetensors"
 STATE, CONFIG = "state.json", "config.yaml"
@@ -94,7 +95,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync(self.folder)
-        write_text(self.folder / "latest", final.name + "\n")
+        write_text(self.folder / LATEST, final.name + "\n")
         done = [path for path in self.all() if _step(path) <= step]  # a later one is damaged, or was gone back from
         for old in done[: -self.keep_last]:
             shutil.rmtree(old)

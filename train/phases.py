@@ -37,6 +37,7 @@ from train.planner import geometry_of
 from train.processes import Processes
 from train.provenance import provenance
 from train.resume import check_continuation, continued_states, data_identity, find_checkpoint
+from train.run_files import CHECKPOINTS
 
 ENCODERS = ("vae", "text_encoder", "processor")
 
@@ -113,7 +114,7 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
     decode = lazy_decode(model, device, dtype)
     loss = build_loss(config, decode)
     checkpoints = Checkpoints(
-        run_dir / "checkpoints", settings.keep_last, adapter_metadata(config, loss, geometry), to_yaml(config), dtype
+        run_dir / CHECKPOINTS, settings.keep_last, adapter_metadata(config, loss, geometry), to_yaml(config), dtype
     )
     checkpoint = find_checkpoint(checkpoints, config.resume, processes)
     identity = {"data": data_identity(reader), "global_batch_size": stream.global_batch_size}
