@@ -284,7 +284,7 @@ def test_files_that_are_too_large_or_no_picture_are_refused_in_words(page, folde
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "heavy.png")  # 1.5 MB
     page.set_input_files("#source input[type=file]", folder / "heavy.png")
-    toast(page, "exceed the maximum allowed size of 1 Mb")
+    toast(page, "exceed the maximum allowed size of 1")
     # The browser says on its console that this upload has no progress.
     assert [text for text in page.complaints if text != "Response" and "404" not in text] == []
     page.complaints.clear()

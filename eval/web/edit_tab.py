@@ -23,12 +23,10 @@ from eval.web.form import (
     make_request,
 )
 from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words, say_stopped
-from eval.web.limits import read_picture
+from eval.web.limits import CANVAS, read_picture
 from eval.web.results import Picture, beside, save_results, settings_html
 from eval.web.studio import Studio, picture_input, session_of
 
-CANVAS = 800
-"""Longest side of the picture that is painted on, in pixels; strokes are scaled to the source."""
 MAX_SEED = 2**31 - 1
 """Of a drawn one; any may be typed."""
 

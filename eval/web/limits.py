@@ -11,6 +11,8 @@ from data_prep.errors import InputError
 from data_prep.images import RejectedImage, open_image
 
 MEGA = 1_000_000
+CANVAS = 800
+"""Longest side of the picture that is painted on, in pixels; strokes are scaled to the source."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Limits:
         return self.max_upload_mb * 2**20
 
     def apply(self) -> None:
-        """Makes the limit Pillow's own as well, for whatever decodes an image by another way than `read_picture`."""
-        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
+        """Makes the limit Pillow's own as well, for whatever decodes an image by another way than `read_picture`: Gradio
+        does so with what is painted."""
+        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, CANVAS * CANVAS)
 
 
 def read_picture(path: str, limits: Limits) -> Image.Image:
