@@ -275,9 +275,11 @@ def test_the_table_on_wandb(scored, measured):
     line = next(each for each in table["data"] if each[2] == "flow/steps_2")
     row = next(each for each in measured["per_row"] if each["id"] == line[0])
     assert line[3] == row["scores"]["flow/steps_2"]["psnr"]
-    assert (folder / "files" / line[-2]["path"]).is_file()
-    summary = Written(folder).summary()
-    assert summary["flow/steps_2/psnr"] == score(measured, "flow/steps_2", "psnr")["mean"]
+    written = Written(folder)
+    (artifact,) = written.of("artifact")
+    pictures = [each.path for each in artifact.manifest.contents if each.path.startswith("media/images/")]
+    assert len(pictures) == 4 * (2 + len(EDITED))  # sources and targets once
+    assert written.summary()["flow/steps_2/psnr"] == score(measured, "flow/steps_2", "psnr")["mean"]
 
 
 def test_the_card_is_beside_the_adapter(scored, measured):
