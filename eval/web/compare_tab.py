@@ -32,7 +32,7 @@ EXPLANATION = (
     "only after the vote."
 )
 COUNTED = (
-    "The win rate is the first one's share of the votes that decided; “no difference” counts for neither. "
+    "The win rate is the first adapter's share of the votes that decided; “no difference” counts for neither. "
     "The interval is Wilson's, 95 %: the smaller it is, and the farther from 50 %, the surer the result."
 )
 
@@ -110,7 +110,9 @@ def standings_html(tables: Sequence[Standing]) -> Markup:
     """Who won against whom, with the interval drawn on a line from 0 to 100 %."""
     if not tables:
         return Markup('<p class="quiet">No votes yet.</p>')
-    head = "<tr><th>Won more often</th><th>against</th><th>wins</th><th>losses</th><th>ties</th><th>win rate</th><th></th></tr>"
+    head = (
+        "<tr><th>adapter</th><th>against</th><th>wins</th><th>losses</th><th>ties</th><th>win rate</th><th></th></tr>"
+    )
     return Markup(f'<table class="standings"><thead>{head}</thead><tbody>{"".join(map(_row, tables))}</tbody></table>')
 
 
