@@ -122,6 +122,11 @@ class InversionSampler:
         """As its flow sampler."""
         return self.flow.guided
 
+    @property
+    def draws(self) -> bool:
+        """Never: its noise is the picture's own."""
+        return False
+
     def calls(self, num_steps: int) -> int:
         """As many steps up as down, at least one each."""
         return 2 * max(1, round(num_steps * self.strength))

@@ -40,6 +40,16 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     Raises:
         InputError: the adapter cannot be sampled as asked.
     """
+    plan = _plan(request, metadata)
+    if request.count > 1 and not plan.sampler.draws:
+        raise InputError(
+            f"mode={request.mode} with sampler={plan.name} draws nothing, so that all {request.count} pictures would be the "
+            "same: leave out count" + (", or use sampler=bridge-stochastic" if plan.name in BRIDGES else "")
+        )
+    return plan
+
+
+def _plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     name = _sampler_name(request, metadata)
     if name in BRIDGES:
         return Plan(name, _bridge(request, name, metadata), request.steps or BRIDGE_STEPS)

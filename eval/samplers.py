@@ -62,6 +62,11 @@ class Sampler(Protocol):
         """Whether the edit needs a negative condition."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether another seed gives another picture."""
+        ...
+
     def calls(self, num_steps: int) -> int:
         """How often `on_step` is called."""
         ...
@@ -133,6 +138,11 @@ class BridgeSampler:
         """Never: a bridge has no classifier-free guidance."""
         return False
 
+    @property
+    def draws(self) -> bool:
+        """Only the stochastic forms do."""
+        return self.stochastic and self.bridge_noise > 0
+
     def calls(self, num_steps: int) -> int:
         """One a step."""
         return num_steps
@@ -199,6 +209,11 @@ class FlowSampler:
     def guided(self) -> bool:
         """With classifier-free guidance."""
         return self.cfg_scale > 1
+
+    @property
+    def draws(self) -> bool:
+        """Always: its start is noise."""
+        return True
 
     def calls(self, num_steps: int) -> int:
         """Steps that are walked, at least one."""

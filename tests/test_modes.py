@@ -77,6 +77,12 @@ def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
             {"objective": "lbm", "loss": '{"sub_prob": 0}'},
             "trained without",
         ),
+        (
+            {"mode": "invert", "count": 2},
+            {},
+            "draws nothing, so that all 2 pictures would be the same: leave out count$",
+        ),
+        ({"adapters": ADAPTER, "count": 3}, BRIDGE, "all 3 pictures.* or use sampler=bridge-stochastic"),
         ({"adapters": ADAPTER}, {"objective": "gan"}, "objective is 'gan'"),
     ],
 )
