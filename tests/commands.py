@@ -39,8 +39,7 @@ def warm_programs(folder: Path) -> dict[str, str]:
     """An environment in which bash scripts find a `python` and an `accelerate` whose processes are warm, except for those
     of `eval/` and `data_prep/`."""
     warm, stand_in = shlex.join(warm_python()), ROOT / "tests/warm.py"
-    python = f'case "$1" in *train/*.py | *scripts/*.py | -m) exec {warm} "$@" ;; *) exec {sys.executable} "$@" ;; esac'
-    python = f'[ "$1" != -u ] || shift\n{python}'
+    python = f'case "$1" in *train/*.py | *scripts/*.py) exec {warm} "$@" ;; *) exec {sys.executable} "$@" ;; esac'
     launch = f'for word; do [[ /$word != */train/run.py ]] || words+=({stand_in}); words+=("$word"); done'
     accelerate = f'{launch}\nexec {warm} -m accelerate.commands.accelerate_cli "${{words[@]}}"'
     (folder / "bin").mkdir(parents=True)

@@ -119,8 +119,7 @@ def become(
     os.environ.update(environment)
     random.seed()
     sys.modules["numpy"].random.seed()
-    if prefix := environment.get("WARM_PREFIX"):  # what it starts in turn is found there
-        sys.prefix, sys.executable = prefix, f"{prefix}/bin/python"
+    sys.prefix = environment.get("WARM_PREFIX", sys.prefix)  # where it looks for what it starts in turn
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.orig_argv = [sys.executable, *arguments]
     if arguments[0] == "-m":
