@@ -1,6 +1,6 @@
 """An evaluation as numbers: `report.json`, from which page, table and card are made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -56,6 +56,13 @@ def build_report(
             for row, prompt in prompts.items()
         ],
     }
+
+
+def unmeasured(chosen: Iterable[str], methods: Sequence[Measured], unavailable: Mapping[str, str]) -> dict[str, str]:
+    """Why each chosen metric is not in the report: its own reason, or that no row has what it looks at."""
+    found = {name for each in methods for scores in _all_scores(each) for name in scores}
+    reasons = {name: "no row has what it looks at: a mask, or a face" for name in chosen if name not in found}
+    return reasons | {name: reason for name, reason in unavailable.items() if name not in found}
 
 
 def _all_scores(method: Measured) -> list[dict[str, float]]:

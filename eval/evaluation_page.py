@@ -144,7 +144,7 @@ def step_charts(report: Report) -> list[tuple[str, Markup]]:
 
 def _heading(metric: Metric) -> str:
     unit = f", {metric.unit}" if metric.unit and "10" not in metric.unit else ""
-    return f"{metric.label}{unit} {ARROWS[metric.better]}"
+    return f"{metric.label}{unit}\N{NO-BREAK SPACE}{ARROWS[metric.better]}"
 
 
 def shown_rows(report: Report, rank_by: str) -> list[tuple[str, dict[str, Any]]]:

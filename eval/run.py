@@ -33,7 +33,7 @@ from data_prep.records import CacheReader
 from data_prep.rows import RejectedRow, Row, read_rows
 from eval.card import BASE, CardRequest, check_card, write_card
 from eval.components import Components, Placement
-from eval.evaluation import Report, build_report
+from eval.evaluation import Report, build_report, unmeasured
 from eval.evaluation_page import print_report, write_page
 from eval.metadata import SamplerChoice, choose_geometry, choose_sampler, read_metadata
 from eval.options import (
@@ -190,8 +190,8 @@ def score(
         card = check_card(CardRequest(adapter[0].path, license, base_model, push_to))
     if push_to:
         check_push(push_to)
-    fetch = metrics is not None or (clip, dino) != (CLIP, DINO)
-    battery = load_battery(metrics, Places(clip, dino, torch_hub, face, fid, placement.device, fetch))
+    places = Places(clip, dino, torch_hub, face, fid, placement.device, download=metrics is not None)
+    battery = load_battery(metrics, places)
     if rank_by in battery.unavailable or rank_by not in battery.chosen:
         raise InputError(
             f"--rank-by {rank_by} is not measured: {battery.unavailable.get(rank_by, 'name it in --metrics')}"
@@ -221,7 +221,9 @@ def score(
         "fid": str(fid) if fid else None,
         "rank_by": rank_by,
     }
-    report = build_report(title, list(recorder.methods.values()), recorder.prompts, battery.unavailable, settings, seed)
+    methods = list(recorder.methods.values())
+    missing = unmeasured(battery.chosen, methods, battery.unavailable)
+    report = build_report(title, methods, recorder.prompts, missing, settings, seed)
     write_reports(report, recorder, out, rank_by)
     if wandb:
         log_wandb(wandb, report, recorder.picture, out)

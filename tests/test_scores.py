@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage import data
@@ -213,6 +214,7 @@ def test_a_face_is_recognised_by_dlibs_real_weights():
 
 def test_what_cannot_be_had_says_why(places, tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     empty = Places(clip=str(tmp_path), dino="nobody/nothing", torch_hub=tmp_path, fid=tmp_path / "x.pt2")
     battery = load_battery(None, empty)
     assert [type(family).__name__ for family in battery.families] == ["Pixels", "Registration"]

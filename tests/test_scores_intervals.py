@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.evaluation import best_methods, build_report, ranked_rows
+from eval.evaluation import best_methods, build_report, ranked_rows, unmeasured
 from eval.intervals import compare_methods, holm, mean_interval, paired_p
 from eval.recorder import Measured, label
 
@@ -73,6 +73,11 @@ def test_the_best_is_marked_with_those_that_cannot_be_told_from_it():
         {"dataset": "d"},
     )
     assert best_methods(few, "psnr") == set()  # one row tells nothing apart
+
+
+def test_every_chosen_metric_is_measured_or_has_a_reason():
+    reasons = unmeasured(["psnr", "identity", "lpips"], [measured("a/steps_1", [1.0])], {"lpips": "no weights"})
+    assert reasons == {"lpips": "no weights", "identity": "no row has what it looks at: a mask, or a face"}
 
 
 def test_labels():

@@ -63,12 +63,15 @@ class Places:
     def pretrained(self, load: Callable[..., Any], place: str) -> Any:
         """`load(place)` of transformers: a folder, or a hub id that is in the cache or may be fetched.
 
+        An id that is not a default was named by somebody, and may be.
+
         Raises:
             Unavailable: neither, or not what the class reads.
         """
+        named = place not in (CLIP, DINO) and not constants.HF_HUB_OFFLINE
         try:
             if not Path(place).is_dir():  # the folder first: classes look for more files than they say, and on the hub
-                place = snapshot_download(place, local_files_only=not self.online, allow_patterns=FILES)
+                place = snapshot_download(place, local_files_only=not (named or self.online), allow_patterns=FILES)
             return load(place, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise Unavailable(f"{place} cannot be loaded: {first_line(error)}") from error
