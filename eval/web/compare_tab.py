@@ -16,7 +16,7 @@ from data_prep.errors import InputError
 from data_prep.images import file_digest
 from eval.metadata import adapter_file
 from eval.request import AdapterUse, EditRequest
-from eval.web.edit_tab import MAX_SEED, adapter_names
+from eval.web.fields import MAX_SEED, adapter_names
 from eval.web.form import BASE_MODEL, chosen_adapters
 from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words, say_stopped
 from eval.web.limits import read_picture

@@ -66,7 +66,7 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
     """Reads the form. Nothing that another mode asks for is taken over.
 
     Args:
-        values: name of a field -> what it holds; the names are those of `edit_tab.build_form`.
+        values: name of a field -> what it holds; the names are those of `fields.build_form`.
         adapters: those that may be chosen, by name.
         limits: what is accepted.
 
