@@ -104,7 +104,13 @@ def command(*arguments: object) -> None:
 MIXED = [
     {"id": "one", "image": "photo0.png", "prompt": "brighten", "seed": "4"},
     {"id": "gone", "image": "missing.png", "prompt": "x"},
-    {"id": "two", "image": "wide.png", "prompt": "a longer instruction, 编辑", "count": "2"},
+    {
+        "id": "two",
+        "image": "wide.png",
+        "prompt": "a longer instruction, 编辑",
+        "count": "2",
+        "sampler": "bridge-stochastic",
+    },
     {"id": "odd", "image": "photo1.png", "prompt": "x", "size": "65x64"},
     {"id": "text", "image": "photo1.png", "prompt": "x", "seed": "four"},
     {"id": "one", "image": "photo1.png", "prompt": "x"},
