@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ FULL_SIZE = "model.path=models/tiny model.dtype=float32 model.zero_cond_t=null l
 
 @pytest.fixture(scope="module")
 def workspace(tiny_model_dir, tiny_pairs, tmp_path_factory) -> Path:
-    """`pairs.json`, `photos/` and `models/tiny`, as the README's reader has them."""
+    """`pairs.json`, `photos/`, `jobs.csv` and `models/tiny`, as the README's reader has them."""
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "models").mkdir()
     (folder / "models" / "tiny").symlink_to(tiny_model_dir)
@@ -42,6 +45,7 @@ def workspace(tiny_model_dir, tiny_pairs, tmp_path_factory) -> Path:
         photographs.load(photograph).resize((160, 128)).save(folder / "photographs" / f"{photograph.stem}.png")
     (folder / "photos" / "before").mkdir()
     shutil.copy(tiny_pairs / rows[0]["edit_image"], folder / "photos" / "before" / "01.png")
+    (folder / "jobs.csv").write_text("image,prompt\nphotos/before/01.png,Remove the sticker.\n")
     return folder
 
 
@@ -63,12 +67,34 @@ def quick(command: str) -> str:
     return command.replace("step-001000", "step-000001")
 
 
+def serve(command: str, workspace: Path, environment: dict[str, str]) -> None:
+    """Starts the page, which ends when it is interrupted, and asks it for itself."""
+    server = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=workspace, env=environment, stdin=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(240):
+            assert server.poll() is None
+            try:
+                page = urllib.request.urlopen("http://127.0.0.1:7999", timeout=30).read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        assert b"Edit pictures by instruction" in page
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme(workspace, tmp_path):
     """In order: the later ones use what the earlier ones made."""
     environment = os.environ | warm_programs(tmp_path / "programs") | {"WANDB_MODE": "offline"}
     assert len(COMMANDS) >= 9
     for command in COMMANDS:
+        if "eval/app.py" in command:
+            serve(quick(command), workspace, environment)
+            continue
         done = subprocess.run(
             ["bash", "-c", quick(command)], cwd=workspace, capture_output=True, text=True, env=environment
         )
