@@ -17,6 +17,7 @@ import typer
 from data_prep.cli import run_command
 from data_prep.files import make_folder
 from eval.metadata import choose_geometry
+from eval.model.placement import make_placement
 from eval.open import open_editor
 from eval.options import (
     DEVICE,
@@ -33,7 +34,6 @@ from eval.options import (
     VisionPixels,
     Weights,
 )
-from eval.placement import make_placement
 from eval.places import checkpoint_folder
 from eval.web.limits import Limits, check_exposure, check_port, parse_auth
 

@@ -23,9 +23,10 @@ from data_prep.cli import OnError, run_command
 from data_prep.errors import InputError
 from data_prep.geometry import Size
 from data_prep.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
-from eval.jobs_command import Base, Table, edit_table
-from eval.jobs_files import numbered
+from eval.jobs.command import Base, Table, edit_table
+from eval.jobs.files import numbered
 from eval.metadata import choose_geometry, read_metadata
+from eval.model.placement import Placement, WeightsName, make_placement
 from eval.options import (
     DEVICE,
     DTYPE,
@@ -44,7 +45,6 @@ from eval.options import (
     parse_focus,
     parse_size,
 )
-from eval.placement import Placement, WeightsName, make_placement
 from eval.provenance import write_png
 from eval.repeat import Repeat, read_repeat
 from eval.request import AspectName, Control, EditRequest, Focus, ModeName, SamplerName

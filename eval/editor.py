@@ -17,12 +17,12 @@ from data_prep.geometry import Geometry, Size, fit, to_image
 from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
-from eval.components import Components, Placement
 from eval.control import make_map
 from eval.depth import DepthModel, load_depth_model
 from eval.encoding import Encoded, RequestEncoder, join_conditions, join_edits
 from eval.masks import paste_back
 from eval.metadata import adapter_file, describe_sampler, read_metadata, trained_geometry
+from eval.model.components import Components, Placement
 from eval.modes import Plan, check_request, edit_mask, make_plan, result_size
 from eval.provenance import NOTICE, pixel_digest
 from eval.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName

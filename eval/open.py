@@ -13,8 +13,8 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
+from eval.model.placement import Placement
 from eval.pipelines.bases import BASES
-from eval.placement import Placement
 from eval.places import find_model
 from eval.request import Abilities
 

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from data_prep.geometry import Size
-from eval.placement import OffloadName, WeightsName
+from eval.model.placement import OffloadName, WeightsName
 from eval.places import find_adapter
 from eval.request import AdapterUse, Control, Focus
 

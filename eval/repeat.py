@@ -11,7 +11,7 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size
 from data_prep.images import file_digest
 from eval.metadata import adapter_file
-from eval.placement import WeightsName
+from eval.model.placement import WeightsName
 from eval.places import find_adapter
 from eval.provenance import pixel_digest, read_png
 from eval.request import WITH_STRENGTH, AdapterUse, Control, Focus

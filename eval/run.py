@@ -31,11 +31,14 @@ from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
 from data_prep.rows import RejectedRow, Row, read_rows
-from eval.card import BASE, CardRequest, check_card, write_card
-from eval.components import Components, Placement
-from eval.evaluation import Report, build_report, unmeasured
-from eval.evaluation_page import print_report, write_page
+from eval.evaluation.card import BASE, CardRequest, check_card, write_card
+from eval.evaluation.page import print_report, write_page
+from eval.evaluation.publish import check_push, push
+from eval.evaluation.recorder import Recorder
+from eval.evaluation.summary import Report, build_report, unmeasured
+from eval.evaluation.wandb_table import log_wandb
 from eval.metadata import SamplerChoice, choose_geometry, choose_sampler, read_metadata
+from eval.model.components import Components, Placement
 from eval.options import (
     DEVICE,
     DTYPE,
@@ -50,15 +53,12 @@ from eval.options import (
     parse_adapter,
 )
 from eval.places import find_model
-from eval.publish import check_push, push
-from eval.recorder import Recorder
 from eval.report import OBJECTIVES
 from eval.request import AdapterUse
 from eval.scores.catalog import ALL, METRICS, load_battery
 from eval.scores.metric import check_names
 from eval.scores.places import CLIP, DINO, Places
 from eval.validation import Validation
-from eval.wandb_table import log_wandb
 
 ENCODERS = ("vae", "text_encoder", "processor")
 

@@ -38,8 +38,8 @@ from data_prep.errors import InputError, exit_codes
 from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from eval.editor import Editor
-from eval.encoder_placement import PlacedVAE
-from eval.placement import make_placement
+from eval.model.encoders import PlacedVAE
+from eval.model.placement import make_placement
 from eval.request import EditRequest
 from train.denoiser import build_dit
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
-from eval.adapters import use_adapters
 from eval.metadata import read_metadata
+from eval.model.adapters import use_adapters
 from eval.request import AdapterUse
 from tests.test_denoiser import make_condition, run_reference
 from train.adapter import Adapter, attach_lora, match_modules

@@ -6,10 +6,10 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 from data_prep.errors import InputError
-from eval.card import MARKER, CardRequest, check_card, write_card
-from eval.evaluation import build_report
-from eval.publish import check_push, push
-from eval.recorder import Measured
+from eval.evaluation.card import MARKER, CardRequest, check_card, write_card
+from eval.evaluation.publish import check_push, push
+from eval.evaluation.recorder import Measured
+from eval.evaluation.summary import build_report
 
 
 @pytest.fixture

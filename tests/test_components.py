@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
-from eval.adapters import linear_modules, remove_adapters, use_adapters
+from eval.model.adapters import linear_modules, remove_adapters, use_adapters
 from eval.request import AdapterUse
 from tests.test_adapter import close, fresh, inputs, trained
 from train.denoiser import Denoiser

@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.images import file_digest
 from eval.edit import edit
-from eval.jobs import COLUMNS
+from eval.jobs.table import COLUMNS
 from eval.provenance import read_png
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask

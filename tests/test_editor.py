@@ -12,10 +12,10 @@ from data_prep.geometry import Geometry, Size, fit
 from data_prep.images import open_image
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
-from eval.components import Placement
 from eval.editor import Editor
 from eval.encoding import RequestEncoder, join_edits
 from eval.metadata import DEFAULT_GEOMETRY, choose_sampler, trained_geometry
+from eval.model.components import Placement
 from eval.request import AdapterUse, Control, EditRequest, Focus
 from eval.samplers import BridgeSampler, FlowSampler
 from tests.adapters import write_adapter

@@ -23,9 +23,9 @@ from data_prep.geometry import Geometry
 from data_prep.rows import RejectedRow
 from eval.base import BaseEditor
 from eval.edit import edit
-from eval.jobs import Job, read_jobs
-from eval.jobs_files import JobFiles
-from eval.jobs_run import READERS, WAITING, run_jobs
+from eval.jobs.files import JobFiles
+from eval.jobs.run import READERS, WAITING, run_jobs
+from eval.jobs.table import Job, read_jobs
 from eval.provenance import read_png
 from eval.request import MODES, Abilities, EditRequest, EditResult, OnProgress
 from tests.adapters import write_adapter

@@ -13,12 +13,12 @@ from PIL import Image
 from data_prep.encoders import load_vae
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
-from eval.adapters import use_adapters
-from eval.components import Components, load_placed_denoiser
-from eval.encoder_placement import PlacedVAE
-from eval.offload import keep_adapters_on, stream_layers
-from eval.placement import Placement, make_placement
-from eval.quantize import ScaledLinear, round_rows
+from eval.model.adapters import use_adapters
+from eval.model.components import Components, load_placed_denoiser
+from eval.model.encoders import PlacedVAE
+from eval.model.offload import keep_adapters_on, stream_layers
+from eval.model.placement import Placement, make_placement
+from eval.model.quantize import ScaledLinear, round_rows
 from eval.request import AdapterUse
 from scripts import bench_memory as bench
 from tests.test_adapter import close, fresh, trained
@@ -338,7 +338,7 @@ def test_contradictions_and_missing_packages_are_refused(gguf_files, monkeypatch
         make_placement("cpu", "float32", weights="int8", gguf=gguf_files["Q8_0"])
     with pytest.raises(InputError, match="offload=layer cannot stream nf4"):
         Placement(torch.device("meta"), offload="layer", weights="nf4")
-    monkeypatch.setattr("eval.placement.find_spec", lambda name: None)
+    monkeypatch.setattr("eval.model.placement.find_spec", lambda name: None)
     with pytest.raises(InputError, match="weights=nf4 needs the package bitsandbytes: pip install bitsandbytes"):
         make_placement("cpu", "float32", weights="nf4")
     with pytest.raises(InputError, match="needs the package gguf: pip install gguf"):

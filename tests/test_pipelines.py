@@ -25,8 +25,8 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit
 from data_prep.model_dir import COMPONENTS
 from eval.base import BaseEditor
+from eval.model.placement import Placement
 from eval.open import CLASSES, abilities_of, base_of, open_editor
-from eval.placement import Placement
 from eval.request import AdapterUse, EditRequest, Focus
 from tests.pictures import picture
 from tests.tiny_pipelines import WRITERS, write_sd

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from eval.evaluation import best_methods, build_report, ranked_rows, unmeasured
-from eval.intervals import compare_methods, holm, mean_interval, paired_p
-from eval.recorder import Measured, label
+from eval.evaluation.intervals import compare_methods, holm, mean_interval, paired_p
+from eval.evaluation.recorder import Measured, label
+from eval.evaluation.summary import best_methods, build_report, ranked_rows, unmeasured
 
 
 def test_the_interval_of_two_values_are_the_values():

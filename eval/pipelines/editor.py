@@ -18,11 +18,11 @@ from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
 from eval.masks import paste_back
 from eval.metadata import AdapterState, adapter_file, adapter_state
+from eval.model.placement import Placement
 from eval.modes import check_request
 from eval.pipelines.adapters import check_adapter, use_adapters
 from eval.pipelines.bases import Base
 from eval.pipelines.load import check_placement, pipeline_folder
-from eval.placement import Placement
 from eval.provenance import NOTICE, pixel_digest
 from eval.request import EditRequest, EditResult, OnProgress
 

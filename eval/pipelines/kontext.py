@@ -6,11 +6,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit
+from eval.model.placement import Placement
 from eval.modes import result_size
 from eval.pipelines.bases import BASES
 from eval.pipelines.editor import Call, PipelineEditor
 from eval.pipelines.load import load_kontext
-from eval.placement import Placement
 from eval.request import EditRequest
 
 

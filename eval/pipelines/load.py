@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import InputError
-from eval.placement import Placement
+from eval.model.placement import Placement
 
 SDPipeline = StableDiffusionImg2ImgPipeline | StableDiffusionInpaintPipeline
 SDXLPipeline = StableDiffusionXLImg2ImgPipeline | StableDiffusionXLInpaintPipeline

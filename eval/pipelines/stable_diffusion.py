@@ -16,11 +16,11 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit, fit_mask
+from eval.model.placement import Placement
 from eval.modes import DEFAULT_STRENGTHS, edit_mask, result_size
 from eval.pipelines.bases import BASES
 from eval.pipelines.editor import Call, PipelineEditor
 from eval.pipelines.load import changed_to, load_sd15, load_sdxl
-from eval.placement import Placement
 from eval.request import EditRequest
 
 CLASSES = {

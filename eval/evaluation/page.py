@@ -15,7 +15,7 @@ from rich.table import Table
 
 from data_prep.files import write_text
 from eval.chart import line_chart
-from eval.evaluation import Report, best_methods, main_methods, ranked_rows, show_value, tests_of
+from eval.evaluation.summary import Report, best_methods, main_methods, ranked_rows, show_value, tests_of
 from eval.metrics import MAX_PSNR
 from eval.scores.catalog import METRICS
 from eval.scores.metric import Metric
@@ -176,8 +176,12 @@ def strip(report: Report, row: dict[str, Any], rank_by: str) -> list[tuple[str, 
 
 def write_page(path: Path, report: Report, picture: PictureFile, rank_by: str) -> None:
     """Writes the page, with all pictures inside, atomically."""
+    here = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader([here, here.parent]),  # the style sheet is shared
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     page = environment.get_template("evaluation.html.j2").render(
         report=report,

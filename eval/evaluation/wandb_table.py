@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from eval.evaluation import Report, main_methods
-from eval.evaluation_page import PictureFile
+from eval.evaluation.page import PictureFile
+from eval.evaluation.summary import Report, main_methods
 from eval.validation import SOURCE, TARGET
 
 TABLE = "evaluation/rows"

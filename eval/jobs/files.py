@@ -17,7 +17,7 @@ from data_prep.build.typography import DEFAULT_FONT, check_font
 from data_prep.images import check_mask_shape, file_digest, open_image, open_mask
 from data_prep.items import Item
 from data_prep.model_dir import ModelDirectory
-from eval.jobs import Job, describe
+from eval.jobs.table import Job, describe
 from eval.metadata import adapter_file
 from eval.request import EditRequest
 

@@ -19,9 +19,9 @@ from data_prep.progress import progress
 from data_prep.rows import RejectedRow
 from data_prep.tables import BadRow
 from eval.base import BaseEditor
-from eval.jobs import Job
-from eval.jobs_files import JobFiles, KeyedJob
-from eval.jobs_report import Summary, add_seconds, say_failure, write_reports
+from eval.jobs.files import JobFiles, KeyedJob
+from eval.jobs.report import Summary, add_seconds, say_failure, write_reports
+from eval.jobs.table import Job
 from eval.provenance import write_png
 from eval.request import EditRequest, EditResult
 from train.processes import Processes

@@ -14,10 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
 from data_prep.model_dir import HUB_ID
-from eval.evaluation import Report
-from eval.evaluation_page import CHARTED, ScoreCell, score_tables
+from eval.evaluation.page import CHARTED, ScoreCell, score_tables
+from eval.evaluation.recorder import steps_label
+from eval.evaluation.summary import Report
 from eval.metadata import adapter_file, read_metadata
-from eval.recorder import steps_label
 from eval.scores.metric import Metric
 from train.adapter import CONFIG_FILE
 

@@ -17,11 +17,11 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.images import file_digest
 from eval.base import BaseEditor
-from eval.jobs import check_knobs, read_jobs
-from eval.jobs_files import JobFiles, model_fingerprint
-from eval.jobs_run import run_jobs
+from eval.jobs.files import JobFiles, model_fingerprint
+from eval.jobs.run import run_jobs
+from eval.jobs.table import check_knobs, read_jobs
+from eval.model.placement import Placement, make_placement
 from eval.open import open_editor
-from eval.placement import Placement, make_placement
 from train.processes import Processes
 
 

@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from eval.adapter_files import LowRank, low_rank_sum, read_adapter
 from eval.metadata import adapter_file
+from eval.model.adapter_files import LowRank, low_rank_sum, read_adapter
 from eval.request import AdapterUse
 from train.adapter import inject_lora
 from train.denoiser import Denoiser

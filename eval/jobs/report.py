@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.files import atomic_file
 from data_prep.rows import RejectedRow
-from eval.jobs_files import KeyedJob
+from eval.jobs.files import KeyedJob
 
 RESULTS, FAILED = "results.csv", "failed.csv"
 RESULT_COLUMNS = ("row", "id", "image", "prompt", "seed", "output", "seconds", "key")

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from eval.intervals import SIGNIFICANT, compare_methods, mean_interval
-from eval.recorder import Measured, label
+from eval.evaluation.intervals import SIGNIFICANT, compare_methods, mean_interval
+from eval.evaluation.recorder import Measured, label
 from eval.scores.catalog import METRICS
 from eval.scores.metric import Metric
 from eval.validation import TARGET

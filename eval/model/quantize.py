@@ -69,6 +69,6 @@ def quantize_blocks(dit: nn.Module, weights: Literal["int8", "fp8", "nf4"], dtyp
 def _quantized(module: nn.Linear, weights: Literal["int8", "fp8", "nf4"], dtype: torch.dtype) -> nn.Linear:
     if weights != "nf4":
         return ScaledLinear(module, weights)
-    from eval.nf4 import NF4Linear  # an optional package, and importing it takes a second
+    from eval.model.nf4 import NF4Linear  # an optional package, and importing it takes a second
 
     return NF4Linear(module, dtype)

@@ -10,12 +10,12 @@ import torch
 
 from data_prep.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from data_prep.model_dir import ModelDirectory
-from eval.adapters import use_adapters
-from eval.encoder_placement import PlacedPromptEncoder, PlacedVAE
 from eval.metadata import AdapterState, adapter_state
-from eval.offload import keep_adapters_on, stream_layers
-from eval.placement import CPU, Placement
-from eval.quantize import quantize_blocks
+from eval.model.adapters import use_adapters
+from eval.model.encoders import PlacedPromptEncoder, PlacedVAE
+from eval.model.offload import keep_adapters_on, stream_layers
+from eval.model.placement import CPU, Placement
+from eval.model.quantize import quantize_blocks
 from eval.request import AdapterUse
 from train.denoiser import Denoiser, build_dit, resolve_zero_cond_t
 
@@ -145,7 +145,7 @@ def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoise
         dit = build_dit(model.config("transformer"))
     dit.requires_grad_(False).eval()
     if placement.gguf:
-        from eval.gguf_weights import load_gguf  # an optional package
+        from eval.model.gguf_weights import load_gguf  # an optional package
 
         load_gguf(dit, placement.gguf, device, placement.dtype)
     else:
