@@ -130,19 +130,15 @@ def _build_knobs(fields: Fields) -> dict[str, gr.Group]:
 
 
 def _build_adapter(studio: Studio, fields: Fields) -> None:
-    takes = studio.editor.abilities.adapters
     with gr.Row():
         fields["adapter"] = gr.Dropdown(
             adapter_names(studio),
             value=studio.first_adapter or BASE_MODEL,
             label="Adapter",
             elem_id="adapter",
-            visible=takes,
             scale=3,
         )
-        again = gr.Button(
-            "Look again", elem_id="refresh", visible=takes, min_width=100, scale=0, elem_classes="beside-field"
-        )
+        again = gr.Button("Look again", elem_id="refresh", min_width=100, scale=0, elem_classes="beside-field")
     fields["weight"] = gr.Slider(
         0, 2, 1, step=0.05, label="Weight of the adapter", elem_id="weight", visible=bool(studio.first_adapter)
     )

@@ -47,8 +47,8 @@ class Studio:
         return Jobs()
 
     def adapters(self) -> list[FoundAdapter]:
-        """Those that are there now; none if the base model takes none."""
-        return found_adapters(self.runs) if self.editor.abilities.adapters else []
+        """Those that are there now."""
+        return found_adapters(self.runs)
 
 
 class _WithoutStub(ComponentMeta):
