@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +15,22 @@ from torch import Tensor
 from data_prep.encoders import MAX_IMAGES, VAE
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit, to_image
-from data_prep.images import file_digest
-from data_prep.model_dir import ModelDirectory
+from data_prep.model_dir import COMPONENTS, ModelDirectory
 from eval.base import BaseEditor
 from eval.control import make_map
-from eval.depth import DepthModel, load_depth_model
+from eval.depth import DepthSource
 from eval.encoding import Encoded, RequestEncoder, join_conditions, join_edits
 from eval.masks import paste_back
-from eval.metadata import adapter_file, describe_sampler, read_metadata, trained_geometry
+from eval.metadata import describe_adapters, describe_sampler, read_metadata, trained_geometry
 from eval.model.components import Components, Placement
 from eval.modes import Plan, check_request, edit_mask, make_plan, result_size
 from eval.provenance import NOTICE, pixel_digest
 from eval.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName
 from eval.samplers import Keep, OnStep
+from eval.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.denoiser import Denoiser
+from train.provenance import versions
 
 BASE_NAME = "qwen-image-edit"
 
@@ -47,28 +49,51 @@ class Editor(BaseEditor):
     """Edits images with Qwen-Image-Edit and the adapters that a request names. Parts load when they are first needed.
 
     Args:
-        model: the base model's directory.
+        model: the base model's directory, or a hub id, which is downloaded when its files are first needed.
         placement: where its parts live, and in which numbers.
         geometry: sizes of images; by default the first adapter's own, from its metadata, or else one megapixel.
-        depth_model: folder or hub id of a Depth-Anything model, for depth maps; by default as `load_depth_model` says.
+        depth_model: folder or hub id of a Depth-Anything model, for depth maps; by default as `DepthSource` says.
+        limits: sizes that take the place of the geometry's, whatever the adapter.
     """
 
     abilities = Abilities(BASE_NAME, MODES, MAX_IMAGES, get_args(SamplerName))
 
     def __init__(
         self,
-        model: ModelDirectory,
+        model: ModelDirectory | str,
         placement: Placement | None = None,
         geometry: Geometry | None = None,
         depth_model: str | None = None,
+        limits: SizeLimits = NO_LIMITS,
     ):
-        self.model, self.geometry, self.depth_model = model, geometry, depth_model
-        self.components = Components(model, placement or Placement())
+        self.named, self.placement = model, placement or Placement()
+        self.geometry, self.limits = geometry, limits
+        self.depth = DepthSource(depth_model, self.placement.device, waits=self.placement.offload != "none")
+
+    @cached_property
+    def model(self) -> ModelDirectory:
+        """The base model's directory."""
+        return ModelDirectory.resolve(self.named) if isinstance(self.named, str) else self.named
+
+    @cached_property
+    def components(self) -> Components:
+        """The model's parts."""
+        return Components(self.model, self.placement)
 
     @property
     def folder(self) -> Path:
         """Where the model's files are."""
         return self.model.path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that is read of the model."""
+        return self.model.fingerprint(*COMPONENTS)
+
+    def identity(self, request: EditRequest) -> dict[str, str]:
+        """The depth model's too, where the request needs it."""
+        depth = {"depth_model": self.depth.files().fingerprint} if _sees_depth(request) else {}
+        return super().identity(request) | depth
 
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
@@ -81,14 +106,16 @@ class Editor(BaseEditor):
             InputError: it cannot be served.
         """
         self.abilities.check(request)
-        check_request(request)
-        headers = [read_metadata(use.path) for use in request.adapters]
-        objectives = {header["objective"] for header in headers if "objective" in header}
-        if len(objectives) > 1:
+        if _sees_depth(request):
+            self.depth.files()
+        headers = [read_metadata(use.path) for use in request.adapters if use.weight != 0]
+        if len({header.get("objective", "flow") for header in headers}) > 1:
             raise InputError("the adapters were trained for different objectives, lbm and flow: use them one at a time")
         first = headers[0] if headers else {}
-        geometry = self.geometry or trained_geometry(first)
-        return Job(request, make_plan(request, first), geometry, result_size(request, geometry))
+        geometry = self.limits.applied_to(self.geometry or trained_geometry(first))
+        size = result_size(request, geometry)
+        check_request(request, size)
+        return Job(request, make_plan(request, first), geometry, size)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """One picture after the other: what a seed gives does not depend on the others."""
@@ -115,8 +142,8 @@ class Editor(BaseEditor):
         self, jobs: Sequence[Job], groups: Sequence[Sequence[tuple[int, int]]], on_progress: OnProgress | None
     ) -> list[EditResult]:
         """Pictures, each the number of its job and a seed; those of one group are sampled together."""
-        place, first = self.components.placement.device, jobs[0]
-        clock = _Clock(place)
+        place, first = self.placement.device, jobs[0]
+        clock, adapters = _Clock(place), describe_adapters(first.request.adapters)
         maps = [self._maps(job) for job in jobs]
         with self.components.encoders() as (vae, prompt_encoder), clock:
             encoded = [
@@ -133,7 +160,7 @@ class Editor(BaseEditor):
         for (number, seed), image in zip(pictures, images, strict=True):
             job, mask = jobs[number], encoded[number].mask
             shown = paste_back(image, encoded[number].source, mask) if mask else image
-            settings = self._settings(job, seed, shown)
+            settings = self._settings(job, adapters, seed, shown)
             results.append(EditResult(shown, seed, clock.seconds / len(pictures), settings, maps[number]))
         return results
 
@@ -158,35 +185,31 @@ class Editor(BaseEditor):
     def _maps(self, job: Job) -> list[Image.Image]:
         """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
         controls, image = job.request.controls, job.request.images[0]
-        depth = self._depth if any(control.kind == "depth" for control in controls) else None
         image = fit(image, job.geometry.reference_size(Size.of(image)))
-        return [make_map(control, image, depth) for control in controls]
+        with self.depth.model() if _sees_depth(job.request) else nullcontext() as depth:
+            return [make_map(control, image, depth) for control in controls]
 
-    @cached_property
-    def _depth(self) -> DepthModel:
-        return load_depth_model(self.depth_model, self.components.placement.device)
+    def _depth_settings(self) -> dict[str, str]:
+        files = self.depth.files()
+        return {"path": files.path, "fingerprint": files.fingerprint}
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self.model.fingerprint("transformer", "vae", "text_encoder")
-
-    def _settings(self, job: Job, seed: int, image: Image.Image) -> dict[str, Any]:
+    def _settings(self, job: Job, adapters: list[dict[str, Any]], seed: int, image: Image.Image) -> dict[str, Any]:
         """Everything but the images that makes this picture again, and what made it."""
         request, plan = job.request, job.plan
-        files = [(adapter_file(use.path), use.weight) for use in request.adapters]
         own = {
             "negative_prompt": request.negative_prompt if plan.sampler.guided else None,
-            "feather": request.feather if request.mode in MASKED else None,
+            "feather": request.rim if request.mode in MASKED else None,
             "focus": asdict(request.focus) if request.focus else None,
             "controls": [asdict(control) for control in request.controls] or None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
+            "depth_model": self._depth_settings() if _sees_depth(request) else None,
         }
         return {
             "notice": NOTICE,
             "base": BASE_NAME,
             "model": str(self.model.path),
-            "model_fingerprint": self._fingerprint,
-            "adapters": [{"path": str(file), "digest": file_digest(file), "weight": weight} for file, weight in files],
+            "model_fingerprint": self.fingerprint,
+            "adapters": adapters,
             "mode": request.mode,
             "prompt": request.prompt,
             **{name: value for name, value in own.items() if value is not None},
@@ -197,8 +220,13 @@ class Editor(BaseEditor):
             "height": image.height,
             "geometry": asdict(job.geometry),
             "image_digests": [pixel_digest(each) for each in request.images],
-            **self.components.placement.numbers,
+            **self.placement.numbers,
+            "versions": versions("torch", "diffsynth", "transformers"),
         }
+
+
+def _sees_depth(request: EditRequest) -> bool:
+    return any(control.kind == "depth" for control in request.controls)
 
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:

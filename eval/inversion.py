@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from eval.samplers import FlowSampler, Keep, OnStep, Velocity
+from eval.samplers import FlowSampler, Keep, OnStep, Velocity, walked_steps
 from losses.batch import Condition, Edit
 from losses.patches import PATCH
 from losses.randomness import SampleRandom
@@ -128,5 +128,5 @@ class InversionSampler:
         return False
 
     def calls(self, num_steps: int) -> int:
-        """As many steps up as down, at least one each."""
-        return 2 * max(1, round(num_steps * self.strength))
+        """As many steps up as down."""
+        return 2 * walked_steps(num_steps, self.strength)

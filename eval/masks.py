@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
+from skimage.measure import label as connected_parts
 
 from data_prep.errors import InputError
 from data_prep.geometry import Size
@@ -12,6 +13,8 @@ from eval.request import Focus
 def soft_mask(mask: Image.Image, feather: float) -> Image.Image:
     """The mask with a rim that rises smoothly from the pixels that are kept inwards: those stay exactly 0.
 
+    In a part that is too thin for its rim, the rim is narrower, so that the part's middle can still be edited.
+
     Args:
         mask: mode L.
         feather: width of the rim in pixels; 0 leaves the mask as it is.
@@ -20,7 +23,11 @@ def soft_mask(mask: Image.Image, feather: float) -> Image.Image:
     if feather == 0 or values.all() or not values.any():
         return mask
     distance = np.asarray(distance_transform_edt(values > 0), dtype=np.float32)
-    inside = np.clip(distance / (feather + 1), 0, 1)  # 1 on the first pixel beyond the rim
+    parts: np.ndarray = np.asarray(connected_parts(values > 0, connectivity=2))
+    depths = np.zeros(parts.max() + 1, dtype=np.float32)
+    np.maximum.at(depths, parts, distance)  # of each part's middle
+    rims = np.clip(depths, 1, feather + 1)[parts]
+    inside = np.clip(distance / rims, 0, 1)  # 1 on the first pixel beyond the rim
     return _grey(np.minimum(values, _smooth(inside)))
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
+from data_prep.images import file_digest
 from eval.request import AdapterUse
 from eval.samplers import BridgeSampler, FlowSampler, Sampler
 from train.run_files import WEIGHTS_FILE
@@ -32,6 +34,23 @@ def adapter_file(path: Path) -> Path:
     if not file.is_file():
         raise InputError(f"no adapter at {file}: give a checkpoint folder or its {WEIGHTS_FILE}")
     return file
+
+
+def stored_digest(file: Path) -> str:
+    """The file's digest, computed anew only when its time or size has changed: it may have gigabytes."""
+    status = file.stat()
+    return _digest(file, status.st_mtime_ns, status.st_size)
+
+
+def describe_adapters(adapters: Sequence[AdapterUse]) -> list[dict[str, Any]]:
+    """File, digest and weight of each, for JSON."""
+    files = [(adapter_file(use.path), use.weight) for use in adapters]
+    return [{"path": str(file), "digest": stored_digest(file), "weight": weight} for file, weight in files]
+
+
+@lru_cache(maxsize=64)
+def _digest(file: Path, _: int, __: int) -> str:
+    return file_digest(file)
 
 
 def adapter_state(adapters: Sequence[AdapterUse]) -> AdapterState:

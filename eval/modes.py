@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
@@ -9,9 +10,9 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, bucket_size, fit_mask
 from eval.inversion import InversionSampler
 from eval.masks import check_mask, focus_mask, soft_mask
-from eval.metadata import BRIDGE_STEPS, FLOW_CFG_SCALE, FLOW_STEPS, trained_bridge
+from eval.metadata import BRIDGE_STEPS, FLOW_CFG_SCALE, FLOW_STEPS, choose_sampler, trained_bridge
 from eval.request import ASPECTS, MASKED, EditRequest, Focus, SamplerName
-from eval.samplers import BridgeSampler, FlowSampler, Sampler
+from eval.samplers import BridgeSampler, FlowSampler, Sampler, walked_steps
 
 LIGHTNING_STEPS = 4
 INVERSION_STEPS = 20
@@ -40,7 +41,15 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     Raises:
         InputError: the adapter cannot be sampled as asked.
     """
-    plan = _plan(request, metadata)
+    if request.mode == "turbo" and not request.adapters:
+        raise InputError(
+            "mode=turbo needs an adapter that edits in a few steps: a step-distilled one (Lightning) or a bridge"
+        )
+    trained = choose_sampler(metadata, request.cfg_scale)
+    if isinstance(trained.sampler, BridgeSampler):
+        plan = _bridge(request, trained.sampler, trained_bridge(metadata))
+    else:
+        plan = _flow(request)
     if request.count > 1 and not plan.sampler.draws:
         raise InputError(
             f"mode={request.mode} with sampler={plan.name} draws nothing, so that all {request.count} pictures would be the "
@@ -49,62 +58,50 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     return plan
 
 
-def _plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
-    name = _sampler_name(request, metadata)
+def _flow(request: EditRequest) -> Plan:
+    own = "lightning" if request.mode == "turbo" else "flow"
+    name = request.sampler or own
     if name in BRIDGES:
-        return Plan(name, _bridge(request, name, metadata), request.steps or BRIDGE_STEPS)
-    lightning = name == "lightning"
-    default_steps = LIGHTNING_STEPS if lightning else FLOW_STEPS
-    scale = request.cfg_scale or (1.0 if lightning else FLOW_CFG_SCALE)
-    sampler = FlowSampler(scale, shift="lightning" if lightning else "qwen")
-    strength = request.strength or DEFAULT_STRENGTHS.get(request.mode, 1.0)
-    if request.mode == "invert":
-        return Plan(name, InversionSampler(sampler, strength), request.steps or INVERSION_STEPS)
-    return Plan(name, replace(sampler, strength=strength), request.steps or default_steps)
-
-
-def _sampler_name(request: EditRequest, metadata: Mapping[str, str]) -> SamplerName:
-    objective = metadata.get("objective", "flow")
-    if objective not in ("flow", "lbm"):
-        raise InputError(f"the adapter's objective is {objective!r}; this version samples 'lbm' and 'flow'")
-    bridge = objective == "lbm"
-    if request.mode == "turbo" and not request.adapters:
         raise InputError(
-            "mode=turbo needs an adapter that edits in a few steps: a step-distilled one (Lightning) or a bridge"
+            f"sampler={name} needs an adapter that is a bridge (objective lbm): leave it out, or use sampler={own}"
         )
-    if bridge and request.mode in FROM_NOISE:
+    strength = request.strength or DEFAULT_STRENGTHS.get(request.mode, 1.0)
+    if name == "lightning":
+        if request.cfg_scale not in (None, 1.0):
+            raise InputError(
+                f"sampler=lightning was distilled to do without guidance: leave out cfg_scale={request.cfg_scale}"
+            )
+        sampler, steps = FlowSampler(1.0, shift="lightning"), LIGHTNING_STEPS
+    else:
+        sampler, steps = FlowSampler(request.cfg_scale or FLOW_CFG_SCALE), FLOW_STEPS
+    if request.mode == "invert":
+        sampler, steps = InversionSampler(sampler, strength), INVERSION_STEPS
+    else:
+        sampler = replace(sampler, strength=strength)
+    steps = request.steps or steps
+    try:
+        walked_steps(steps, strength)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Plan(name, sampler, steps)
+
+
+def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any]) -> Plan:
+    own = "bridge" if trained.start == "source" else "bridge-white"
+    name = request.sampler or own
+    if request.mode in FROM_NOISE:
         raise InputError(
             f"mode={request.mode} starts from noise, and the adapter is a bridge (objective lbm): use mode=edit"
         )
-    if bridge:
-        own = "bridge-white" if trained_bridge(metadata).get("sub_prob") == 1 else "bridge"
-    else:
-        own = "lightning" if request.mode == "turbo" else "flow"
-    name = request.sampler or own
-    if (name in BRIDGES) != bridge:
-        why = (
-            "does not suit a bridge (objective lbm)" if bridge else "needs an adapter that is a bridge (objective lbm)"
-        )
-        raise InputError(f"sampler={name} {why}: leave it out, or use sampler={own}")
-    return name
-
-
-def _bridge(request: EditRequest, name: SamplerName, metadata: Mapping[str, str]) -> BridgeSampler:
-    if request.cfg_scale not in (None, 1.0):
-        raise InputError(
-            f"a bridge (objective lbm) is sampled without guidance: leave out cfg_scale={request.cfg_scale}"
-        )
+    if name not in BRIDGES:
+        raise InputError(f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}")
     if request.strength not in (None, 1.0):
         raise InputError(f"a bridge is walked whole: leave out strength={request.strength}")
-    loss = trained_bridge(metadata)
     if name == "bridge-white" and loss.get("sub_prob") == 0:
         raise InputError("sampler=bridge-white needs a sub stream, and the adapter was trained without (sub_prob=0)")
-    return BridgeSampler(
-        start="white" if name == "bridge-white" else "source",
-        stochastic=name == "bridge-stochastic",
-        bridge_noise=loss.get("bridge_noise", 0.0),
-        prediction=loss.get("prediction", "displacement"),
-    )
+    start = "white" if name == "bridge-white" else "source"
+    sampler = replace(trained, start=start, stochastic=name == "bridge-stochastic")
+    return Plan(name, sampler, request.steps or BRIDGE_STEPS)
 
 
 def result_size(request: EditRequest, geometry: Geometry) -> Size:
@@ -126,14 +123,21 @@ def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:
     if request.mode not in MASKED:
         return None
     assert request.mask is not None
-    return soft_mask(fit_mask(request.mask, size), request.feather)
+    return soft_mask(fit_mask(request.mask, size), request.rim)
 
 
-def check_request(request: EditRequest) -> None:
+def check_request(request: EditRequest, size: Size) -> None:
     """What can be said without a model.
 
+    Args:
+        size: of the result.
+
     Raises:
-        InputError: the mask does not suit.
+        InputError: the mask does not suit, or the disc is smaller than a pixel.
     """
     if request.mask is not None:
         check_mask(request.mask, request.images[0])
+    if request.focus and request.focus.radius * min(size) < 1:
+        raise InputError(
+            f"a focus of radius {request.focus.radius} covers no pixel of {size.width}x{size.height}: enlarge it"
+        )

@@ -1,5 +1,6 @@
 """What an edit is asked for and what comes back: the same record for every base model, command and page."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,10 @@ MASKED = ("inpaint", "control-inpaint")
 CONTROLLED = ("control", "control-inpaint")
 WITH_STRENGTH = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 MAX_COUNT = 64
+MAX_CFG_SCALE = 100
+MAX_PIXELS = 4096 * 4096
+"""Of a result: no base was trained beyond a quarter of it."""
+FEATHER, MAX_FEATHER = 8.0, 1024
 
 OnProgress = Callable[[int, int], None]
 """Called after every step of a sampler with the steps done and the steps in all, over all pictures of the call. What it raises
@@ -36,7 +41,11 @@ class AdapterUse:
     path: Path
     """A checkpoint folder or a safetensors file."""
     weight: float = 1.0
-    """Multiplies its contribution; 0 leaves the base model."""
+    """Multiplies its contribution; 0 is as if it were not there."""
+
+    def __post_init__(self):
+        if not math.isfinite(self.weight):
+            raise InputError(f"the weight of {self.path} must be a number, got {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ class Control:
     kind: ControlName
     """Edges by Canny, lines as a drawing would have them, or depth."""
     strength: float = 1.0
-    """0: as if it were not there, 1: as the model takes it; between and beyond by extrapolation, in [0, 2]."""
+    """0: as if it were not there, 1: as the model takes it; between and beyond by extrapolation, in [0, 2]. Where all of several
+    are 1, the model sees them together; else each by itself, and their effects are added."""
 
     def __post_init__(self):
         if self.kind not in get_args(ControlName):
@@ -92,8 +102,8 @@ class EditRequest:
     mask: Image.Image | None = None
     """Mode L, of the first image's shape: 255 where the edit may go, 0 where every pixel is kept. (A dataset's `back_mask` is
     the other way round.) For `inpaint` and `control-inpaint`."""
-    feather: float = 8.0
-    """Width of the mask's soft rim, pixels of the result."""
+    feather: float | None = None
+    """Width of the mask's soft rim, pixels of the result; by default FEATHER."""
     focus: Focus | None = None
     """For `focus`; the middle by default."""
     controls: Sequence[Control] = ()
@@ -127,24 +137,31 @@ class EditRequest:
     def _check_numbers(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps must be positive, got {self.steps}")
-        if self.cfg_scale is not None and self.cfg_scale < 1:
-            raise InputError(f"cfg_scale must be at least 1 (1 is without guidance), got {self.cfg_scale}")
+        if self.cfg_scale is not None and not 1 <= self.cfg_scale <= MAX_CFG_SCALE:
+            raise InputError(f"cfg_scale must be in [1, {MAX_CFG_SCALE}] (1 is without guidance), got {self.cfg_scale}")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise InputError(f"strength must be in (0, 1], got {self.strength}")
         if not 1 <= self.count <= MAX_COUNT:
             raise InputError(f"count must be 1 to {MAX_COUNT}, got {self.count}")
         if not 0 <= self.seed < 2**63 - MAX_COUNT:
             raise InputError(f"seed must be 0 or more, and below 2^63, got {self.seed}")
-        if self.feather < 0:
-            raise InputError(f"feather must not be negative, got {self.feather}")
+        if self.feather is not None and not 0 <= self.feather <= MAX_FEATHER:
+            raise InputError(f"feather must be in [0, {MAX_FEATHER}], got {self.feather}")
         if self.size and (min(self.size) < MULTIPLE or any(side % MULTIPLE for side in self.size)):
             raise InputError(f"size must be in multiples of {MULTIPLE}, got {self.size.width}x{self.size.height}")
+        if self.size and self.size.height * self.size.width > MAX_PIXELS:
+            raise InputError(f"size {self.size.width}x{self.size.height} is more than {MAX_PIXELS:,} pixels")
         if self.aspect is not None and self.aspect not in ASPECTS:
             raise InputError(f"aspect must be one of {', '.join(ASPECTS)}, got {self.aspect!r}")
         if self.size and self.aspect:
             raise InputError(f"size and aspect both say how large the result is: leave out aspect={self.aspect}")
 
     def _check_mode(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{name} is not UTF-8 text") from None
         if self.mode == "variation" and self.prompt.strip():
             raise InputError("variation takes no instruction: leave the prompt empty, or use mode=img2img")
         if self.mode != "variation" and not self.prompt.strip():
@@ -155,10 +172,17 @@ class EditRequest:
                 raise InputError(f"{name} is given, but mode={self.mode} takes none: use mode={' or '.join(modes)}")
             if not given and self.mode in modes:
                 raise InputError(f"mode={self.mode} needs {'a mask' if name == 'mask' else 'at least one control'}")
+        if self.feather is not None and self.mode not in MASKED:
+            raise InputError(f"feather is given, but mode={self.mode} has no mask: use mode={' or '.join(MASKED)}")
         if self.focus and self.mode != "focus":
             raise InputError(f"focus is given, but mode={self.mode} takes none: use mode=focus")
         if self.strength is not None and self.mode not in WITH_STRENGTH:
             raise InputError(f"strength is given, but mode={self.mode} takes none: use mode={', '.join(WITH_STRENGTH)}")
+
+    @property
+    def rim(self) -> float:
+        """Width of the mask's soft rim, pixels."""
+        return FEATHER if self.feather is None else self.feather
 
     @property
     def seeds(self) -> range:
@@ -190,7 +214,6 @@ class Abilities:
     max_images: int
     samplers: tuple[SamplerName, ...] = ()
     """Those that a request may name; empty: it must leave the choice to the base."""
-    adapters: bool = True
 
     def check(self, request: EditRequest) -> None:
         """Nothing is loaded for it.
@@ -205,5 +228,3 @@ class Abilities:
         if request.sampler and request.sampler not in self.samplers:
             known = f"it has {', '.join(self.samplers)}" if self.samplers else "leave sampler out"
             raise InputError(f"{self.base} has no sampler={request.sampler}; {known}")
-        if request.adapters and not self.adapters:
-            raise InputError(f"{self.base} takes no adapter here")

@@ -216,8 +216,8 @@ class FlowSampler:
         return True
 
     def calls(self, num_steps: int) -> int:
-        """Steps that are walked, at least one."""
-        return max(1, round(num_steps * self.strength))
+        """Steps that are walked."""
+        return walked_steps(num_steps, self.strength)
 
     def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
         """`num_steps` + 1 positions from 1 to 0 for an image of `num_tokens` tokens (2 x 2 latent cells)."""
@@ -241,6 +241,18 @@ class FlowSampler:
             )
         negative = denoiser(latents, sigma, edit.negative)
         return guide(positive, negative, self.cfg_scale, self.cfg_rescale)
+
+
+def walked_steps(num_steps: int, strength: float) -> int:
+    """The last steps of `num_steps` that a strength walks, rounded down, as diffusers does.
+
+    Raises:
+        ValueError: not even one.
+    """
+    steps = int(num_steps * strength + 1e-9)
+    if steps < 1:
+        raise ValueError(f"strength={strength} of {num_steps} step(s) is less than one step: take more of either")
+    return steps
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float, rescale: bool) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit
@@ -151,9 +152,28 @@ def test_prompt_adapters_and_weights_decide_the_picture(editor, source, bridge, 
     assert same(plain, edited(cfg_scale=1.0))  # nothing of the adapters is left behind
 
 
-def test_adapters_of_two_objectives_are_refused(editor, source, bridge, flow):
-    with pytest.raises(InputError, match="different objectives"):
-        editor.check(request(source, adapters=(AdapterUse(bridge), AdapterUse(flow))))
+def test_adapters_of_two_objectives_are_refused(editor, source, bridge, flow, tmp_path):
+    foreign = tmp_path / "lightning.safetensors"  # whose header says nothing
+    save_file(load_file(flow / "adapter_model.safetensors"), foreign)
+    for other in (flow, foreign):
+        with pytest.raises(InputError, match="different objectives"):
+            editor.check(request(source, adapters=(AdapterUse(bridge), AdapterUse(other))))
+    alone = editor.prepare(request(source, adapters=(AdapterUse(bridge, 0.0), AdapterUse(flow))))
+    assert alone.plan.name == "flow"  # a weight of 0 is as if it were not there
+
+
+def test_a_switch_of_adapters_that_fails_is_known(editor, source, bridge, flow, monkeypatch):
+    """As when memory runs out between taking one off and putting the other on."""
+
+    def edited() -> Image.Image:
+        return editor.edit(request(source, adapters=(AdapterUse(bridge),)))[0].image
+
+    before = edited()
+    with monkeypatch.context() as broken:
+        broken.setattr("eval.model.adapters.inject_lora", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            editor.edit(request(source, adapters=(AdapterUse(flow),)))
+    assert same(edited(), before)
 
 
 def test_a_request_is_refused_before_anything_is_loaded(tiny_model_dir, source, bridge):
@@ -163,7 +183,7 @@ def test_a_request_is_refused_before_anything_is_loaded(tiny_model_dir, source, 
             editor.edit(request(source, **wrong))
     with pytest.raises(InputError, match="the mask has 8x8 pixels"):
         editor.edit(request(source, mode="inpaint", mask=Image.new("L", (8, 8), 255)))
-    assert not any(name in vars(editor.components) for name in ("_vae", "_prompt_encoder", "_denoiser"))
+    assert editor.components.loaded == set()
 
 
 def test_img2img_stays_nearer_with_less_strength(editor, source):
@@ -196,8 +216,8 @@ def test_inpaint_keeps_every_pixel_that_the_mask_keeps(editor, source, bridge, w
     assert result.settings["feather"] == 8
 
 
-def test_sampling_inside_a_mask_knows_what_is_kept(editor, source):
-    """Blended at every step: where the model continues what is kept, its seam is weaker than that of a pasted edit."""
+def test_sampling_inside_a_mask_sees_what_is_kept(editor, source):
+    """Blended at every step: what is made inside is another picture than without the mask, and not a cut of it."""
     plain = editor.edit(request(source, steps=4, size=Size(64, 96)))[0].image
     inpainted = editor.edit(
         request(source, steps=4, size=Size(64, 96), mode="inpaint", mask=half_mask(source), feather=0)
@@ -242,7 +262,7 @@ def test_control_inpaint_has_both(editor, source):
     assert len(result.maps) == 1
 
 
-def test_invert_gives_the_picture_back_or_edits_it(editor, source):
+def test_invert_edits_more_with_more_strength_and_draws_nothing(editor, source):
     values = {"mode": "invert", "steps": 8, "cfg_scale": 1.0}
     edited = editor.edit(request(source, **values, prompt="make it blue", strength=0.5))[0]
     more = editor.edit(request(source, **values, prompt="make it blue", strength=1.0))[0]
@@ -288,6 +308,8 @@ def test_settings_are_json_and_say_everything(editor, source, flow):
     assert len(settings["adapters"][0]["digest"]) >= 32
     assert (settings["prompt"], settings["negative_prompt"], settings["steps"]) == ("x", "blurry", 2)
     assert settings["width"] == settings["height"]
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    assert settings["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert result.seconds > 0
 
 

@@ -44,6 +44,17 @@ def test_the_rim_has_the_width_that_was_asked_for():
     assert row[14 - 3] == round(255 * (0.4**2 * (3 - 0.8)))  # smoothstep of 2/5, the second pixel of the rim
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 12])
+def test_the_middle_of_a_thin_stroke_can_be_edited(width):
+    mask = Image.new("L", (60, 40), 0)
+    mask.paste(255, (5, 0, 5 + width, 40))
+    mask.paste(255, (30, 0, 60, 40))  # beside a part that has room for the whole rim
+    soft = np.asarray(soft_mask(mask, 8))
+    assert soft[20, 5 : 5 + width].max() == 255
+    assert (soft[20, 30:38] < 255).all()
+    assert soft[20, 40] == 255
+
+
 def test_a_disc_is_round_soft_and_nothing_outside():
     values = np.asarray(focus_mask(Size(80, 120), Focus(x=0.25, y=0.5, radius=0.4))).astype(int)
     rows, columns = np.mgrid[:80, :120] + 0.5

@@ -1,6 +1,8 @@
 """What a request means: its sampler, its size, and what it may not ask."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,13 +10,13 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size
 from eval.inversion import InversionSampler
-from eval.modes import make_plan, result_size
+from eval.modes import check_request, make_plan, result_size
 from eval.request import ASPECTS, AdapterUse, Control, EditRequest, Focus
 from eval.samplers import BridgeSampler, FlowSampler
 
 PHOTO = Image.new("RGB", (640, 480))
 MASK = Image.new("L", (640, 480), 255)
-ADAPTER = (AdapterUse("adapter"),)
+ADAPTER = (AdapterUse(Path("adapter")),)
 BRIDGE = {"objective": "lbm", "loss": json.dumps({"bridge_noise": 0.01, "prediction": "drift", "sub_prob": 0.25})}
 
 
@@ -61,6 +63,9 @@ def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
     ("values", "metadata", "message"),
     [
         ({"mode": "turbo"}, {}, "mode=turbo needs an adapter"),
+        ({"adapters": ADAPTER, "mode": "turbo", "cfg_scale": 4.0}, {}, "distilled to do without guidance"),
+        ({"mode": "img2img", "steps": 1, "strength": 0.4}, {}, r"strength=0\.4 of 1 step\(s\) is less than one step"),
+        ({"mode": "invert", "steps": 2, "strength": 0.4}, {}, "less than one step"),
         ({"mode": "img2img", "adapters": ADAPTER}, BRIDGE, "starts from noise, and the adapter is a bridge"),
         ({"mode": "invert", "adapters": ADAPTER}, BRIDGE, "starts from noise"),
         ({"adapters": ADAPTER, "cfg_scale": 3.0}, BRIDGE, r"sampled without guidance: leave out cfg_scale=3\.0"),
@@ -99,7 +104,13 @@ def test_what_an_adapter_cannot_do_is_refused(values, metadata, message):
         ({"images": [PHOTO] * 3, "mode": "control", "controls": (Control("canny"),)}, "got 3 and 1 control map"),
         ({"mode": "paint"}, "mode must be one of edit, img2img"),
         ({"steps": 0}, "steps must be positive, got 0"),
-        ({"cfg_scale": 0.5}, "cfg_scale must be at least 1"),
+        ({"cfg_scale": 0.5}, r"cfg_scale must be in \[1, 100\]"),
+        ({"cfg_scale": math.nan}, "cfg_scale must be"),
+        ({"cfg_scale": math.inf}, "cfg_scale must be"),
+        ({"feather": math.nan, "mode": "inpaint", "mask": MASK}, "feather must be"),
+        ({"feather": 8.0}, "feather is given, but mode=edit has no mask"),
+        ({"size": Size(99968, 99968)}, "size 99968x99968 is more than 16,777,216 pixels"),
+        ({"prompt": "\udcff"}, "prompt is not UTF-8 text"),
         ({"strength": 0.0, "mode": "img2img"}, r"strength must be in \(0, 1\]"),
         ({"strength": 0.5}, "strength is given, but mode=edit takes none"),
         ({"count": 0}, "count must be 1 to 64"),
@@ -126,6 +137,16 @@ def test_an_aspect_keeps_the_number_of_pixels(aspect):
     assert 0.85 * 640 * 480 < size.height * size.width <= 640 * 480
     assert abs(size.width / size.height / ASPECTS[aspect] - 1) < 0.1
     assert (size.height % 32, size.width % 32) == (0, 0)
+
+
+def test_an_adapters_weight_is_a_number():
+    with pytest.raises(InputError, match="the weight of adapter must be a number, got nan"):
+        AdapterUse(Path("adapter"), math.nan)
+
+
+def test_a_disc_smaller_than_a_pixel_is_refused():
+    with pytest.raises(InputError, match="covers no pixel of 32x64: enlarge it"):
+        check_request(request(mode="focus", focus=Focus(radius=0.003)), Size(64, 32))
 
 
 def test_sizes():

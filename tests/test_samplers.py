@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from data_prep.errors import InputError
-from eval.samplers import BridgeSampler, FlowSampler, Keep, guide, lightning_sigmas, qwen_sigmas
+from eval.samplers import BridgeSampler, FlowSampler, Keep, guide, lightning_sigmas, qwen_sigmas, walked_steps
 from losses.batch import Condition, Edit
 from losses.randomness import PictureRandom, SampleRandom
 
@@ -249,6 +249,13 @@ def test_less_strength_starts_at_the_partly_noised_source():
     assert [sigma for _, sigma in asked] == [0.5, 0.25]
     noise = SampleRandom(3, [0]).normal("noise", SHAPE)
     assert torch.allclose(asked[0][0], 0.5 * noise + 0.5 * edit.source_latents)
+
+
+def test_strength_walks_as_many_steps_as_diffusers():
+    for steps, strength, walked in [(40, 0.6, 24), (4, 0.9, 3), (10, 0.7, 7), (100, 0.29, 29), (1, 1.0, 1)]:
+        assert walked_steps(steps, strength) == walked
+    with pytest.raises(ValueError, match="less than one step"):
+        walked_steps(1, 0.4)
 
 
 def test_a_picture_draws_by_its_seed_alone():

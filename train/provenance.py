@@ -36,8 +36,13 @@ def provenance(world_size: int = 1) -> dict[str, Any]:
         "world_size": world_size,
         "gpus": dict(Counter(gpus)),
         "cuda": torch.version.cuda,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(*PACKAGES),
     }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of installed packages; None for one that is not."""
+    return {name: _version(name) for name in packages}
 
 
 def git_state(file: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from data_prep.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
+from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
 from eval.metadata import AdapterState, adapter_state
 from eval.model.adapters import use_adapters
@@ -40,7 +41,7 @@ class Components:
         self.model, self.placement = model, placement
         self._parts: dict[PartName, Any] = {}
         self._in_use: Counter[PartName] = Counter()
-        self._adapters: AdapterState = ()
+        self._adapters: AdapterState | None = ()  # None where a switch has failed half-way
 
     @property
     def loaded(self) -> frozenset[PartName]:
@@ -69,11 +70,19 @@ class Components:
         state = adapter_state(adapters)  # before anything is loaded
         with self._use("denoiser") as (denoiser,):
             if self._adapters != state:
-                use_adapters(denoiser, adapters)
-                self._adapters = state
-                if self.placement.offload == "layer":
-                    keep_adapters_on(denoiser, self.placement.device)
+                self._switch(denoiser, adapters, state)
             yield denoiser
+
+    def _switch(self, denoiser: Denoiser, adapters: Sequence[AdapterUse], state: AdapterState) -> None:
+        before, self._adapters = self._adapters, None
+        try:
+            use_adapters(denoiser, adapters)
+        except InputError:
+            self._adapters = before  # nothing has been touched
+            raise
+        if self.placement.offload == "layer":
+            keep_adapters_on(denoiser, self.placement.device)
+        self._adapters = state
 
     def free(self, *names: PartName) -> None:
         """Forgets the parts of these names, or all; they are read again when they are next needed."""

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from data_prep.errors import InputError
-from data_prep.images import file_digest
+from eval.metadata import stored_digest
 
 OffloadName = Literal["none", "model", "layer"]
 WeightsName = Literal["full", "int8", "fp8", "nf4"]
@@ -55,11 +55,15 @@ class Placement:
         return self.encoder_device or self.device
 
     @property
-    def numbers(self) -> dict[str, str]:
-        """What a picture depends on, for its settings: `dtype`, and `weights` or `gguf` where they are not full."""
-        stored = {"gguf": file_digest(self.gguf)} if self.gguf else {}
-        rounded = {"weights": self.weights} if self.weights != "full" else {}
-        return {"dtype": str(self.dtype).removeprefix("torch."), **stored, **rounded}
+    def numbers(self) -> dict[str, Any]:
+        """What a picture depends on, for its settings: device and `dtype`, and what is not as it is by default."""
+        own = {
+            "weights": self.weights if self.weights != "full" else None,
+            "gguf": stored_digest(self.gguf) if self.gguf else None,
+            "vae_tiling": self.vae_tiling or None,
+        }
+        given = {name: value for name, value in own.items() if value is not None}
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), **given}
 
     def _check_offload(self) -> None:
         if self.offload != "layer":

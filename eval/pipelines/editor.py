@@ -13,18 +13,19 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from data_prep.geometry import Geometry
-from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
 from eval.masks import paste_back
-from eval.metadata import AdapterState, adapter_file, adapter_state
+from eval.metadata import AdapterState, adapter_state, describe_adapters
 from eval.model.placement import Placement
-from eval.modes import check_request
+from eval.modes import check_request, result_size
 from eval.pipelines.adapters import check_adapter, use_adapters
 from eval.pipelines.bases import Base
 from eval.pipelines.load import check_placement, pipeline_folder
 from eval.provenance import NOTICE, pixel_digest
 from eval.request import EditRequest, EditResult, OnProgress
+from eval.sizes import SizeLimits
+from train.provenance import versions
 
 AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """`callback_on_step_end(pipeline, step, timestep, tensors)`."""
@@ -54,22 +55,23 @@ class PipelineEditor(BaseEditor):
         base: which of the bases it is.
         placement: where it lives, and in which numbers.
         geometry: sizes of images; by default those that the base was trained at.
+        limits: sizes that take the geometry's place.
 
     Raises:
         InputError: the placement asks for what these bases do not have.
     """
 
-    def __init__(self, model: str, base: Base, placement: Placement, geometry: Geometry | None = None):
+    def __init__(self, model: str, base: Base, placement: Placement, geometry: Geometry | None, limits: SizeLimits):
         check_placement(placement, base.name)
         self.model, self.base, self.placement = model, base, placement
-        self.abilities, self.geometry = base.abilities, geometry or base.geometry
+        self.abilities, self.geometry = base.abilities, limits.applied_to(geometry or base.geometry)
         self._pipeline: Any = None
         self._adapters: AdapterState | None = ()
 
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
         super().check(request)
-        check_request(request)
+        check_request(request, result_size(request, self.geometry))
         for use in request.adapters:
             check_adapter(use.path, self.base.name)
 
@@ -99,9 +101,10 @@ class PipelineEditor(BaseEditor):
         return pipeline_folder(self.model)
 
     @cached_property
-    def _fingerprint(self) -> str:
-        parts = sorted(name for name in self._pipeline.components if (self.folder / name).is_dir())
-        return ModelDirectory(self.folder).fingerprint(*parts)
+    def fingerprint(self) -> str:
+        """Of all its components' folders."""
+        parts = (path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return ModelDirectory(self.folder).fingerprint(*sorted(parts))
 
     def _use_adapters(self, request: EditRequest) -> None:
         """Only what changes is read."""
@@ -131,10 +134,9 @@ class PipelineEditor(BaseEditor):
 
     def _settings(self, request: EditRequest, call: Call) -> dict[str, Any]:
         """Everything but the images and the seed that makes the pictures again, and what made them."""
-        files = [(adapter_file(use.path), use.weight) for use in request.adapters]
         own = {
             "negative_prompt": call.negative_prompt,
-            "feather": request.feather if request.mask else None,
+            "feather": request.rim if request.mask else None,
             "focus": asdict(request.focus) if request.focus else None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
         }
@@ -142,8 +144,8 @@ class PipelineEditor(BaseEditor):
             "notice": NOTICE,
             "base": self.base.name,
             "model": self.model,
-            "model_fingerprint": self._fingerprint,
-            "adapters": [{"path": str(file), "digest": file_digest(file), "weight": weight} for file, weight in files],
+            "model_fingerprint": self.fingerprint,
+            "adapters": describe_adapters(request.adapters),
             "mode": request.mode,
             "prompt": request.prompt,
             **{name: value for name, value in own.items() if value is not None},
@@ -151,7 +153,8 @@ class PipelineEditor(BaseEditor):
             "sampler": {"name": type(self._pipeline.scheduler).__name__, **call.sampled},
             "geometry": asdict(self.geometry),
             "image_digests": [pixel_digest(each) for each in request.images],
-            "dtype": str(self.placement.dtype).removeprefix("torch."),
+            **self.placement.numbers,
+            "versions": versions("torch", "diffusers", "transformers"),
         }
 
 
