@@ -28,7 +28,8 @@ def adapter(tmp_path):
 @pytest.fixture
 def report():
     rows = {"r0": {"psnr": 20.0, "beauty": 1.0}, "r1": {"psnr": 22.0}}
-    methods = [Measured("source", rows=rows), Measured("mine/steps_4", "mine", 4, "flow matching", 0.5, rows)]
+    methods = [Measured("source", rows=rows, kind="source")]
+    methods += [Measured("mine/steps_4", "mine", 4, "flow matching", 0.5, rows, baseline="source")]
     settings = {"dataset": "/data/pairs.json", "seed": 0, "device": "cpu", "dtype": "float32"}
     return build_report("t", methods, {"r0": "a", "r1": "b"}, {"fid": "no features"}, settings)
 

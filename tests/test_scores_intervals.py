@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from eval.evaluation.intervals import compare_methods, holm, mean_interval, paired_p
+from eval.evaluation.page import unmeasured_groups
 from eval.evaluation.recorder import Measured, label
 from eval.evaluation.summary import best_methods, build_report, ranked_rows, unmeasured
+from eval.scores.catalog import METRICS
 
 
 def test_the_interval_of_two_values_are_the_values():
@@ -50,25 +52,94 @@ def test_methods_are_compared_on_the_rows_that_both_have():
     assert pair.p == pair.p_holm == 0.5
 
 
+def test_gains_on_the_source_and_differences_between_methods_are_corrected_apart():
+    rows = [f"r{number}" for number in range(8)]
+    source = dict.fromkeys(rows, 0.0)
+    scores = {"source": source} | {
+        name: {row: height + 0.01 * place for place, row in enumerate(rows)} for name, height in (("a", 1), ("b", 2))
+    }
+    found = {(each.first, each.second): each for each in compare_methods(scores, {"a": "source", "b": "source"})}
+    assert found.keys() == {("a", "source"), ("b", "source"), ("a", "b")}
+    assert all(each.p == pytest.approx(2 / 256) for each in found.values())
+    assert found["a", "b"].p_holm == pytest.approx(2 / 256)  # alone in its family
+    assert found["a", "source"].p_holm == found["b", "source"].p_holm == pytest.approx(4 / 256)
+    assert {pair for pair in found if "c" in pair} == set()
+    assert compare_methods({"a": source, "source": source}, {"a": "source-2"})[0].second == "source"  # of another size
+
+
 def measured(name: str, values: list[float], metric: str = "psnr") -> Measured:
     adapter, slash, steps = name.partition("/steps_")
     rows = {f"r{number}": {metric: value} for number, value in enumerate(values)}
-    return Measured(name, adapter if slash else None, int(steps) if slash else None, "flow", 1.0, rows)
+    if not slash:
+        return Measured(name, rows=rows, kind="source" if name == "source" else "target")
+    return Measured(name, adapter, int(steps), "flow", 1.0, rows, baseline="source")
+
+
+PROMPTS = {f"r{number}": "edit" for number in range(8)}
+BASE = [20.0, 21, 22, 23, 24, 25, 26, 27]
+
+
+def higher(*gains: float) -> list[float]:
+    """The values of `BASE` with gains of their own, in turn."""
+    return [value + gains[number % len(gains)] for number, value in enumerate(BASE)]
+
+
+def marked(*methods: Measured, metric: str = "psnr") -> set[str]:
+    return best_methods(build_report("t", methods, PROMPTS, {}, {"dataset": "d"}), metric)
+
+
+def test_marks_are_by_the_corrected_p():
+    """Eight signs give a p of 2/256; of 21 pairs, as seven methods have, that is 0.16, and of three 0.02."""
+    few = [measured(f"m{number}/steps_1", higher(number + 1)) for number in range(3)]
+    assert marked(*few) == {"m2/steps_1"}
+    many = [measured(f"m{number}/steps_1", higher(number + 1)) for number in range(7)]
+    assert marked(*many) == set()
+    assert marked(measured("source", BASE), *few) == {"m2/steps_1"}  # the pairs with the source take nothing away
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("psnr", 1), ("lpips", -1)])
+def test_what_is_further_from_the_target_than_the_source_is_never_marked(metric, sign):
+    source = measured("source", [sign * value for value in higher(0)], metric)
+    worse = [measured(f"m{n}/steps_1", [sign * value for value in higher(-n - 1)], metric) for n in range(3)]
+    assert marked(source, *worse, metric=metric) == set()
+    assert marked(*worse, metric=metric) == {"m0/steps_1"}  # without a source nobody can know
+    better = measured("b/steps_1", [sign * value for value in higher(1)], metric)
+    assert marked(source, better, *worse, metric=metric) == {"b/steps_1"}
+    alike = measured("c/steps_1", [sign * value for value in higher(-9, 10)], metric)  # mean: +0.5
+    below = measured("d/steps_1", [sign * value for value in higher(-10, 9)], metric)  # mean: −0.5
+    assert marked(source, better, alike, below, worse[2], metric=metric) == {"b/steps_1", "c/steps_1"}
+
+
+def test_against_the_source_there_is_nothing_to_beat():
+    source = measured("source", [0.0] * 8, "structure")
+    edits = [measured(f"m{n}/steps_1", higher(n), "structure") for n in range(2)]
+    assert marked(source, *edits, metric="structure") == {"m0/steps_1"}
+
+
+def test_a_run_may_be_called_target_or_source():
+    methods = [measured("source", BASE), measured("target", [1.0] * 8, "drifted")]
+    methods += [measured("target-removal/steps_1", higher(1)), measured("source/steps_1", higher(2))]
+    report = build_report("t", methods, PROMPTS, {}, {"dataset": "d"})
+    names = {"target-removal/steps_1", "source/steps_1"}
+    assert {each["name"] for each in report["methods"] if each["kind"] == "edit"} == names
+    assert {(each["first"], each["second"]) for each in report["tests"]} == {
+        ("target-removal/steps_1", "source"),
+        ("source/steps_1", "source"),
+        ("target-removal/steps_1", "source/steps_1"),
+    }
+    assert best_methods(report, "psnr") == {"source/steps_1"}
 
 
 def test_the_best_is_marked_with_those_that_cannot_be_told_from_it():
-    base = [20.0, 21, 22, 23, 24, 25, 26, 27]
-    better, alike = [value + 3 for value in base], [value + 3.1 * (-1) ** i + 2.9 for i, value in enumerate(base)]
-    methods = [measured("source", base), measured("a/steps_1", base)]
-    methods += [measured("a/steps_4", better), measured("b/steps_4", alike)]
-    prompts = {f"r{number}": "edit" for number in range(8)}
-    report = build_report("t", methods, prompts, {}, {"dataset": "d"})
+    methods = [measured("source", BASE), measured("a/steps_1", BASE)]
+    methods += [measured("a/steps_4", higher(3)), measured("b/steps_4", higher(6, -0.2))]
+    report = build_report("t", methods, PROMPTS, {}, {"dataset": "d"})
     assert best_methods(report, "psnr") == {"a/steps_4", "b/steps_4"}
     assert ranked_rows(report, "psnr")[-1] == "r1"  # means over the three: 21.9; r0: 23
     few = build_report(
         "t",
         [measured(each.name, [*values]) for each, values in zip(methods, ([1], [1], [2], [3]), strict=True)],
-        prompts,
+        PROMPTS,
         {},
         {"dataset": "d"},
     )
@@ -76,8 +147,15 @@ def test_the_best_is_marked_with_those_that_cannot_be_told_from_it():
 
 
 def test_every_chosen_metric_is_measured_or_has_a_reason():
-    reasons = unmeasured(["psnr", "identity", "lpips"], [measured("a/steps_1", [1.0])], {"lpips": "no weights"})
-    assert reasons == {"lpips": "no weights", "identity": "no row has what it looks at: a mask, or a face"}
+    missing = {"dists": "no file", "clip_i": "no weights", "lpips": "no file", "clip_score": "no weights"}
+    reasons = unmeasured({"psnr", "identity", *missing}, [measured("a/steps_1", [1.0])], missing)
+    assert reasons == missing | {"identity": "no row has what it looks at: a mask, or a face"}
+    assert [name for name in METRICS if name in reasons] == list(reasons)  # the same in every report
+    assert unmeasured_groups({"unavailable": reasons}) == {
+        "no file": ["lpips", "dists"],
+        "no weights": ["clip_score", "clip_i"],
+        reasons["identity"]: ["identity"],
+    }
 
 
 def test_labels():

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import bootstrap, permutation_test
@@ -36,7 +36,7 @@ class Comparison:
     p: float | None
     """Probability of a difference this large if the two were alike; None with fewer than two rows."""
     p_holm: float | None = None
-    """The same, corrected for all comparisons of this metric (Holm 1979)."""
+    """The same, corrected for the comparisons of this metric that are of its kind (Holm 1979)."""
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
@@ -92,19 +92,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compare_methods(scores: Mapping[str, Mapping[str, float]], seed: int = 0) -> list[Comparison]:
-    """Every two methods, on one metric.
+def compare_methods(
+    scores: Mapping[str, Mapping[str, float]], baselines: Mapping[str, str] | None = None, seed: int = 0
+) -> list[Comparison]:
+    """Every method with its baseline, then every two methods, on one metric.
+
+    They answer two questions, whether anything was gained and which method is better, and are corrected as two families.
 
     Args:
         scores: method -> row's id -> value.
+        baselines: method -> the one that it is held against; that one is no method itself.
+        seed: of the resampling.
     """
-    found = []
-    for first, second in itertools.combinations(scores, 2):
-        shared = [row for row in scores[first] if row in scores[second]]
-        differences = [scores[first][row] - scores[second][row] for row in shared]
-        if differences:
-            difference = mean_interval(differences, seed)
-            found.append(Comparison(first, second, difference, paired_p(differences, seed)))
-    tested = [each for each in found if each.p is not None]
-    corrected = dict(zip(map(id, tested), holm([each.p for each in tested if each.p is not None]), strict=True))
-    return [Comparison(each.first, each.second, each.difference, each.p, corrected.get(id(each))) for each in found]
+    known = {method: baseline for method, baseline in (baselines or {}).items() if {method, baseline} <= scores.keys()}
+    methods = [name for name in scores if name not in (baselines or {}).values()]
+    families = (known.items(), itertools.combinations(methods, 2))
+    return [each for pairs in families for each in _corrected([_compare(scores, *pair, seed) for pair in pairs])]
+
+
+def _compare(scores: Mapping[str, Mapping[str, float]], first: str, second: str, seed: int) -> Comparison | None:
+    """Two methods on the rows that both have; None if there are none."""
+    shared = [row for row in scores[first] if row in scores[second]]
+    differences = [scores[first][row] - scores[second][row] for row in shared]
+    if not differences:
+        return None
+    return Comparison(first, second, mean_interval(differences, seed), paired_p(differences, seed))
+
+
+def _corrected(family: Sequence[Comparison | None]) -> list[Comparison]:
+    """The comparisons of a family, each with its `p_holm`."""
+    found = [each for each in family if each is not None]
+    corrected = iter(holm([each.p for each in found if each.p is not None]))
+    return [each if each.p is None else replace(each, p_holm=next(corrected)) for each in found]

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from rich.table import Table
 
 from data_prep.files import write_text
 from eval.chart import line_chart
-from eval.evaluation.summary import Report, best_methods, main_methods, ranked_rows, show_value, tests_of
+from eval.evaluation.summary import (
+    Report,
+    best_methods,
+    is_significant,
+    main_methods,
+    ranked_rows,
+    show_value,
+    tests_of,
+)
 from eval.metrics import MAX_PSNR
 from eval.scores.catalog import METRICS
 from eval.scores.metric import Metric
@@ -193,6 +201,7 @@ def write_page(path: Path, report: Report, picture: PictureFile, rank_by: str) -
         picture=lambda method, row: thumbnail(picture(method, row)),
         tests=[(METRICS[name], _test_lines(report, name)) for name in report["metrics"] if tests_of(report, name)],
         metrics=[METRICS[name] for name in report["metrics"]],
+        unmeasured=unmeasured_groups(report),
         known=METRICS,
     )
     write_text(path, page)
@@ -210,7 +219,7 @@ def _test_lines(report: Report, name: str) -> list[tuple[str, str, str, str, boo
         if difference["low"] is not None:
             interval = f"{difference['low']:+.{metric.digits}f} … {difference['high']:+.{metric.digits}f}"
             p = f"{test['p']:.2g} → {test['p_holm']:.2g}"
-        lines.append((pair, mean, interval, p, test["p_holm"] is not None and test["p_holm"] < 0.05))
+        lines.append((pair, mean, interval, p, is_significant(test)))
     return lines
 
 
@@ -237,13 +246,14 @@ def print_report(report: Report) -> None:
                 shown = (f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells[part])
                 table.add_row(method["label"], *shown)
             console.print(table)
-    for line in unavailable_lines(report):
+    for reason, names in unmeasured_groups(report).items():
+        line = f"not measured: {', '.join(names)} ({reason})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def unavailable_lines(report: Report) -> Sequence[str]:
-    """One sentence for every reason that metrics were not measured for."""
-    reasons: dict[str, list[str]] = {}
+def unmeasured_groups(report: Report) -> dict[str, list[str]]:
+    """The metrics that were not measured, by reason."""
+    groups: dict[str, list[str]] = {}
     for name, reason in report["unavailable"].items():
-        reasons.setdefault(reason, []).append(name)
-    return [f"not measured: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
+        groups.setdefault(reason, []).append(name)
+    return groups

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from eval.scores.registration import registration_scores
 from eval.validation import SOURCE, TARGET
 
 QUALITY = 92
+Kind = Literal["edit", "source", "target"]
 
 
 @dataclass
@@ -30,6 +32,10 @@ class Measured:
     """By the row's id."""
     whole: Scores = field(default_factory=dict)
     """Of all pictures together."""
+    kind: Kind = "edit"
+    """Names do not say it: a run may be called `target`."""
+    baseline: str | None = None
+    """Of an edit: the name of the source unchanged at its size."""
 
 
 class Recorder:
@@ -65,10 +71,12 @@ class Recorder:
         if example.method != SOURCE:
             steps = int(example.method.removeprefix("steps_"))
             name = f"{self._adapter}/{example.method}"
-            self.methods.setdefault(name, Measured(name, self._adapter, steps, self._objective))
+            baseline = SOURCE + self._suffix
+            made = Measured(name, self._adapter, steps, self._objective, baseline=baseline)
+            self.methods.setdefault(name, made)
             return self._record(name, example)
         name = SOURCE + self._suffix
-        measured = self.methods.setdefault(name, Measured(name))
+        measured = self.methods.setdefault(name, Measured(name, kind="source"))
         if example.id not in measured.rows:
             self._record(name, example)
             self._record_target(example)
@@ -102,7 +110,7 @@ class Recorder:
         drift = registration_scores(example.source, example.target, example.background)
         scores = {metric: value for metric, value in drift.items() if metric in self.battery.chosen}
         if scores:
-            self.methods.setdefault(name, Measured(name)).rows[example.id] = scores
+            self.methods.setdefault(name, Measured(name, kind="target")).rows[example.id] = scores
 
     def _save(self, method: str, row: str, pixels: Tensor) -> None:
         with atomic_file(self.picture(method, row)) as temporary:

@@ -9,7 +9,6 @@ from eval.evaluation.intervals import SIGNIFICANT, compare_methods, mean_interva
 from eval.evaluation.recorder import Measured, label
 from eval.scores.catalog import METRICS
 from eval.scores.metric import Metric
-from eval.validation import TARGET
 from train.provenance import provenance
 
 FORMAT_VERSION = 1
@@ -59,10 +58,10 @@ def build_report(
 
 
 def unmeasured(chosen: Iterable[str], methods: Sequence[Measured], unavailable: Mapping[str, str]) -> dict[str, str]:
-    """Why each chosen metric is not in the report: its own reason, or that no row has what it looks at."""
+    """Why each chosen metric is not in the report, in the order of tables: its own reason, or no row has what it looks at."""
     found = {name for each in methods for scores in _all_scores(each) for name in scores}
-    reasons = {name: "no row has what it looks at: a mask, or a face" for name in chosen if name not in found}
-    return reasons | {name: reason for name, reason in unavailable.items() if name not in found}
+    reasons = dict.fromkeys(chosen, "no row has what it looks at: a mask, or a face") | dict(unavailable)
+    return {name: reasons[name] for name in METRICS if name in reasons and name not in found}
 
 
 def _all_scores(method: Measured) -> list[dict[str, float]]:
@@ -82,6 +81,8 @@ def _method(method: Measured, names: Sequence[str], seed: int) -> dict[str, Any]
             scores[name] = {"mean": method.whole[name], "num_rows": len(method.rows), "low": None, "high": None}
     return {
         "name": method.name,
+        "kind": method.kind,
+        "baseline": method.baseline,
         "label": label(method.name),
         "adapter": method.adapter,
         "steps": method.steps,
@@ -92,33 +93,50 @@ def _method(method: Measured, names: Sequence[str], seed: int) -> dict[str, Any]
 
 
 def _tests(name: str, methods: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
-    """Every two methods on one metric; the target is no method."""
-    measured = {each.name: _values(each, name) for each in methods if not each.name.startswith(TARGET)}
-    found = compare_methods({method: values for method, values in measured.items() if values}, seed)
+    """On one metric, every edit with the source unchanged, and every two edits; the target is none."""
+    measured = {each.name: _values(each, name) for each in methods if each.kind != "target"}
+    baselines = {each.name: each.baseline for each in methods if each.baseline}
+    found = compare_methods({method: values for method, values in measured.items() if values}, baselines, seed)
     return [{"metric": name, **asdict(each)} for each in found]
 
 
 def main_methods(report: Report) -> list[dict[str, Any]]:
     """The methods that made edits, without sources and targets."""
-    return [method for method in report["methods"] if method["adapter"] is not None]
+    return [method for method in report["methods"] if method["kind"] == "edit"]
 
 
 def best_methods(report: Report, metric: str) -> set[str]:
-    """Names of the method with the best mean and of those that its paired tests (p alone, 0.05) cannot tell from it.
+    """Names of the method with the best mean and of those that its paired tests (corrected, 0.05) cannot tell from it.
 
-    Empty if that is all of them: then the rows tell nothing apart.
+    Empty if that is all of them: then the rows tell nothing apart. In a metric against the target only those count whose mean is
+    better than that of the source unchanged.
     """
     means = {each["name"]: each["scores"][metric]["mean"] for each in main_methods(report) if metric in each["scores"]}
-    if not means:
+    tests = [test for test in tests_of(report, metric) if {test["first"], test["second"]} <= means.keys()]
+    if not means or {test[place] for test in tests for place in ("first", "second")} < means.keys():
         return set()
     best = (max if METRICS[metric].better == "higher" else min)(means, key=lambda name: means[name])
     alike = {best}
-    for test in tests_of(report, metric):
+    for test in tests:
         pair = {test["first"], test["second"]}
-        if best in pair and pair <= means.keys() and (test["p"] is None or test["p"] >= SIGNIFICANT):
+        if best in pair and not is_significant(test):
             alike |= pair
-    tested = {name for test in tests_of(report, metric) for name in (test["first"], test["second"])}
-    return alike if tested >= means.keys() and alike < means.keys() else set()
+    return {name for name in alike if _gains(report, metric, name)} if alike < means.keys() else set()
+
+
+def is_significant(test: Mapping[str, Any]) -> bool:
+    """Whether a comparison's corrected p is below 0.05."""
+    return test["p_holm"] is not None and test["p_holm"] < SIGNIFICANT
+
+
+def _gains(report: Report, metric: str, name: str) -> bool:
+    """Whether a method is nearer to the target than the source unchanged, or nobody asks."""
+    methods = {each["name"]: each for each in report["methods"]}
+    baseline = methods.get(methods[name]["baseline"], {"scores": {}})["scores"].get(metric)
+    if METRICS[metric].against != "target" or baseline is None:
+        return True
+    gain = methods[name]["scores"][metric]["mean"] - baseline["mean"]
+    return gain > 0 if METRICS[metric].better == "higher" else gain < 0
 
 
 def tests_of(report: Report, metric: str) -> list[dict[str, Any]]:
