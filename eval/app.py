@@ -16,7 +16,6 @@ import typer
 
 from data_prep.cli import run_command
 from data_prep.files import make_folder
-from eval.metadata import choose_geometry
 from eval.model.placement import make_placement
 from eval.open import open_editor
 from eval.options import (
@@ -35,6 +34,7 @@ from eval.options import (
     Weights,
 )
 from eval.places import checkpoint_folder
+from eval.sizes import SizeLimits
 from eval.web.limits import Limits, check_exposure, check_port, parse_auth
 
 PORT = 7999
@@ -95,11 +95,10 @@ def app(
     check_port(host, port)
     make_folder(out)
     placement = make_placement(device, dtype, encoder_device, offload, weights, gguf, vae_tiling)
-    fixed = max_pixels is not None or vision_pixels is not None
-    geometry = choose_geometry({}, max_pixels, vision_pixels) if fixed else None
+    sizes = SizeLimits(max_pixels, vision_pixels)
     from eval.web.serve import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
 
-    editor = open_editor(model, placement, geometry, depth_model)
+    editor = open_editor(model, placement, None, depth_model, sizes)
     title = f"{editor.abilities.base} ({Path(model).name}) on {placement.device}, {dtype}"
     studio = make_studio(editor, title, out.resolve(), runs or checkpoint_folder(), limits, adapter)
     studio.examples = read_examples(examples, examples_root) if examples else []

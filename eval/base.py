@@ -17,6 +17,15 @@ class BaseEditor(ABC):
     def folder(self) -> Path:
         """Where the model's files are."""
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the model's contents. A model that is only a hub id is downloaded for it."""
+
+    def identity(self, request: EditRequest) -> dict[str, str]:
+        """Fingerprints of all models that the request's pictures depend on, by what they are."""
+        return {"model": self.fingerprint}
+
     def check(self, request: EditRequest) -> None:
         """Loads no weights.
 

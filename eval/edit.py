@@ -16,7 +16,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import os
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from data_prep.cli import OnError, run_command
@@ -25,7 +24,7 @@ from data_prep.geometry import Size
 from data_prep.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
 from eval.jobs.command import Base, Table, edit_table
 from eval.jobs.files import numbered
-from eval.metadata import choose_geometry, read_metadata
+from eval.jobs.run import is_out_of_memory
 from eval.model.placement import Placement, WeightsName, make_placement
 from eval.options import (
     DEVICE,
@@ -48,6 +47,7 @@ from eval.options import (
 from eval.provenance import write_png
 from eval.repeat import Repeat, read_repeat
 from eval.request import AspectName, Control, EditRequest, Focus, ModeName, SamplerName
+from eval.sizes import SizeLimits
 
 
 def edit(
@@ -182,10 +182,6 @@ def edit(
     if made:
         made.check_gguf(gguf)
         knobs = made.knobs
-    geometry = made.geometry if made else None
-    if max_pixels is not None or vision_pixels is not None:
-        first = next(iter(knobs.get("adapters", ())), None)
-        geometry = choose_geometry(read_metadata(first.path) if first else {}, max_pixels, vision_pixels)
     placed: dict[str, Any] = {
         "dtype": dtype or (made.dtype if made else DTYPE),
         "encoder_device": encoder_device,
@@ -194,7 +190,8 @@ def edit(
         "gguf": gguf,
         "vae_tiling": vae_tiling,
     }
-    base = Base(model, geometry, depth_model)
+    depth_model = depth_model or (made.depth_model if made else None)
+    base = Base(model, depth_model, SizeLimits(max_pixels, vision_pixels), made.geometry if made else None)
     if csv:
         if image or mask or repeat:
             raise InputError("--csv names its images and masks itself: leave out --image, --mask and --repeat")
@@ -223,6 +220,7 @@ def edit_image(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("one image is edited by one process: launch several with --csv alone")
     check_output(out)
+    check_kept(out, knobs.get("count", 1), [*image, *([mask] if mask else []), *([made.path] if made else [])])
     try:
         images = [open_image(path) for path in image]
         opened = open_mask(mask) if mask else None
@@ -237,13 +235,15 @@ def edit_image(
     request = EditRequest(images=images, mask=opened, **values)
     editor = base.open(placement)
     editor.check(request)
+    if made:
+        made.check_models(editor.identity(request), editor.folder)
     try:
         results = editor.edit(request, show_step)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"{error}\nout of memory: a smaller --size, --offload or --weights needs less", file=sys.stderr)
         raise typer.Exit(1) from None
-    if made:
-        made.check_model(results[0].settings)
     for name, result in zip(numbered(out.name, request.count), results, strict=True):
         write_png(result, sources, out.with_name(name))
         settings = result.settings
@@ -260,6 +260,20 @@ def check_output(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written: {folder} is no folder that may be written to")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a file")
+
+
+def check_kept(out: Path, count: int, inputs: list[Path]) -> None:
+    """Finds that a result would take the place of what it is made of.
+
+    Raises:
+        InputError: a PNG to write is one of the inputs, under this name or another.
+    """
+    for path in [out.with_name(name) for name in numbered(out.name, count)]:
+        for source in inputs:
+            if path.exists() and source.exists() and path.samefile(source):
+                raise InputError(
+                    f"--out {out} would overwrite {source}, which the edit is made of: choose another name"
+                )
 
 
 def show_step(done: int, total: int) -> None:

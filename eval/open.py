@@ -1,4 +1,4 @@
-"""Which base model a folder or a hub id holds, what it can be asked, and the editor for it.
+"""Which base model a folder or a hub id holds, and the editor for it.
 
 An editor's libraries are imported when it is opened: those of one base cost seconds, and the others do without.
 """
@@ -14,9 +14,8 @@ from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from eval.base import BaseEditor
 from eval.model.placement import Placement
-from eval.pipelines.bases import BASES
 from eval.places import find_model
-from eval.request import Abilities
+from eval.sizes import NO_LIMITS, SizeLimits
 
 INDEX = "model_index.json"
 QWEN = "qwen-image-edit"
@@ -35,15 +34,20 @@ CLASSES = {
 
 
 def open_editor(
-    model: str, placement: Placement, geometry: Geometry | None = None, depth_model: str | None = None
+    model: str,
+    placement: Placement,
+    geometry: Geometry | None = None,
+    depth_model: str | None = None,
+    limits: SizeLimits = NO_LIMITS,
 ) -> BaseEditor:
-    """The editor for a base model. No weights are loaded; Qwen-Image-Edit's are downloaded if they are not here yet.
+    """The editor for a base model. No weights are loaded, and of a hub id nothing but its `model_index.json` is downloaded.
 
     Args:
         model: a folder, as it is or below `$MODEL_DIR`, or a hub id.
         placement: where its parts live, and in which numbers.
         geometry: sizes of images; by default what suits the base and the adapter.
         depth_model: for the depth maps of Qwen-Image-Edit; the others have none.
+        limits: sizes that take the place of the geometry's.
 
     Raises:
         InputError: there is no such model, it is of another kind, or it cannot be placed like that.
@@ -53,23 +57,15 @@ def open_editor(
     if base == QWEN:
         from eval.editor import Editor
 
-        return Editor(ModelDirectory.resolve(model), placement, geometry, depth_model)
+        named = ModelDirectory.resolve(model) if Path(model).is_dir() else model
+        return Editor(named, placement, geometry, depth_model, limits)
     if base == "flux-kontext":
         from eval.pipelines.kontext import KontextEditor
 
-        return KontextEditor(model, placement, geometry)
+        return KontextEditor(model, placement, geometry, limits)
     from eval.pipelines.stable_diffusion import StableDiffusionEditor
 
-    return StableDiffusionEditor(model, base, placement, geometry)
-
-
-def abilities_of(base: str) -> Abilities:
-    """What a base, as `base_of` names it, can be asked: a request is refused before anything is loaded or downloaded."""
-    if base != QWEN:
-        return BASES[base].abilities
-    from eval.editor import Editor
-
-    return Editor.abilities
+    return StableDiffusionEditor(model, base, placement, geometry, limits)
 
 
 def base_of(model: str) -> str:

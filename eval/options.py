@@ -31,7 +31,7 @@ def parse_size(text: str) -> Size:
 def parse_adapter(text: str) -> AdapterUse:
     """`runs/mine` or `runs/mine:0.8`; looked up as `find_adapter` says, which raises `InputError`."""
     path, colon, weight = text.rpartition(":")
-    if colon and re.fullmatch(r"[-+]?\d*\.?\d+", weight):
+    if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight, re.IGNORECASE):
         return AdapterUse(find_adapter(path), float(weight))
     return AdapterUse(find_adapter(text))
 

@@ -20,7 +20,7 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit
 from data_prep.model_dir import ModelDirectory
 from eval.control import Strengthened, make_map
-from eval.depth import load_depth_model
+from eval.depth import DepthModel, DepthSource
 from eval.editor import Editor
 from eval.request import Control, EditRequest
 from losses.batch import Condition
@@ -133,6 +133,11 @@ def depth_folder(request, tmp_path_factory):
     return folder
 
 
+def load_depth_model(path: object = None) -> DepthModel:
+    with DepthSource(str(path) if path else None, torch.device("cpu")).model() as depth:
+        return depth
+
+
 def test_depth_is_the_librarys_near_in_white(depth_folder, monkeypatch):
     """Against transformers' pipeline, which has its own resizing: the order of points, and black to white."""
     photograph = ImageOps.fit(photographs.load(photographs.HELD_OUT[0]), (80, 64))
@@ -149,7 +154,7 @@ def test_depth_is_the_librarys_near_in_white(depth_folder, monkeypatch):
 
 
 def test_a_flat_depth_is_black(depth_folder):
-    depth = load_depth_model(str(depth_folder))
+    depth = load_depth_model(depth_folder)
     for weight in depth.model.head.parameters():
         weight.data.zero_()
     assert values(make_map(Control("depth"), disc((9, 9, 9), (200, 0, 0)), depth)).max() == 0
@@ -172,7 +177,7 @@ def test_a_depth_model_that_cannot_be_had_says_how_to_get_one(depth_folder, tmp_
     ):
         (tmp_path / "config.json").write_text(broken)
         with pytest.raises(InputError, match=message):
-            load_depth_model(str(tmp_path))
+            load_depth_model(tmp_path)
 
 
 def test_missing_tensors_are_not_left_random(depth_folder, tmp_path):
@@ -185,7 +190,7 @@ def test_missing_tensors_are_not_left_random(depth_folder, tmp_path):
         metadata={"format": "pt"},
     )
     with pytest.raises(InputError, match="no depth model could be read"):
-        load_depth_model(str(tmp_path))
+        load_depth_model(tmp_path)
 
 
 def condition(number: float) -> Condition:
@@ -239,7 +244,7 @@ def test_the_editor_shows_depth_to_the_model_and_asks_for_it_first(tiny_model_di
     request = EditRequest("Make it darker.", [photograph], "control", controls=[Control("depth", 0.5)], steps=1)
     editor = Editor(ModelDirectory(tiny_model_dir), geometry=geometry, depth_model=str(depth_folder))
     result = editor.edit(request)[0]
-    depth = load_depth_model(str(depth_folder))
+    depth = load_depth_model(depth_folder)
     shown = fit(photograph, geometry.reference_size(Size.of(photograph)))
     assert result.maps[0].tobytes() == make_map(request.controls[0], shown, depth).tobytes()
     without = editor.edit(EditRequest(request.prompt, [photograph], steps=1))[0]

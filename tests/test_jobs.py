@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from data_prep.build.overlay_rows import Photographs
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
+from data_prep.geometry import Geometry, Size
 from data_prep.rows import RejectedRow
 from eval.base import BaseEditor
 from eval.edit import edit
@@ -43,6 +43,7 @@ class Copies(BaseEditor):
     together: list[int] = field(default_factory=list)
     abilities = Abilities("copies", MODES, 3)
     folder = Path("copies")
+    fingerprint = "copies"
 
     def batch_key(self, request: EditRequest) -> Any:
         return request.images[0].size
@@ -70,6 +71,11 @@ def photos(tmp_path_factory, tiny_model_dir):
     write_mask(folder / "mask.png")
     write_adapter(folder / "bridge", tiny_model_dir, "lbm", SMALL, bridge_noise=0.005)
     return folder
+
+
+def nothing(_: EditRequest) -> dict[str, Any]:
+    """For keys of rows alone."""
+    return {}
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -198,7 +204,7 @@ def test_what_changed_is_done_again_and_nothing_else(photos, tmp_path):
 
     def run(common: str = "model", **options: Any) -> list[str]:
         editor = Copies()
-        run_jobs(jobs_of(table, photos, **options), JobFiles({"model": common}), editor, tmp_path / "out")
+        run_jobs(jobs_of(table, photos, **options), JobFiles(lambda _: {"model": common}), editor, tmp_path / "out")
         return editor.done
 
     assert run() == ["p0", "p1", "p2", "p3"]
@@ -226,13 +232,13 @@ def test_the_key_is_of_contents(photos, tmp_path):
     rows = [{"image": name, "prompt": "x"} for name in ("photo0.png", "copy.png", "photo0.png")]
     rows.append({"image": "photo0.png", "prompt": "x", "adapter": f"{tmp_path}/adapter.safetensors:0.5"})
     rows.append({"image": "photo0.png", "prompt": "x", "adapter": f"{tmp_path}/adapter.safetensors"})
-    files, jobs = JobFiles({}), jobs_of(write_table(tmp_path / "jobs.csv", rows), tmp_path)
+    files, jobs = JobFiles(nothing), jobs_of(write_table(tmp_path / "jobs.csv", rows), tmp_path)
     a, b, c, d, e = (files.key(job) for job in jobs)
     assert a.key == b.key == c.key
     assert (a.outputs, b.outputs) == ((f"photo0-{a.key}.png",), (f"copy-{a.key}.png",))
     assert len({a.key, d.key, e.key}) == 3
     (tmp_path / "adapter.safetensors").write_bytes(b"other weights")
-    assert JobFiles({}).key(jobs[3]).key != d.key
+    assert JobFiles(nothing).key(jobs[3]).key != d.key
     editor = Copies()
     summary = run_jobs(jobs[:3], files, editor, tmp_path / "out")
     assert len(editor.done) == 2  # the third is the first
@@ -245,7 +251,7 @@ def test_a_failure_costs_its_own_row_alone(photos, tmp_path, capsys, batch_size)
     prompts = ["p0", "memory", "p2", "bug", "p4", "bug"]
     rows = [{"image": f"photo{number}.png", "prompt": prompt} for number, prompt in enumerate(prompts)]
     jobs, editor = jobs_of(write_table(tmp_path / "jobs.csv", rows), photos), Copies()
-    summary = run_jobs(jobs, JobFiles({}), editor, tmp_path / "out", batch_size)
+    summary = run_jobs(jobs, JobFiles(nothing), editor, tmp_path / "out", batch_size)
     assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0", "p2", "p4"]
     failed = read(tmp_path / "out/failed.csv")
     assert [row["row"] for row in failed] == ["2", "4", "6"]
@@ -270,7 +276,7 @@ def test_images_wait_in_a_bounded_window(photos, tmp_path):
             most.append(open_now[0] - len(editor.done))
             return super().load(job)
 
-    run_jobs(jobs, Counted({}), editor, tmp_path / "out", batch_size=4)
+    run_jobs(jobs, Counted(nothing), editor, tmp_path / "out", batch_size=4)
     assert set(editor.together) == {4}
     assert max(most) <= WAITING * 4 + 4 + 2 * READERS + 1
     assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == [str(n) for n in range(81)]
@@ -290,7 +296,7 @@ def test_an_overlay_is_laid_over_the_image_that_is_edited(photos, tmp_path):
         {"image": "photo.png", "prompt": "x", "overlay_text": "note.txt", "overlay_image": "logo.png"},
     ]
     jobs, out = jobs_of(write_table(tmp_path / "jobs.csv", rows), tmp_path), tmp_path / "out"
-    summary = run_jobs(jobs, JobFiles({}), Copies(), out)
+    summary = run_jobs(jobs, JobFiles(nothing), Copies(), out)
     results, photo = read(out / "results.csv"), pixels(tmp_path / "photo.png")
     logo, note, same_note = (pixels(out / row["output"]) for row in results)
     # half of the width and height at most, 2 % of the shorter side free around it: 100 x 50 at (2, 2)
@@ -325,7 +331,7 @@ def test_every_format_and_kind_of_cell(photos, tmp_path):
         (job,) = jobs_of(tmp_path / f"jobs.{suffix}", photos, steps=9, cfg_scale=2.0)
         assert job.images == (photos / "photo0.png", photos / "photo1.png")
         assert job.knobs == {"prompt": "x", "seed": 7, "steps": 2, "cfg_scale": 2.0}
-        keys.add(JobFiles({}).key(job).key)
+        keys.add(JobFiles(nothing).key(job).key)
     assert len(keys) == 1
 
 
@@ -335,7 +341,7 @@ def test_a_cell_takes_the_place_of_the_option(photos, tmp_path):
         {"image": "photo0.png", "size": "64x32", "mode": "control", "control": '["canny:0.5", "lines"]'},
         {"image": "photo0.png", "mode": "variation", "negative_prompt": "dull"},
     ]
-    focus, control, variation = jobs_of(write_table(tmp_path / "jobs.csv", rows), photos, prompt="p", size=(96, 96))
+    focus, control, variation = jobs_of(write_table(tmp_path / "jobs.csv", rows), photos, prompt="p", size=Size(96, 96))
     assert (focus.placeholder().aspect, focus.placeholder().size) == ("16:9", None)
     assert focus.placeholder().focus.radius == 0.1
     assert control.placeholder().size == (32, 64)

@@ -26,7 +26,7 @@ from data_prep.geometry import Geometry, Size, fit
 from data_prep.model_dir import COMPONENTS
 from eval.base import BaseEditor
 from eval.model.placement import Placement
-from eval.open import CLASSES, abilities_of, base_of, open_editor
+from eval.open import base_of, open_editor
 from eval.request import AdapterUse, EditRequest, Focus
 from tests.pictures import picture
 from tests.tiny_pipelines import WRITERS, write_sd
@@ -326,9 +326,7 @@ def test_which_base_a_folder_holds(tmp_path, folders, monkeypatch):
     monkeypatch.setenv("MODEL_DIR", str(tmp_path))
     editor = open_editor("other", EXACT)
     assert editor.folder == tmp_path / "other"
-    assert editor.abilities == abilities_of("qwen-image-edit")
-    assert editor.abilities.max_images == 3
-    assert {abilities_of(base).base for base in CLASSES.values()} == set(CLASSES.values())
+    assert (editor.abilities.base, editor.abilities.max_images) == ("qwen-image-edit", 3)
 
 
 def test_a_hub_id_is_found_in_the_cache_and_refused_with_the_index_alone(tmp_path, folders, monkeypatch):

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.images import file_digest
 from eval.base import BaseEditor
-from eval.jobs.files import JobFiles, model_fingerprint
+from eval.jobs.files import JobFiles
 from eval.jobs.run import run_jobs
 from eval.jobs.table import check_knobs, read_jobs
 from eval.model.placement import Placement, make_placement
 from eval.open import open_editor
+from eval.sizes import SizeLimits
 from train.processes import Processes
 
 
@@ -30,12 +31,14 @@ class Base:
     """A base model as the command line names it."""
 
     model: str
-    geometry: Geometry | None
     depth_model: str | None
+    limits: SizeLimits
+    geometry: Geometry | None = None
+    """By default what suits each request's adapter."""
 
     def open(self, placement: Placement) -> BaseEditor:
         """Its editor, which has loaded nothing yet."""
-        return open_editor(self.model, placement, self.geometry, self.depth_model)
+        return open_editor(self.model, placement, self.geometry, self.depth_model, self.limits)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def edit_table(
     Raises:
         InputError: the table or an option is wrong, before anything is loaded; or some rows failed, after all others are
             done.
-        typer.Exit: with code 1, some rows failed by a mistake of the program.
+        typer.Exit: with code 1, some rows failed by a mistake of the program, whatever `on_error` says.
     """
     check_knobs(knobs)
     if out.exists() and not out.is_dir():
@@ -82,7 +85,8 @@ def edit_table(
         device = str(processes.device)
     placement = make_placement(device, **placed)
     editor = base.open(placement)
-    files = JobFiles(common(base, editor, placement), table.fonts or (DEFAULT_FONT,))
+    numbers = common(base.limits, placement)
+    files = JobFiles(lambda request: numbers | editor.identity(request), table.fonts or (DEFAULT_FONT,))
     summary = run_jobs(jobs, files, editor, out, batch_size, processes)
     if processes:
         processes.stop()
@@ -90,20 +94,18 @@ def edit_table(
             return
     done = summary.num_rows - len(summary.failures)
     print(f"{out / 'results.csv'}: {done} of {summary.num_rows} rows, {summary.num_edited} edited now")
+    failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / 'failed.csv'} says why"
+    if summary.bugs:
+        print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
+        raise typer.Exit(1)
     if summary.failures and on_error == "raise":
-        failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / 'failed.csv'} says why"
-        if summary.bugs:
-            print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
-            raise typer.Exit(1)
         raise InputError(f"{failed}: the same command does those again, and no others")
 
 
-def common(base: Base, editor: BaseEditor, placement: Placement) -> dict[str, Any]:
-    """What all pictures of a table depend on besides their rows. Where parts of the model wait changes none."""
+def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:
+    """What all pictures of a table depend on besides rows and models. Where parts of a model wait changes none."""
     return {
-        "model": model_fingerprint(editor.folder),
-        "geometry": repr(base.geometry),
-        "depth_model": base.depth_model,
+        "limits": asdict(limits),
         "dtype": str(placement.dtype),
         "weights": placement.weights,
         "gguf": placement.gguf and file_digest(placement.gguf),

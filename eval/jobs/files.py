@@ -16,7 +16,6 @@ from data_prep.build.overlay_style import DEFAULT_STYLE, Style, parse_style
 from data_prep.build.typography import DEFAULT_FONT, check_font
 from data_prep.images import check_mask_shape, file_digest, open_image, open_mask
 from data_prep.items import Item
-from data_prep.model_dir import ModelDirectory
 from eval.jobs.table import Job, describe
 from eval.metadata import adapter_file
 from eval.request import EditRequest
@@ -44,11 +43,11 @@ class JobFiles:
     """Reads jobs' files; `key` and `load` may be called in threads.
 
     Args:
-        common: what all pictures depend on besides their rows, as JSON has it: the model, the numbers it computes in.
+        common: what a request's pictures depend on besides its row, as JSON has it: models, the numbers they compute in.
         fonts: for texts that are laid over.
     """
 
-    common: Mapping[str, Any]
+    common: Callable[[EditRequest], Mapping[str, Any]]
     fonts: tuple[Path, ...] = (DEFAULT_FONT,)
     digest: Callable[[Path], str] = field(default_factory=lambda: functools.lru_cache(maxsize=100_000)(file_digest))
 
@@ -66,7 +65,7 @@ class JobFiles:
         asked = job.placeholder()
         contents = {
             "version": VERSION,
-            "common": self.common,
+            "common": self.common(asked),
             "knobs": describe(asked),
             "adapters": [[self.digest(adapter_file(use.path)), use.weight] for use in asked.adapters],
             "images": [self.digest(path) for path in job.images],
@@ -98,6 +97,13 @@ class JobFiles:
         """Name and digest of every file that the picture was made of."""
         return [(path.name, self.digest(path)) for path in job.files]
 
+    def overlay_settings(self, job: Job) -> dict[str, Any]:
+        """What a picture says of what was laid over its source: nothing, or how, and the fonts of a text."""
+        if not job.overlay:
+            return {}
+        fonts = {"fonts": list(map(self.digest, self.fonts))} if job.overlay.content == "overlay_text" else {}
+        return {"overlay": {"content": job.overlay.content, **job.overlay.style, **fonts}}
+
     def _laid_over(self, photo: Image.Image, job: Job) -> Image.Image:
         """As the builder of datasets does it; where and how is drawn by the contents, so that all rows agree."""
         assert job.overlay
@@ -115,9 +121,3 @@ def numbered(name: str, count: int) -> list[str]:
     """`result.png`, or `result-1.png`, `result-2.png`, … of several pictures."""
     stem, _, suffix = name.rpartition(".")
     return [f"{stem}-{number}.{suffix}" for number in range(1, count + 1)] if count > 1 else [name]
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Identifies a base model by all its components, whatever the base."""
-    parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return ModelDirectory(folder).fingerprint(*parts)

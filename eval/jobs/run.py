@@ -30,6 +30,8 @@ READERS = min(4, CORES)
 """Threads that read ahead."""
 WAITING = 4
 """Batches' worth of opened images that may wait for others of their kind."""
+NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+"""What torch says when the CPU's allocator fails, on Linux and elsewhere, and when pinned memory cannot be had."""
 
 Answer = TypeVar("Answer")
 Entry = Job | RejectedRow
@@ -75,7 +77,7 @@ def run_jobs(
         What was done, on every process.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: the folder cannot be written to, or the model cannot be had.
         OSError: a picture cannot be written; the run ends, for so would the others.
     """
     make_folder(out)
@@ -115,17 +117,22 @@ def _key_all(
     """The key of every row, or why it cannot be done, found before anything is loaded. Each rank reads its share."""
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
 
-    def key(job: Job) -> KeyedJob:
+    def check(job: Job) -> Job:
         editor.check(job.placeholder())
-        return files.key(job)
+        return job
 
-    def answer(entry: Entry) -> KeyedJob | Failed:
-        return Failed(entry) if isinstance(entry, RejectedRow) else _attempt(key, entry, entry)
+    def checked(entry: Entry) -> Job | Failed:
+        return Failed(entry) if isinstance(entry, RejectedRow) else _attempt(check, entry, entry)
 
-    mine = entries[rank::world_size]
+    def answer(entry: Job | Failed) -> KeyedJob | Failed:
+        return entry if isinstance(entry, Failed) else _attempt(files.key, entry, entry)
+
+    mine = list(_in_threads(checked, entries[rank::world_size]))
+    if any(isinstance(each, Job) for each in mine):
+        _ = editor.fingerprint  # a model that has to be downloaded is, now that there is something to do with it
     share = []
     with progress("reading", len(mine), shown=rank == 0) as advance:
-        for each in ahead(answer, mine, ThreadPoolExecutor(READERS), depth=4 * READERS):
+        for each in _in_threads(answer, mine):
             share.append(each)
             advance(1)
     shares = processes.gather(share) if processes else [share]
@@ -135,6 +142,11 @@ def _key_all(
             if isinstance(each, Failed):
                 say_failure(each.row)
     return answers
+
+
+def _in_threads(function: Callable[[Any], Answer], arguments: Sequence[Any]) -> Iterator[Answer]:
+    """The answers, in order."""
+    return ahead(function, arguments, ThreadPoolExecutor(READERS), depth=4 * READERS)
 
 
 def _run(
@@ -211,10 +223,16 @@ def _edit(
 def _write(keyed: KeyedJob, results: list[EditResult], files: JobFiles, out: Path, rank: int) -> None:
     """The times first: a picture that is there is taken for done."""
     add_seconds(out, rank, keyed.key, [result.seconds for result in results])
-    overlay = keyed.job.overlay
-    laid = {"overlay": {"content": overlay.content, **overlay.style}} if overlay else {}
+    laid = files.overlay_settings(keyed.job)
     for name, result in zip(keyed.outputs, results, strict=True):
         write_png(replace(result, settings=result.settings | laid), files.sources(keyed.job), out / name)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory of the device or of the machine has run out; torch has no exception of its own for the latter."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _attempt(function: Callable[[Any], Answer], argument: Any, job: Job, quiet: bool = False) -> Answer | Failed:
@@ -229,12 +247,12 @@ def _attempt(function: Callable[[Any], Answer], argument: Any, job: Job, quiet: 
         return Failed(job.reject(error.reason, error.path))
     except (BadRow, InputError) as error:
         return Failed(job.reject(str(error)))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
     except Exception as error:
-        if not quiet:
-            traceback.print_exc()
-        return Failed(job.reject(f"{type(error).__name__}: {error}"), bug=True)
+        if not is_out_of_memory(error):
+            if not quiet:
+                traceback.print_exc()
+            return Failed(job.reject(f"{type(error).__name__}: {error}"), bug=True)
+        reason = f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
     gc.collect()  # here, where the error and the frames it holds are gone
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

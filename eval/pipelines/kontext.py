@@ -12,6 +12,7 @@ from eval.pipelines.bases import BASES
 from eval.pipelines.editor import Call, PipelineEditor
 from eval.pipelines.load import load_kontext
 from eval.request import EditRequest
+from eval.sizes import NO_LIMITS, SizeLimits
 
 
 class KontextEditor(PipelineEditor):
@@ -22,8 +23,10 @@ class KontextEditor(PipelineEditor):
     resolutions, so that a picture of the source's shape lies on the source pixel by pixel.
     """
 
-    def __init__(self, model: str, placement: Placement, geometry: Geometry | None = None):
-        super().__init__(model, BASES["flux-kontext"], placement, geometry)
+    def __init__(
+        self, model: str, placement: Placement, geometry: Geometry | None = None, limits: SizeLimits = NO_LIMITS
+    ):
+        super().__init__(model, BASES["flux-kontext"], placement, geometry, limits)
 
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""

@@ -22,6 +22,7 @@ from eval.pipelines.bases import BASES
 from eval.pipelines.editor import Call, PipelineEditor
 from eval.pipelines.load import changed_to, load_sd15, load_sdxl
 from eval.request import EditRequest
+from eval.sizes import NO_LIMITS, SizeLimits
 
 CLASSES = {
     "sd15": (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, load_sd15),
@@ -36,12 +37,19 @@ class StableDiffusionEditor(PipelineEditor):
     """`steps` divide the whole way; a strength below 1 walks that share of it, in as many steps fewer.
 
     Args:
-        model, placement, geometry: as `PipelineEditor`.
+        model, placement, geometry, limits: as `PipelineEditor`.
         base: `sd15`, `sdxl`, or one of them with `-inpaint`.
     """
 
-    def __init__(self, model: str, base: str, placement: Placement, geometry: Geometry | None = None):
-        super().__init__(model, BASES[base], placement, geometry)
+    def __init__(
+        self,
+        model: str,
+        base: str,
+        placement: Placement,
+        geometry: Geometry | None = None,
+        limits: SizeLimits = NO_LIMITS,
+    ):
+        super().__init__(model, BASES[base], placement, geometry, limits)
         self._whole, self._masked, self._load = CLASSES[base.removesuffix("-inpaint")]
 
     def check(self, request: EditRequest) -> None:

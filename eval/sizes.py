@@ -1,0 +1,33 @@
+"""The sizes of images that a command line sets, on top of those that an adapter or a base brings."""
+
+from dataclasses import asdict, dataclass, replace
+
+from data_prep.errors import InputError
+from data_prep.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class SizeLimits:
+    """What takes the place of a geometry's own numbers; None leaves one.
+
+    Raises:
+        InputError: a size is too small.
+    """
+
+    max_pixels: int | None = None
+    """Largest area of a result."""
+    vision_pixels: int | None = None
+    """Area that the text encoder sees."""
+
+    def __post_init__(self):
+        try:
+            self.applied_to(Geometry(max_pixels=1024**2))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def applied_to(self, geometry: Geometry) -> Geometry:
+        """The geometry with these numbers."""
+        return replace(geometry, **{name: value for name, value in asdict(self).items() if value is not None})
+
+
+NO_LIMITS = SizeLimits()
