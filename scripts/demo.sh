@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job, end to end: tiny model, real photographs, two edits, cache, train with both objectives, validate, score, report.
 #
-#   bash scripts/demo.sh                                                        within 8 minutes on two cores
+#   bash scripts/demo.sh                                                        about 9 minutes on two cores
 #   DEMO_DIR=runs/quick DEMO_STEPS=2 DEMO_CROPS=8 bash scripts/demo.sh          the same, reduced
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,5 +28,5 @@ launch train/run.py +exp=tiny_lbm run_dir="$DIR/lbm" "${settings[@]}"
 launch train/run.py +exp=tiny_sft run_dir="$DIR/flow" "${settings[@]}"
 
 python eval/run.py --title "The demo's held-out photographs" --model "$MODEL" --adapter "$DIR/lbm" --adapter "$DIR/flow" \
-  --dataset "$DIR/data/validation.json" --steps 1,4 --out "$DIR/evaluation"
+  --dataset "$DIR/data/validation.json" --steps 1,4 --cfg-scale 1 --out "$DIR/evaluation"
 python eval/report.py --title "Latent Bridge Matching beside flow matching" --out "$DIR/report.html" "$DIR/lbm" "$DIR/flow"

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests.commands import ROOT, launch, launcher, run_script
 from tests.test_train import adapter_bytes, metrics
 
+pytestmark = pytest.mark.timeout(1800)  # its fixture trains many times on two processes each
+
 OPTIMS = {"adamw": ["optim=adamw", "optim.lr=3e-4"], "prodigy": ["optim=prodigy", "+optim.d0=1e-4"]}
 NUM_STEPS = 24
 ONE_RANK_CUTS, TWO_RANK_CUTS = ((8, 1), (2, 4)), ((4, 1), (1, 4))
