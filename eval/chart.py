@@ -21,11 +21,11 @@ def line_chart(series: Mapping[str, Points], x_label: str, intervals: Mapping[st
     """Draws named series of (x, y) in one pair of axes, with a legend; `intervals` are drawn as bars behind their series.
 
     Raises:
-        ValueError: there is no point to draw.
+        ValueError: there is no finite point to draw.
     """
-    thinned = {name: thin(points) for name, points in series.items() if points}
+    thinned = {name: points for name, some in series.items() if (points := thin(some))}
     if not thinned:
-        raise ValueError("a chart needs at least one point")
+        raise ValueError("a chart needs at least one finite point")
     everything = [point for points in thinned.values() for point in points]
     x_ticks = ticks(min(x for x, _ in everything), max(x for x, _ in everything))
     bars = {name: bars for name, bars in (intervals or {}).items() if name in thinned}
@@ -63,7 +63,7 @@ def line_chart(series: Mapping[str, Points], x_label: str, intervals: Mapping[st
 
 def thin(points: Points) -> list[tuple[float, float]]:
     """At most MAX_POINTS points, each the mean of its neighbours; finite values only."""
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     size = math.ceil(len(finite) / MAX_POINTS) or 1
     groups = (finite[start : start + size] for start in range(0, len(finite), size))
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]

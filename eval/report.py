@@ -12,6 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -174,7 +175,8 @@ def curves(run: RunSummary) -> list[tuple[str, Markup]]:
 
 
 def _series(run: RunSummary, name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in run.history if name in line]
+    """Finite points alone: the loss of a run that failed is not a number."""
+    return [(line["step"], line[name]) for line in run.history if name in line and math.isfinite(line[name])]
 
 
 def write_report(path: Path, title: str, runs: Sequence[RunSummary]) -> None:

@@ -10,10 +10,12 @@ from PIL import Image
 from data_prep.errors import InputError
 from eval.web.fields import Buttons, Fields, build_form
 from eval.web.form import make_request
-from eval.web.jobs import DEVICE_QUEUE, Cancelled, errors_in_words, say_stopped
+from eval.web.jobs import Cancelled, errors_in_words, say_stopped
 from eval.web.limits import read_picture
 from eval.web.results import Picture, beside, save_results, settings_html
-from eval.web.studio import Studio, session_of
+from eval.web.studio import QUIET, Studio, session_of
+
+TAB = "edit"
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, buttons: Butt
         values = {name: data[field] for name, field in fields.items()}
         try:
             with errors_in_words("The edit"):
-                asked = make_request(values, studio.adapters(), studio.limits)
-                studio.editor.check(asked.request)
-                with studio.jobs.running(session_of(request), progress, "Editing") as on_progress:
+                with studio.jobs.running(session_of(request), TAB, progress, "Editing") as on_progress:
+                    asked = make_request(values, studio.adapters(), studio.limits)
+                    studio.editor.check(asked.request)
                     results = studio.editor.edit(asked.request, on_progress)
                 pictures = save_results(results, asked.sources, studio.out)
                 return [*_show(pictures, 0, asked.request.images[0]), pictures, values["source"]]
@@ -96,28 +98,22 @@ def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, buttons: Butt
             return [slider, *others]
 
     def stop(request: gr.Request) -> None:
-        say_stopped(studio.jobs.cancel(session_of(request)))
+        say_stopped(studio.jobs.cancel(session_of(request), TAB))
 
-    started = buttons.run.click(
+    buttons.run.click(
         edit,
         set(fields.values()),
         outcome.parts,
-        concurrency_limit=1,
-        concurrency_id=DEVICE_QUEUE,
+        concurrency_limit=None,  # they wait for the device in `studio.jobs`
         trigger_mode="once",
         show_progress="full",
         show_progress_on=outcome.slider,
         scroll_to_output=True,  # on a telephone the result is far below
         api_visibility="private",
     )
-    # A waiting edit leaves the queue; of a running one Gradio waits for the thread, which `stop` ends at its next step.
-    buttons.cancel.click(
-        stop, cancels=[started], concurrency_limit=None, show_progress="hidden", api_visibility="private"
-    )
+    buttons.cancel.click(stop, **QUIET)
     shown = [outcome.slider, outcome.download, outcome.settings, outcome.details]
-    outcome.gallery.select(
-        choose, [outcome.pictures, outcome.source], shown, show_progress="hidden", api_visibility="private"
-    )
+    outcome.gallery.select(choose, [outcome.pictures, outcome.source], shown, **QUIET)
 
 
 def _show(pictures: list[Picture], index: int, source: Image.Image) -> list[Any]:

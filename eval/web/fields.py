@@ -20,7 +20,7 @@ from eval.web.form import (
 )
 from eval.web.jobs import errors_in_words
 from eval.web.limits import CANVAS, read_picture
-from eval.web.studio import Studio, picture_input
+from eval.web.studio import QUIET, Studio, picture_input
 
 MAX_SEED = 2**31 - 1
 """Of a drawn one; any may be typed."""
@@ -89,7 +89,7 @@ def _build_seed(studio: Studio, fields: Fields) -> None:
         new_seed = gr.Button("New seed", elem_id="new-seed", min_width=90, scale=0, elem_classes="beside-field")
         most = studio.limits.max_count
         fields["count"] = gr.Slider(1, most, 1, step=1, label="Pictures", elem_id="count", min_width=200)
-    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=fields["seed"], queue=False, api_visibility="private")
+    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=fields["seed"], **QUIET)
 
 
 def _build_knobs(fields: Fields) -> dict[str, gr.Group]:
@@ -143,14 +143,12 @@ def _build_adapter(studio: Studio, fields: Fields) -> None:
         0, 2, 1, step=0.05, label="Weight of the adapter", elem_id="weight", visible=bool(studio.first_adapter)
     )
     adapter = fields["adapter"]
-    again.click(lambda: gr.Dropdown(adapter_names(studio)), outputs=adapter, queue=False, api_visibility="private")
+    again.click(lambda: gr.Dropdown(adapter_names(studio)), outputs=adapter, **QUIET)
     adapter.change(
         lambda name: gr.Slider(visible=name != BASE_MODEL),
         adapter,
         fields["weight"],
-        queue=False,
-        api_visibility="private",
-        show_progress="hidden",
+        **QUIET,
     )
 
 
@@ -193,9 +191,7 @@ def _build_advanced(studio: Studio, fields: Fields) -> None:
         lambda shape: [gr.Number(visible=shape == EXACT)] * 2,
         fields["shape"],
         [fields["width"], fields["height"]],
-        queue=False,
-        api_visibility="private",
-        show_progress="hidden",
+        **QUIET,
     )
 
 
@@ -203,8 +199,9 @@ def _connect_mode(fields: Fields, groups: dict[str, gr.Group], repaint: gr.Butto
     """Shows what the mode asks for; in masked modes the source is what is painted on."""
 
     def shown(mode: ModeName, source: str | None, was_masked: bool) -> list[Any]:
-        masked, paint = mode in MASKED, mode in MASKED and bool(source)
-        background = canvas(source, studio) if paint and source else None
+        masked = mode in MASKED
+        background = canvas(source, studio) if masked and source else None
+        paint = background is not None
         return [
             gr.Dropdown(info=MODE_HINTS[mode]),
             gr.Textbox(visible=mode != "variation"),
@@ -220,8 +217,8 @@ def _connect_mode(fields: Fields, groups: dict[str, gr.Group], repaint: gr.Butto
         ]
 
     def uploaded(mode: str, source: str | None) -> list[Any]:
-        paint = mode in MASKED and bool(source)
-        background = canvas(source, studio) if paint and source else None
+        background = canvas(source, studio) if mode in MASKED and source else None
+        paint = background is not None
         return [
             gr.Image(visible=not paint),
             gr.ImageEditor(value=background, visible=paint),
@@ -233,9 +230,8 @@ def _connect_mode(fields: Fields, groups: dict[str, gr.Group], repaint: gr.Butto
     source, mode = fields["source"], fields["mode"]
     boxes = [source, fields["painting"], repaint, painting_now]
     knobs = [mode, fields["prompt"], groups["strength"], fields["strength"], groups["mask"], groups["focus"]]
-    plain: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    mode.change(shown, [mode, source, painting_now], [*knobs, groups["controls"], *boxes], **plain)
-    source.upload(uploaded, [mode, source], boxes, **plain)
+    mode.change(shown, [mode, source, painting_now], [*knobs, groups["controls"], *boxes], **QUIET)
+    source.upload(uploaded, [mode, source], boxes, **QUIET)
     repaint.click(
         lambda: [
             gr.Image(value=None, visible=True),
@@ -244,15 +240,22 @@ def _connect_mode(fields: Fields, groups: dict[str, gr.Group], repaint: gr.Butto
             False,
         ],
         outputs=boxes,
-        **plain,
+        **QUIET,
     )
 
 
 def canvas(source: str, studio: Studio) -> Any:
-    """The picture to paint on, no larger than the canvas, as the paint box takes it."""
-    with errors_in_words("Opening the picture"):
-        image = read_picture(source, studio.limits)
-        image = ImageOps.contain(
-            image, (CANVAS, CANVAS), Image.Resampling.LANCZOS
-        )  # small ones grow: one brush fits all
-        return {"background": image, "layers": [], "composite": None}
+    """The picture to paint on, no larger than the canvas, as the paint box takes it; None, with a message on the page, if it
+    cannot be read."""
+    try:
+        with errors_in_words("Opening the picture"):
+            image = read_picture(source, studio.limits)
+    except gr.Error as error:
+        gr.Warning(str(error.message), title=error.title)
+        return None
+    # Small ones grow: one brush fits all.
+    return {
+        "background": ImageOps.contain(image, (CANVAS, CANVAS), Image.Resampling.LANCZOS),
+        "layers": [],
+        "composite": None,
+    }

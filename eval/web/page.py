@@ -52,7 +52,7 @@ def build_page(studio: Studio) -> gr.Blocks:
                 build_runs_tab(studio, page)
 
         def left(request: gr.Request) -> None:
-            studio.jobs.cancel(session_of(request))
+            studio.jobs.leave(session_of(request))
 
         page.unload(left)
     return page

@@ -13,6 +13,7 @@ from data_prep.errors import InputError
 from eval.report import RunSummary, curves, table_cells, table_columns, table_lines
 
 HISTORY = "metrics.jsonl"
+NOT_YET = "No numbers yet: they come with the first logged step."
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def curves_html(name: str, history: Sequence[Mapping[str, float]]) -> Markup:
     """The charts of a run, side by side."""
     charts = curves(RunSummary(name, {}, history=[dict(line) for line in history]))
     if not charts:
-        return Markup('<p class="quiet">No numbers yet: they come with the first logged step.</p>')
+        why = "None of its losses is a finite number." if any("loss" in line for line in history) else NOT_YET
+        return Markup('<p class="quiet">{}</p>').format(why)
     figures = (Markup("<figure><h4>{}</h4>{}</figure>").format(title, chart) for title, chart in charts)
     return Markup('<div class="charts">{}</div>').format(Markup("").join(figures))
 

@@ -19,7 +19,7 @@ from eval.web.runs import (
     scores_html,
     summary_html,
 )
-from eval.web.studio import Studio
+from eval.web.studio import QUIET, Studio
 
 NONE_FOUND = "There are no runs here yet: train/run.py makes one."
 
@@ -42,36 +42,64 @@ def build_runs_tab(studio: Studio, page: gr.Blocks) -> None:
         buttons=["fullscreen", "download"],
     )
 
-    def look(name: str | None) -> Any:
-        found = list(find_runs(studio.runs))
+    def look(name: str | None) -> list[Any]:
+        try:
+            with errors_in_words("Looking for runs"):
+                found = list(find_runs(studio.runs))
+        except gr.Error as error:
+            return [gr.Dropdown([], value=None), *_failed(error)]
         chosen = name if name in found else (found[0] if found else None)
-        return [gr.Dropdown(found, value=chosen, info="" if found else NONE_FOUND), *show(chosen)]
-
-    def show(name: str | None) -> list[Any]:
-        if not name:
-            return ["", "", gr.Dropdown(visible=False), "", gr.Image(visible=False)]
-        with errors_in_words("Reading the run"):
-            folder = chosen_run(name, studio.runs)
-            history, validations = read_history(folder / HISTORY), read_validations(folder)
-            numbers = [validation.step for validation in validations]
-            return [
-                summary_html(history, len(list(folder.glob("checkpoints/step-*")))),
-                curves_html(Path(name).name, history),
-                gr.Dropdown(numbers, value=numbers[-1] if numbers else None, visible=bool(numbers)),
-                *_shown(name, validations[-1] if validations else None),
-            ]
+        return [gr.Dropdown(found, value=chosen, info="" if found else NONE_FOUND), *show_run(chosen, studio.runs)]
 
     def choose(name: str | None, step: int | None) -> list[Any]:
-        with errors_in_words("Reading the run"):
-            validations = read_validations(chosen_run(name, studio.runs)) if name else []
-            return _shown(name or "", next((each for each in validations if each.step == step), None))
+        try:
+            with errors_in_words("Reading the run"):
+                validations = read_validations(chosen_run(name, studio.runs)) if name else []
+                return _shown(name or "", next((each for each in validations if each.step == step), None))
+        except gr.Error as error:
+            return [_in_red(error), gr.Image(visible=False)]
 
-    plain: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
     parts = [summary, charts, steps, scores, grid]
-    page.load(look, runs, [runs, *parts], **plain)
-    again.click(look, runs, [runs, *parts], **plain)
-    runs.input(show, runs, parts, **plain)
-    steps.input(choose, [runs, steps], [scores, grid], **plain)
+    page.load(look, runs, [runs, *parts], **QUIET)
+    again.click(look, runs, [runs, *parts], **QUIET)
+    runs.input(lambda name: show_run(name, studio.runs), runs, parts, **QUIET)
+    steps.input(choose, [runs, steps], [scores, grid], **QUIET)
+
+
+def show_run(name: str | None, folder: Path) -> list[Any]:
+    """Numbers, charts, steps, table and pictures of the run of that name. If it cannot be read, words say so in their place:
+    nothing of the run before stays."""
+    if not name:
+        return _nothing()
+    try:
+        with errors_in_words("Reading the run"):
+            return _panels(name, chosen_run(name, folder))
+    except gr.Error as error:
+        return _failed(error)
+
+
+def _nothing() -> list[Any]:
+    return ["", "", gr.Dropdown(visible=False), "", gr.Image(visible=False)]
+
+
+def _panels(name: str, folder: Path) -> list[Any]:
+    history, validations = read_history(folder / HISTORY), read_validations(folder)
+    numbers = [validation.step for validation in validations]
+    return [
+        summary_html(history, len(list(folder.glob("checkpoints/step-*")))),
+        curves_html(Path(name).name, history),
+        gr.Dropdown(numbers, value=numbers[-1] if numbers else None, visible=bool(numbers)),
+        *_shown(name, validations[-1] if validations else None),
+    ]
+
+
+def _failed(error: gr.Error) -> list[Any]:
+    return [_in_red(error), *_nothing()[1:]]
+
+
+def _in_red(error: gr.Error) -> Markup:
+    # The message is HTML already.
+    return Markup('<p class="problem">{}</p>').format(Markup(str(error.message)))
 
 
 def _shown(name: str, validation: Validation | None) -> list[Any]:

@@ -16,14 +16,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from data_prep.errors import InputError
 from data_prep.rows import Row, read_rows
 from eval.base import BaseEditor
+from eval.web.jobs import MAX_WAITING
 from eval.web.limits import Limits, is_loopback
 from eval.web.page import SHORTCUT, STYLE, build_page, theme
 from eval.web.results import FOLDER
 from eval.web.studio import Example, Studio
 
-CACHE = "cache"
-MAX_WAITING = 64
-"""Edits in the queue; who comes then is told to try again."""
+THREADS = 40
+"""For everything but edits, which have one each."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_studio(
 
 
 def read_examples(dataset: str, root: str | None) -> list[Example]:
-    """Sources and prompts of a dataset's usable rows.
+    """Sources and prompts of a dataset's usable rows: of those that are held out, if there are any.
 
     Raises:
         InputError: no such dataset, or no row of it can be used.
@@ -66,7 +66,8 @@ def read_examples(dataset: str, root: str | None) -> list[Example]:
     rows = [row for row in read_rows(dataset, root) if isinstance(row, Row)]
     if not rows:
         raise InputError(f"{dataset} has no row that can be used")
-    return [Example(row.edit_image[row.bridge_image], row.prompt) for row in rows]
+    held_out = [row for row in rows if row.split != "train"]
+    return [Example(row.edit_image[row.bridge_image], row.prompt) for row in held_out or rows]
 
 
 def serve(studio: Studio, address: Address) -> None:
@@ -75,21 +76,22 @@ def serve(studio: Studio, address: Address) -> None:
     Raises:
         InputError: the port was taken in the meantime.
     """
-    _set_environment(studio.out)
+    _set_environment(studio.cache)
     studio.limits.apply()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports each of Gradio's checks of its own address
     page = build_page(studio)
-    page.queue(max_size=MAX_WAITING, api_open=False)
+    page.queue(api_open=False)
     with _until_stopped() as stopped:
         try:
             _, url, public = page.launch(
                 server_name=address.host,
                 server_port=address.port,
                 share=address.share,
+                max_threads=THREADS + MAX_WAITING,
                 auth=address.login,
                 max_file_size=studio.limits.max_upload_bytes,
                 allowed_paths=[str(studio.out / FOLDER)],
-                blocked_paths=[str(studio.out / "votes.jsonl")],
+                blocked_paths=[str(studio.votes_file)],
                 app_kwargs={"middleware": [Middleware(OwnFilesOnly)], "docs_url": None, "redoc_url": None},
                 theme=theme(),
                 css_paths=STYLE,
@@ -114,10 +116,10 @@ def serve(studio: Studio, address: Address) -> None:
     print("stopped", flush=True)
 
 
-def _set_environment(out: Path) -> None:
+def _set_environment(cache: Path) -> None:
     """Gradio reads these when a page is built: uploads and pictures on display lie in the output folder, no telemetry."""
-    os.environ["GRADIO_TEMP_DIR"] = str(out / CACHE)
-    os.environ["GRADIO_EXAMPLES_CACHE"] = str(out / CACHE / "examples")
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(cache / "examples")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in (
         "GRADIO_ALLOWED_PATHS",

@@ -15,6 +15,9 @@ from eval.places import FoundAdapter, found_adapters
 from eval.web.jobs import Jobs
 from eval.web.limits import Limits
 
+QUIET: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+"""For handlers that take a moment. They too go through Gradio's queue: without it, their errors never reach the page."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -40,6 +43,16 @@ class Studio:
     """What comparisons may be drawn from; may be empty."""
     first_adapter: str | None = None
     """Chosen when the page opens; by default none."""
+
+    @property
+    def cache(self) -> Path:
+        """Uploads and pictures on display."""
+        return self.out / "cache"
+
+    @property
+    def votes_file(self) -> Path:
+        """Not served."""
+        return self.out / "votes.jsonl"
 
     @cached_property
     def jobs(self) -> Jobs:

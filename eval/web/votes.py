@@ -19,13 +19,20 @@ logger = logging.getLogger("page")
 
 @dataclass(frozen=True)
 class Contestant:
-    """An adapter as a vote remembers it."""
+    """What made a picture, as a vote remembers it; where anything differs, it is another contestant."""
 
     name: str
     """Run and step, or the base model's."""
     digest: str = ""
     """Of the adapter's file: another training under the same name is another contestant. Empty for the base model."""
     weight: float = 1.0
+    base: str = ""
+    """Kind of the base model. Votes of before this was kept have it empty, and so what follows."""
+    model: str = ""
+    """Fingerprint of the base model's files."""
+    steps: int | None = None
+    sampler: str = ""
+    """Its name and settings, as text."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,6 @@ def standings(votes: Iterable[Vote]) -> list[Standing]:
 
 def _standing(votes: list[Vote]) -> Standing:
     winners = [vote.winner for vote in votes]
-    pair = sorted(
-        (votes[0].a, votes[0].b), key=lambda each: (-winners.count(each), each.name, each.digest, each.weight)
-    )
+    pair = sorted((votes[0].a, votes[0].b), key=lambda each: (-winners.count(each), each.name, each.digest, str(each)))
     first, second = pair
     return Standing(first, second, winners.count(first), winners.count(second), winners.count(None))
