@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated
@@ -28,6 +28,7 @@ from data_prep.encode import Encoders
 from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.geometry import Geometry
+from data_prep.images import file_digest
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
 from data_prep.rows import RejectedRow, Row, read_rows
@@ -37,7 +38,7 @@ from eval.evaluation.publish import check_push, push
 from eval.evaluation.recorder import Recorder
 from eval.evaluation.summary import Report, build_report, unmeasured
 from eval.evaluation.wandb_table import log_wandb
-from eval.metadata import SamplerChoice, choose_geometry, choose_sampler, read_metadata
+from eval.metadata import SamplerChoice, choose_geometry, choose_sampler, describe_adapters, read_metadata
 from eval.model.components import Components, Placement
 from eval.options import (
     DEVICE,
@@ -58,17 +59,18 @@ from eval.request import AdapterUse
 from eval.scores.catalog import ALL, METRICS, load_battery
 from eval.scores.metric import check_names
 from eval.scores.places import CLIP, DINO, Places
-from eval.validation import Validation
+from eval.validation import Validation, choose_rows
+from train.loggers import Picture
 
 ENCODERS = ("vae", "text_encoder", "processor")
 
 
 def parse_steps(text: str) -> list[int]:
     """`1,2,4`."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"must look like 1,2,4, got {text!r}") from None
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(f"must look like 1,2,4, each 1 or more, got {text!r}")
+    return counts
 
 
 def parse_metrics(text: str) -> list[str]:
@@ -114,13 +116,16 @@ def score(
     steps: Annotated[
         list | None,
         typer.Option(
-            parser=parse_steps, metavar="N,N", help="Step counts.", show_default="1,2,4 for a bridge, 4,20 for flow"
+            parser=option(parse_steps),
+            metavar="N,N",
+            help="Step counts.",
+            show_default="1,2,4 for a bridge, 4,20 for flow",
         ),
     ] = None,
     num_rows: Annotated[
-        int | None, typer.Option(help="Score so many rows, chosen by the seed.", show_default="all")
+        int | None, typer.Option(help="Score so many rows, chosen by the seed.", min=1, show_default="all")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of one size sampled together.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Rows of one size sampled together.", min=1)] = 1,
     metrics: Annotated[
         list | None,
         typer.Option(
@@ -198,18 +203,20 @@ def score(
         )
 
     directory = ModelDirectory.resolve(find_model(model))
-    readers = cache_rows(subjects, lambda: read_rows(dataset, root), directory, placement, out, on_error)
-    components, recorder = Components(directory, placement), Recorder(battery, out)
+    rows = chosen_rows(list(read_rows(dataset, root)), num_rows, seed)
+    readers = cache_rows(subjects, rows, directory, placement, out, on_error)
+    components, recorder, pictures = Components(directory, placement), Recorder(battery, out), {}
     for subject in subjects:
-        counts, rows = steps or subject.choice.compared, num_rows or len(readers[subject.geometry])
         recorder.begin(subject.name, subject.objective, subject.geometry)
-        sample(subject, components, readers[subject.geometry], recorder, out, counts, rows, batch_size, seed)
+        reader, counts = readers[subject.geometry], steps or subject.choice.compared
+        pictures[subject.name] = sample(subject, components, reader, recorder, out, counts, batch_size, seed)
     settings = {
         "model": model,
-        "adapters": {each.name: str(each.use.path) for each in subjects if each.use},
-        "weights": {each.name: each.use.weight for each in subjects if each.use},
+        "adapters": {each.name: describe_adapters([each.use])[0] for each in subjects if each.use},
         "dataset": dataset,
+        "dataset_digest": file_digest(dataset) if Path(dataset).is_file() else None,
         "root": root,
+        "num_rows": num_rows,
         "batch_size": batch_size,
         "seed": seed,
         "cfg_scale": cfg_scale,
@@ -225,12 +232,14 @@ def score(
     missing = unmeasured(battery.chosen, methods, battery.unavailable)
     report = build_report(title, methods, recorder.prompts, missing, settings, seed)
     write_reports(report, recorder, out, rank_by)
-    if wandb:
-        log_wandb(wandb, report, recorder.picture, out)
     if card:
-        print(write_card(card, report, out / subjects[0].name))
-    if push_to and card:
-        print(push(card.folder, card.files, push_to, private))
+        print(write_card(card, report, pictures[subjects[0].name]))
+    try:
+        if push_to and card:
+            print(push(card.folder, card.files, push_to, private))
+    finally:  # neither server keeps the other from its part
+        if wandb:
+            log_wandb(wandb, report, recorder.picture, out)
 
 
 def choose_subjects(
@@ -253,9 +262,18 @@ def choose_subjects(
         yield Subject(BASE, None, choose_geometry(first, max_pixels, vision_pixels), choose_sampler({}, cfg_scale))
 
 
+def chosen_rows(rows: Sequence[Row | RejectedRow], num_rows: int | None, seed: int) -> list[Row | RejectedRow]:
+    """So many of the usable rows (None: all), in order, and the rejected ones, which are to be reported."""
+    good = [row for row in rows if isinstance(row, Row)]
+    if num_rows is None:
+        return list(rows)
+    chosen = choose_rows(len(good), num_rows, seed)
+    return [*(good[index] for index in chosen), *(row for row in rows if isinstance(row, RejectedRow))]
+
+
 def cache_rows(
     subjects: Sequence[Subject],
-    read: Callable[[], Iterable[Row | RejectedRow]],
+    rows: Sequence[Row | RejectedRow],
     model: ModelDirectory,
     placement: Placement,
     out: Path,
@@ -272,7 +290,7 @@ def cache_rows(
                 return Encoders(*in_use.enter_context(components.encoders()))
 
             summary = build_cache(
-                read(),
+                rows,
                 geometry,
                 load_encoders,
                 folder,
@@ -294,25 +312,29 @@ def sample(
     recorder: Recorder,
     out: Path,
     steps: Sequence[int],
-    num_rows: int,
     batch_size: int,
     seed: int,
-) -> None:
-    """Makes a subject's pictures and shows them to the recorder; writes `metrics.json` and the grid in `out/NAME`."""
+) -> list[Picture]:
+    """Makes a subject's pictures and shows them to the recorder; writes `metrics.json` and the grid in `out/NAME`.
+
+    Returns:
+        The rows that were written by themselves, from the first on.
+    """
     adapters = [subject.use] if subject.use else []
     folder = out / subject.name
     with components.denoiser(adapters) as denoiser, components.vae() as vae:
         try:
             validation = Validation(
-                *(reader, vae.decode, out, subject.choice.sampler, steps, num_rows, batch_size, seed),
+                *(reader, vae.decode, out, subject.choice.sampler, steps, len(reader), batch_size, seed),
                 show_progress=True,
                 scorer=recorder,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-        validation.write(denoiser, folder)
+        written = validation.write(denoiser, folder)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     recorder.finish(metrics["seconds_per_edit"])
+    return [picture for name, picture in written.images.items() if name.startswith("validation/row-")]
 
 
 def write_reports(report: Report, recorder: Recorder, out: Path, rank_by: str) -> None:
@@ -330,7 +352,7 @@ def device_name(device: torch.device) -> str:
 
 def named_adapters(adapters: Sequence[AdapterUse]) -> Iterator[tuple[str, AdapterUse]]:
     """Names for folders and tables: the run's (`lbm` of `runs/lbm/checkpoints/step-000400`), numbered if they repeat."""
-    taken = {"cache", "pictures", BASE}
+    taken = {"cache", "pictures", "wandb", BASE, *(f"cache-{number}" for number in range(2, len(adapters) + 2))}
     for use in adapters:
         wanted = run_name(use.path)
         candidates = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))

@@ -153,6 +153,9 @@ class Validation:
             pictures[f"validation/row-{number}"] = Picture(
                 file, f"{row.prompt} · {row.scores[last]['psnr']:.1f} dB ({row.id}: source, {last}, target)"
             )
+        written = {picture.path for picture in pictures.values()}
+        for old in set(folder.glob("row-*.jpg")) - written:  # of an earlier run with more rows
+            old.unlink()
         return pictures
 
     def _methods(self) -> dict[str, int]:

@@ -6,10 +6,12 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 from data_prep.errors import InputError
+from data_prep.images import file_digest
 from eval.evaluation.card import MARKER, CardRequest, check_card, write_card
 from eval.evaluation.publish import check_push, push
 from eval.evaluation.recorder import Measured
 from eval.evaluation.summary import build_report
+from train.loggers import Picture
 
 
 @pytest.fixture
@@ -30,14 +32,28 @@ def report():
     rows = {"r0": {"psnr": 20.0, "beauty": 1.0}, "r1": {"psnr": 22.0}}
     methods = [Measured("source", rows=rows, kind="source")]
     methods += [Measured("mine/steps_4", "mine", 4, "flow matching", 0.5, rows, baseline="source")]
-    settings = {"dataset": "/data/pairs.json", "seed": 0, "device": "cpu", "dtype": "float32"}
+    settings = {
+        "dataset": "/data/pairs.json",
+        "dataset_digest": "0123abcd",
+        "seed": 0,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     return build_report("t", methods, {"r0": "a", "r1": "b"}, {"fid": "no features"}, settings)
 
 
-def test_a_card_says_what_it_is_and_is_written_again(adapter, report, tmp_path):
-    (tmp_path / "row-0.jpg").write_bytes(b"jpeg")
+@pytest.fixture
+def pictures(tmp_path):
+    """Rows that an evaluation has written."""
+    files = [tmp_path / f"row-{number}.jpg" for number in range(2)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    return [Picture(files[0], "remove [the]\n| *sign*"), Picture(files[1], "make it red")]
+
+
+def test_a_card_says_what_it_is_and_is_written_again(adapter, report, pictures):
     card = check_card(CardRequest(adapter, "mit", repository="me/my-lora"))
-    path = write_card(card, report, tmp_path)
+    path = write_card(card, report, pictures)
     read = ModelCard.load(path)
     assert read.data.base_model == "Qwen/Qwen-Image-Edit-2511"
     assert (read.data.license, read.data.library_name, read.data.model_name) == ("mit", "diffusers", "my-lora")
@@ -45,18 +61,25 @@ def test_a_card_says_what_it_is_and_is_written_again(adapter, report, tmp_path):
     assert "21.00 (20.00 – 22.00)" in read.text
     assert 'load_lora_weights("me/my-lora"' in read.text
     assert "rank: 7" in read.text
+    assert f"weights `{file_digest(adapter / 'adapter_model.safetensors')}`" in read.text
+    assert "rows of pairs.json (`0123abcd`)" in read.text
+    assert "](samples/row-0.jpg)\n\nremove \\[the\\] \\| \\*sign\\*\n" in read.text
     assert "secret" not in read.text
     assert "Not measured: fid." in read.text
     again = check_card(CardRequest(adapter))  # the licence is that of the card
     assert again.license == "mit"
-    write_card(again, report, tmp_path)
+    (adapter / "samples" / "of-mine.jpg").write_bytes(b"")
+    text = write_card(again, report, pictures[1:]).read_text()  # fewer, and none of the earlier ones is left
+    assert (adapter / "samples" / "row-0.jpg").read_bytes() == b"row-1.jpg"
     assert card.files == ["adapter_model.safetensors", "adapter_config.json", "README.md", "samples/row-0.jpg"]
+    assert "row-1.jpg" not in text
+    assert (adapter / "samples" / "of-mine.jpg").exists()
 
 
 def test_a_bridge_says_that_it_needs_its_sampler(adapter, report, tmp_path):
     header = {"base_model": str(tmp_path), "objective": "lbm"}
     save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
-    text = write_card(check_card(CardRequest(adapter, "mit")), report, tmp_path).read_text()
+    text = write_card(check_card(CardRequest(adapter, "mit")), report, []).read_text()
     assert "It needs the bridge sampler" in text
     assert "QwenImageEditPlusPipeline" not in text
     assert "base_model:" not in text  # a folder of this machine is none
@@ -101,8 +124,10 @@ def test_an_upload_that_would_fail_is_refused_at_once(monkeypatch, tmp_path):
         check_push("me/my-lora")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence_and_exit_code_1(adapter, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_that_cannot_be_reached_is_one_sentence_and_exit_code_1(adapter, monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(SystemExit, match=r"error: me/my-lora was not uploaded \(.*everything is in") as ended:
         push(adapter, ["adapter_model.safetensors"], "me/my-lora", private=True)
     assert "\n" not in str(ended.value)

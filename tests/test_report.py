@@ -5,16 +5,21 @@ import json
 import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 
+from data_prep.cli import run_command
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
+from data_prep.images import file_digest
+from data_prep.rows import RejectedRow, Row
 from eval import run
 from eval.chart import MAX_POINTS, line_chart, thin, ticks
 from eval.report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
+from eval.request import AdapterUse
 from tests.adapters import write_adapter
 from tests.commands import run_script
 from tests.tiny_weights import write_clip, write_dino, write_features
@@ -293,6 +298,79 @@ def test_the_card_is_beside_the_adapter(scored, measured):
     pictures = re.findall(r"\]\((samples/[^)]+)\)", card.text)
     assert len(pictures) == 4
     assert all((adapter / name).is_file() for name in pictures)
+
+
+def test_fewer_rows_a_card_and_a_hub_that_is_not_there(tiny_model_dir, tiny_pairs, tmp_path, monkeypatch, capsys):
+    """Only the chosen rows are encoded, and nothing of an earlier evaluation is published."""
+    adapter = write_adapter(tmp_path / "mine" / "checkpoints" / "step-000001", tiny_model_dir, "lbm", SMALL)
+    for old in (tmp_path / "out" / "mine" / "row-7.jpg", adapter / "samples" / "row-7.jpg"):
+        old.parent.mkdir(parents=True, exist_ok=True)
+        old.write_bytes(b"of an earlier evaluation")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    dataset = tiny_pairs / "validation.json"
+    with pytest.raises(SystemExit, match="error: me/mine was not uploaded"):
+        run.score(
+            model=str(tiny_model_dir),
+            adapter=[AdapterUse(adapter, 0.5)],
+            dataset=str(dataset),
+            root=str(tiny_pairs),
+            steps=[1],
+            num_rows=2,
+            metrics=["psnr"],
+            device="cpu",
+            dtype="float32",
+            publish_card=True,
+            license="mit",
+            push_to="me/mine",
+            out=tmp_path / "out",
+        )
+    assert "2 rows cached (2 encoded now)" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out" / "mine").glob("row-*")} == {"row-0.jpg", "row-1.jpg"}
+    assert {path.name for path in (adapter / "samples").iterdir()} == {"row-0.jpg", "row-1.jpg"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(re.escape(row["prompt"]) in re.escape((adapter / "README.md").read_text()) for row in report["per_row"])
+    assert len(report["per_row"]) == report["settings"]["num_rows"] == 2
+    weights = adapter / "adapter_model.safetensors"
+    used = {"path": str(weights), "digest": file_digest(weights), "weight": 0.5}
+    assert report["settings"]["adapters"] == {"mine": used}
+    assert report["settings"]["dataset_digest"] == file_digest(dataset)
+
+
+def test_rows_are_chosen_by_the_seed_and_rejected_ones_are_all_reported():
+    rows = [Row(n, f"r{n}", "edit", Path("t.png"), (Path("s.png"),)) for n in range(1, 21)]
+    bad = RejectedRow(21, "r21", "x.png", "broken")
+    chosen = run.chosen_rows([*rows, bad], 5, seed=0)
+    assert chosen[-1] == bad
+    assert [row.number for row in chosen[:-1]] == sorted({row.number for row in chosen[:-1]})
+    assert len(chosen) == 6
+    assert run.chosen_rows([*rows, bad], 5, seed=0) == chosen != run.chosen_rows([*rows, bad], 5, seed=1)
+    assert run.chosen_rows([*rows, bad], None, seed=0) == [*rows, bad]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--num-rows", "0", "'--num-rows': Input should be greater than or equal to 1"),
+        ("--batch-size", "0", "'--batch-size': Input should be greater than or equal to 1"),
+        ("--steps", "1,0", "'--steps': must look like 1,2,4, each 1 or more, got '1,0'"),
+        ("--steps", "1;2", "'--steps': must look like 1,2,4"),
+    ],
+)
+def test_counts_are_refused_by_their_own_names_before_anything_is_read(monkeypatch, capsys, option, value, message):
+    command = ["eval/run.py", "--model", "nowhere", "--dataset", "nothing.json", "--out", "o", option, value]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        run_command(run.score)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_adapters_get_names_of_their_own():
+    paths = ["runs/lbm", "other/lbm/checkpoints/step-000004", "runs/cache", "runs/cache-2", "runs/wandb", "runs/base"]
+    named = run.named_adapters([AdapterUse(Path(path)) for path in paths])
+    assert [name for name, _ in named] == ["lbm", "lbm-2", "cache-8", "cache-2-2", "wandb-2", "base-2"]
 
 
 @pytest.mark.parametrize(

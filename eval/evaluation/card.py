@@ -17,13 +17,16 @@ from data_prep.model_dir import HUB_ID
 from eval.evaluation.page import CHARTED, ScoreCell, score_tables
 from eval.evaluation.recorder import steps_label
 from eval.evaluation.summary import Report
-from eval.metadata import adapter_file, read_metadata
+from eval.metadata import adapter_file, read_metadata, stored_digest
 from eval.scores.metric import Metric
 from train.adapter import CONFIG_FILE
+from train.loggers import Picture
 
 BASE = "base"
 """The name of the model without an adapter."""
-README, SAMPLES = "README.md", "samples"
+README, SAMPLES, SAMPLE = "README.md", "samples", "row-*.jpg"
+MARKUP = re.compile(r"[\\`*_\[\]<>|#~!]")
+"""What Markdown would not take for text."""
 MARKER = "<!-- This card was written by eval/run.py --publish-card; without this line it is left alone. -->"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 NUM_SAMPLES = 4
@@ -65,7 +68,7 @@ class Card:
     def files(self) -> list[str]:
         """What is to be uploaded: the adapter, the card and its pictures, and nothing of the training's state."""
         own = [name for name in (self.file.name, CONFIG_FILE, README) if (self.folder / name).is_file()]
-        return [*own, *(f"{SAMPLES}/{path.name}" for path in sorted((self.folder / SAMPLES).glob("row-*.jpg")))]
+        return [*own, *(f"{SAMPLES}/{path.name}" for path in sorted((self.folder / SAMPLES).glob(SAMPLE)))]
 
 
 def check_card(request: CardRequest) -> Card:
@@ -92,19 +95,16 @@ def check_card(request: CardRequest) -> Card:
     return Card(file, license, request.base_model or known, request.repository, metadata)
 
 
-def write_card(card: Card, report: Report, pictures: Path) -> Path:
+def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
     """Writes the card and its pictures beside the adapter, and returns its path.
 
     Args:
         card: checked.
         report: the content of `report.json`, in which the adapter is the first.
-        pictures: the folder of its `row-N.jpg`: source, edit with most steps, target.
+        pictures: rows of this evaluation, of which the first are shown: source, edit with most steps, target, and captions with
+            the instruction.
     """
-    samples = []
-    for source in sorted(pictures.glob("row-*.jpg"))[:NUM_SAMPLES]:
-        with atomic_file(card.folder / SAMPLES / source.name) as temporary:
-            shutil.copyfile(source, temporary)
-        samples.append(f"{SAMPLES}/{source.name}")
+    samples = _copy_samples(pictures[:NUM_SAMPLES], card.folder)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -114,6 +114,7 @@ def write_card(card: Card, report: Report, pictures: Path) -> Path:
         marker=MARKER,
         name=card_name(card, report),
         card=card,
+        digest=stored_digest(card.file),
         repository=card.repository or "OWNER/NAME",
         bridge=card.metadata.get("objective") == "lbm",
         report=report,
@@ -124,6 +125,19 @@ def write_card(card: Card, report: Report, pictures: Path) -> Path:
     )
     write_text(card.folder / README, text)
     return card.folder / README
+
+
+def _copy_samples(pictures: Sequence[Picture], folder: Path) -> list[tuple[str, str]]:
+    """Puts pictures in the place of those of an earlier card; their names, and captions as Markdown."""
+    for old in (folder / SAMPLES).glob(SAMPLE):
+        old.unlink()
+    samples = []
+    for number, picture in enumerate(pictures):
+        name = f"{SAMPLES}/{SAMPLE.replace('*', str(number))}"
+        with atomic_file(folder / name) as temporary:
+            shutil.copyfile(picture.path, temporary)
+        samples.append((name, MARKUP.sub(r"\\\g<0>", " ".join(picture.caption.split()))))
+    return samples
 
 
 def card_name(card: Card, report: Report) -> str:

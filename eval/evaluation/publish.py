@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever client the hub is asked with
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from data_prep.errors import InputError
+from eval.scores.metric import first_line
 
 
 def check_push(repository: str) -> None:
@@ -43,7 +48,7 @@ def push(folder: Path, files: Sequence[str], repository: str, private: bool) -> 
             allow_patterns=list(files),
             commit_message="Adapter, model card and sample pictures",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = first_line(error)
         raise SystemExit(f"error: {repository} was not uploaded ({reason}); everything is in {folder}") from error
     return str(commit.repo_url)
