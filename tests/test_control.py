@@ -8,13 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import distance_transform_edt
-from transformers import (
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    DPTImageProcessor,
-    pipeline,
-)
+from transformers import pipeline
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit
@@ -25,6 +19,7 @@ from eval.editor import Editor
 from eval.request import Control, EditRequest
 from losses.batch import Condition
 from scripts import photographs
+from tests.tiny_depth import write_depth
 
 SIDE = 96
 
@@ -100,37 +95,7 @@ def test_a_photograph_is_drawn_with_few_lines_that_both_detectors_agree_on(path)
 def depth_folder(request, tmp_path_factory):
     """A tiny random Depth-Anything in the library's layout."""
     folder = tmp_path_factory.mktemp(request.param)
-    backbone = Dinov2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        out_features=["stage1", "stage2"],
-        reshape_hidden_states=False,
-        apply_layernorm=True,
-    )
-    config = DepthAnythingConfig(
-        backbone_config=backbone,
-        reassemble_hidden_size=32,
-        reassemble_factors=[2, 1],
-        neck_hidden_sizes=[8, 16],
-        fusion_hidden_size=8,
-        head_hidden_size=8,
-        depth_estimation_type=request.param,
-        max_depth=20,
-    )
-    model = DepthAnythingForDepthEstimation(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # so that it tells points apart: initialised for training it finds 1e-7 everywhere
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * weight[0].numel() ** -0.5)
-        model.head.conv3.bias.fill_(1.0)  # not cut off below 0
-    model.save_pretrained(folder)
-    size = {"height": 56, "width": 56}
-    DPTImageProcessor(size=size, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(folder)
-    return folder
+    return write_depth(folder, request.param)
 
 
 def load_depth_model(path: object = None) -> DepthModel:
@@ -249,6 +214,26 @@ def test_the_editor_shows_depth_to_the_model_and_asks_for_it_first(tiny_model_di
     assert result.maps[0].tobytes() == make_map(request.controls[0], shown, depth).tobytes()
     without = editor.edit(EditRequest(request.prompt, [photograph], steps=1))[0]
     assert without.image.tobytes() != result.image.tobytes()
-    nowhere = Editor(ModelDirectory(tiny_model_dir), geometry=geometry, depth_model="/nowhere/depth")
-    with pytest.raises(InputError, match="no model at /nowhere/depth"):
-        nowhere.edit(request)
+    assert result.settings["depth_model"] == {
+        "path": str(depth_folder),
+        "fingerprint": editor.identity(request)["depth_model"],
+    }
+
+
+def test_a_depth_model_is_looked_for_once_and_before_anything_is_loaded(tiny_model_dir, tmp_path, monkeypatch):
+    request = EditRequest("x", [disc((9, 9, 9), (200, 0, 0))], "control", controls=[Control("depth")])
+    monkeypatch.setenv("DEPTH_MODEL", str(tmp_path / "depth"))
+    editor = Editor(ModelDirectory(tiny_model_dir))
+    monkeypatch.setenv("DEPTH_MODEL", "another/one")  # it is the one of the moment when the editor was opened
+    for ask in (editor.check, editor.edit):
+        with pytest.raises(InputError, match=f"no model at {tmp_path}/depth"):
+            ask(request)
+    write_depth(tmp_path / "depth")
+    with pytest.raises(InputError, match=f"no model at {tmp_path}/depth"):
+        editor.check(request)
+    editor.check(EditRequest("x", request.images))
+    before = DepthSource(str(tmp_path / "depth"), torch.device("cpu")).files()
+    write_depth(tmp_path / "depth", seed=1)
+    after = DepthSource(str(tmp_path / "depth"), torch.device("cpu")).files()
+    assert (before.path, before.folder) == (after.path, after.folder)
+    assert before.fingerprint != after.fingerprint

@@ -18,16 +18,23 @@ from PIL import Image
 from pyarrow import parquet
 
 from data_prep.build.overlay_rows import Photographs
+from data_prep.build.typography import DEFAULT_FONT
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size
+from data_prep.images import file_digest
+from data_prep.model_dir import ModelDirectory
 from data_prep.rows import RejectedRow
 from eval.base import BaseEditor
 from eval.edit import edit
+from eval.editor import Editor
+from eval.jobs.command import Base, Table, edit_table
 from eval.jobs.files import JobFiles
 from eval.jobs.run import READERS, WAITING, run_jobs
 from eval.jobs.table import Job, read_jobs
+from eval.model.placement import Placement
 from eval.provenance import read_png
-from eval.request import MODES, Abilities, EditRequest, EditResult, OnProgress
+from eval.request import MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress
+from eval.sizes import SizeLimits
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
 from tests.commands import ROOT, launch, run_script, warm_python
@@ -51,6 +58,8 @@ class Copies(BaseEditor):
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         if request.prompt == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        if request.prompt == "memory of the machine":
+            torch.empty(2**60, dtype=torch.uint8)
         if request.prompt == "bug":
             raise ZeroDivisionError("a mistake of the program")
         self.done.append(request.prompt)
@@ -248,19 +257,67 @@ def test_the_key_is_of_contents(photos, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_failure_costs_its_own_row_alone(photos, tmp_path, capsys, batch_size):
-    prompts = ["p0", "memory", "p2", "bug", "p4", "bug"]
+    prompts = ["p0", "memory", "p2", "bug", "memory of the machine", "bug"]
     rows = [{"image": f"photo{number}.png", "prompt": prompt} for number, prompt in enumerate(prompts)]
     jobs, editor = jobs_of(write_table(tmp_path / "jobs.csv", rows), photos), Copies()
     summary = run_jobs(jobs, JobFiles(nothing), editor, tmp_path / "out", batch_size)
-    assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0", "p2", "p4"]
+    assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0", "p2"]
     failed = read(tmp_path / "out/failed.csv")
-    assert [row["row"] for row in failed] == ["2", "4", "6"]
+    assert [row["row"] for row in failed] == ["2", "4", "5", "6"]
+    assert "can't allocate memory" in failed[2]["reason"]
+    assert failed[2]["reason"].startswith("out of memory (")
     assert failed[0]["reason"].startswith("out of memory (CUDA out of memory. Tried to allocate 9 GiB): a smaller size")
     assert failed[1]["reason"] == "ZeroDivisionError: a mistake of the program"
     assert summary.bugs == 2
     shown = capsys.readouterr().err
     assert shown.count("Traceback") == 2
     assert f"row 2 ({photos}/photo1.png): out of memory" in shown
+
+
+@dataclass(frozen=True)
+class CopiesBase(Base):
+    def open(self, placement: Placement) -> BaseEditor:
+        return Copies()
+
+
+def test_a_mistake_of_the_program_is_never_skipped(photos, tmp_path, capsys):
+    rows = [{"image": f"photo{number}.png", "prompt": prompt} for number, prompt in enumerate(["p0", "bug", "memory"])]
+    rows = write_table(tmp_path / "jobs.csv", rows)
+    table, base = Table(rows, photos, None, (), False), CopiesBase("copies", None, SizeLimits())
+    with pytest.raises(typer.Exit) as ended:
+        edit_table(table, {}, base, "cpu", {"dtype": "float32"}, 1, "skip", tmp_path / "out")
+    assert ended.value.exit_code == 1
+    assert "2 of 3 rows failed" in capsys.readouterr().err
+    assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0"]
+
+
+def test_no_model_is_asked_for_if_no_row_can_be_edited(photos, tmp_path):
+    """Else one that is only a hub id would be downloaded."""
+
+    class Absent(Copies):
+        fingerprint = property(lambda _: (_ for _ in ()).throw(InputError("the hub cannot be reached")))
+
+    rows = [{"image": "photo0.png", "prompt": "x", "sampler": "lightning"}]
+    jobs = jobs_of(write_table(tmp_path / "jobs.csv", rows), photos)
+    summary = run_jobs(jobs, JobFiles(nothing), Absent(), tmp_path / "out")
+    assert summary.failures[0].reason.startswith("copies has no sampler=lightning")
+    jobs = jobs_of(write_table(tmp_path / "jobs.csv", [*rows, {"image": "photo0.png", "prompt": "x"}]), photos)
+    with pytest.raises(InputError, match="the hub cannot be reached"):  # of all rows, not of one
+        run_jobs(jobs, JobFiles(nothing), Absent(), tmp_path / "other")
+
+
+def test_a_limit_leaves_the_other_sizes_of_each_rows_adapter(photos, tiny_model_dir):
+    other = Geometry(max_pixels=96 * 96, vision_pixels=64 * 64)
+    write_adapter(photos / "other", tiny_model_dir, "lbm", other)
+    editor, image = (
+        Editor(ModelDirectory(tiny_model_dir), limits=SizeLimits(max_pixels=32 * 64)),
+        Image.new("RGB", (64, 64)),
+    )
+    for name, own in {"bridge": SMALL, "other": other}.items():
+        job = editor.prepare(EditRequest("x", [image], adapters=[AdapterUse(photos / name)]))
+        assert job.geometry == Geometry(32 * 64, own.vision_pixels)
+    with pytest.raises(InputError, match="max_pixels must be at least 1024"):
+        SizeLimits(max_pixels=10)
 
 
 def test_images_wait_in_a_bounded_window(photos, tmp_path):
@@ -312,6 +369,14 @@ def test_an_overlay_is_laid_over_the_image_that_is_edited(photos, tmp_path):
     ]
     settings = read_png(out / results[0]["output"])
     assert settings["overlay"] == {"content": "overlay_image", **style}
+    assert read_png(out / results[1]["output"])["overlay"] == {
+        "content": "overlay_text",
+        "fonts": [file_digest(DEFAULT_FONT)],
+    }
+    with pytest.raises(InputError, match="a table's row with an overlay, and no file holds what was edited"):
+        command(
+            "--repeat", out / results[1]["output"], "--image", tmp_path / "photo.png", "--out", tmp_path / "again.png"
+        )
     assert [each["name"] for each in settings["images"]] == ["photo.png", "logo.png"]
 
 

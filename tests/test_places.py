@@ -39,6 +39,10 @@ def test_a_run_means_its_latest_checkpoint(runs):
     assert find_adapter(str(file)) == file
     assert parse_adapter("mine:0.5") == AdapterUse(newest, 0.5)
     assert parse_adapter("mine") == AdapterUse(newest, 1.0)
+    for text, weight in {"1e-1": 0.1, "-2.": -2.0, ".5E0": 0.5, "+1": 1.0}.items():
+        assert parse_adapter(f"mine:{text}") == AdapterUse(newest, weight)
+    with pytest.raises(InputError, match="no adapter at mine:nan"):
+        parse_adapter("mine:nan")
 
 
 def test_a_path_comes_before_the_folder_of_runs(runs, tmp_path, monkeypatch):
