@@ -134,7 +134,7 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
-    return {"mode": mode, **knobs, **changes}
+    return {"mode": mode, "prompt": "", **knobs, **changes}
 
 
 def _left_by_mode(before: ModeName, mode: ModeName) -> set[str]:

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,12 +15,18 @@ from data_prep.build.overlay_style import PARSERS as STYLE
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.images import file_digest
+from data_prep.model_dir import ModelDirectory
 from eval.edit import edit
+from eval.editor import Editor
 from eval.jobs.table import COLUMNS
-from eval.provenance import read_png
+from eval.places import find_adapter
+from eval.provenance import read_png, write_png
+from eval.repeat import read_repeat
+from eval.request import AdapterUse, Control, EditRequest, EditResult
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
 from tests.commands import ROOT, run_script
+from tests.tiny_depth import write_depth
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 
@@ -155,6 +162,116 @@ def test_a_picture_is_repeated_with_its_own_images_alone(folder, tmp_path):
     with Image.open(tmp_path / "again.png") as again, Image.open(tmp_path / "result.png") as first:
         assert np.array_equal(np.array(again), np.array(first))
     assert (tmp_path / "result.png").read_bytes() == before
+
+
+def test_what_the_edit_is_made_of_is_never_overwritten(folder, tmp_path):
+    for name in ("photo.png", "mask.png"):
+        shutil.copy(folder / name, tmp_path / name)
+    shutil.copy(folder / "photo.png", tmp_path / "photo-2.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "photo.png")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    base = ["--model", "none", "--prompt", "x", "--mask", tmp_path / "mask.png", "--image"]
+    for name, image, *more in (
+        ("photo.png", "photo.png"),
+        ("link.png", "photo.png"),
+        ("mask.png", "photo.png"),
+        ("photo.png", "photo-2.png", "--count", 2),
+    ):
+        with pytest.raises(InputError, match=r"--out .* would overwrite .*, which the edit is made of"):
+            command(*base, tmp_path / image, *more, "--out", tmp_path / name)
+    command(*plain(tmp_path / "result.png"))
+    with pytest.raises(InputError, match=r"would overwrite .*result.png"):
+        command("--repeat", tmp_path / "result.png", "--image", "photo.png", "--out", tmp_path / "result.png")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "result.png"} == before
+
+
+def test_a_depth_model_is_part_of_what_a_picture_says(folder, tmp_path, monkeypatch):
+    """Else a table would take pictures of another depth model for done, and --repeat would make another picture."""
+    first, second = (write_depth(tmp_path / f"depth{seed}", seed=seed) for seed in range(2))
+    shown = ["--mode", "control", "--control", "depth", "--cfg-scale", 1]
+    monkeypatch.setenv("DEPTH_MODEL", str(first))
+    command(*plain(tmp_path / "a.png"), *shown)
+    assert read_png(tmp_path / "a.png")["depth_model"]["path"] == str(first)
+    monkeypatch.delenv("DEPTH_MODEL")
+    again = ["--repeat", tmp_path / "a.png", "--image", "photo.png", "--out", tmp_path / "again.png"]
+    command(*again)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    with pytest.raises(InputError, match="made with another depth model"):
+        command(*again, "--depth-model", second)
+    command(*again, "--depth-model", second, "--mode", "edit")
+    assert "depth_model" not in read_png(tmp_path / "again.png")
+
+    (tmp_path / "jobs.csv").write_text("id,image,mode,control\ndepth,photo.png,control,depth\nno,photo.png,edit,\n")
+    found = []
+    for model in (first, second):
+        monkeypatch.setenv("DEPTH_MODEL", str(model))
+        table = ["--csv", tmp_path / "jobs.csv", "--root", folder, "--model", "tiny", "--prompt", "x", "--steps", 1]
+        command(*table, "--max-pixels", 4096, "--cfg-scale", 1, "--out", tmp_path / "out")
+        found.append(sorted(path.name for path in (tmp_path / "out").glob("*.png")))
+    assert [len(names) for names in found] == [2, 3]
+    write_depth(first, seed=2)
+    with pytest.raises(InputError, match="made with another depth model"):
+        command(*again)
+
+
+def test_a_repeat_with_another_mode_or_adapter_keeps_what_that_takes(folder, tiny_model_dir, tmp_path):
+    base = ["--image", "photo.png", "--prompt", "x", "--steps", 6, "--max-pixels", 4096, "--model", "tiny"]
+    command(*base, "--mode", "img2img", "--strength", 0.5, "--cfg-scale", 2, "--out", tmp_path / "img2img.png")
+    command(*base, "--mode", "inpaint", "--mask", "mask.png", "--cfg-scale", 1, "--out", tmp_path / "inpaint.png")
+    command(*base, "--adapter", "mine", "--out", tmp_path / "bridge.png")
+    editor = Editor(ModelDirectory(tiny_model_dir))
+    image, mask = Image.open("photo.png").convert("RGB"), Image.open("mask.png").convert("L")
+    bridge = (AdapterUse(find_adapter("mine")),)
+    flow = (AdapterUse(write_adapter(tmp_path / "flow", tiny_model_dir, "flow", SMALL)),)
+
+    def repeated(name: str, mask: Image.Image | None = None, **changes: Any) -> EditRequest:
+        made = read_repeat(tmp_path / f"{name}.png", changes)
+        made.check_images([image], mask)
+        request = EditRequest(images=[image], mask=mask, **made.knobs)
+        editor.check(request)
+        return request
+
+    def numbers(request: EditRequest) -> tuple[Any, ...]:
+        return request.strength, request.steps, request.cfg_scale, request.sampler
+
+    assert numbers(repeated("img2img")) == (0.5, 6, 2.0, "flow")
+    assert numbers(repeated("img2img", mode="edit")) == (None, 6, 2.0, "flow")
+    assert numbers(repeated("img2img", mode="variation", prompt="")) == (0.5, 6, 2.0, "flow")
+    assert numbers(repeated("img2img", mode="variation")) == (0.5, 6, 2.0, "flow")
+    assert numbers(repeated("img2img", mode="invert")) == (None, None, None, None)
+    assert numbers(repeated("img2img", mask, mode="inpaint")) == (None, 6, 2.0, "flow")
+    assert numbers(repeated("img2img", mode="turbo", adapters=bridge)) == (None, None, None, None)
+    assert numbers(repeated("inpaint", mode="focus")) == (1.0, 6, 1.0, "flow")
+    assert numbers(repeated("inpaint", mask, adapters=bridge)) == (None, None, None, None)
+    assert numbers(repeated("inpaint", mask, adapters=flow)) == (1.0, 6, 1.0, "flow")
+    assert numbers(repeated("bridge", adapters=flow)) == (None, None, None, None)
+    weaker = (AdapterUse(bridge[0].path, 0.5),)
+    assert numbers(repeated("bridge", adapters=weaker)) == (None, 6, None, "bridge")
+    with pytest.raises(InputError, match="another --mask, or none"):
+        repeated("inpaint", mode="control-inpaint", controls=(Control("canny"),))
+    with pytest.raises(InputError, match="needs a mask"):
+        repeated("img2img", mode="inpaint")
+
+
+def test_another_model_is_found_before_its_weights_are_read(folder, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    arguments = plain(tmp_path / "result.png")
+    command(*arguments[:1], tmp_path / "model", *arguments[2:])
+    settings = read_png(tmp_path / "result.png")
+    assert settings["model_fingerprint"] == Editor(ModelDirectory(tiny_model_dir)).fingerprint
+    with open(tmp_path / "model/tokenizer/tokenizer_config.json", "a") as file:
+        file.write(" ")
+    for weights in (tmp_path / "model/text_encoder").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"made with another model than {tmp_path}/model holds now"):
+        command("--repeat", tmp_path / "result.png", "--image", "photo.png", "--out", tmp_path / "again.png")
+
+
+def test_settings_that_json_cannot_hold_are_not_written(tmp_path):
+    result = EditResult(Image.new("RGB", (8, 8)), 0, 1.0, {"strength": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_png(result, [], tmp_path / "result.png")
+    assert not (tmp_path / "result.png").exists()
 
 
 @pytest.mark.parametrize(

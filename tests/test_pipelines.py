@@ -27,7 +27,9 @@ from data_prep.model_dir import COMPONENTS
 from eval.base import BaseEditor
 from eval.model.placement import Placement
 from eval.open import base_of, open_editor
+from eval.pipelines.bases import BASES
 from eval.request import AdapterUse, EditRequest, Focus
+from eval.sizes import SizeLimits
 from tests.pictures import picture
 from tests.tiny_pipelines import WRITERS, write_sd
 
@@ -344,6 +346,29 @@ def test_a_hub_id_is_found_in_the_cache_and_refused_with_the_index_alone(tmp_pat
     shutil.copytree(folders["sd15"], cached / "snapshots" / ("0" * 40), dirs_exist_ok=True)
     found = open_editor("acme/tiny", EXACT).edit(request("sd15"))[0]
     assert np.array_equal(pixels(found.image), direct("sd15", folders["sd15"]))
+
+
+def test_a_request_is_checked_with_the_index_alone(tmp_path, monkeypatch):
+    """Of Qwen-Image-Edit by its hub id; the model would have 58 GB."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--acme--qwen"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    index_only(cached / "snapshots" / ("0" * 40), "QwenImageEditPlusPipeline")
+    editor = open_editor("acme/qwen", EXACT)
+    editor.check(EditRequest("x", [SOURCE]))
+    with pytest.raises(InputError, match="mode=turbo needs an adapter"):
+        editor.check(EditRequest("x", [SOURCE], "turbo"))
+    with pytest.raises(InputError, match="lacks transformer, vae"):
+        editor.edit(EditRequest("x", [SOURCE]))
+
+
+def test_a_limit_leaves_the_other_sizes_of_a_base(folders):
+    for base in ("sd15", "sdxl"):
+        editor = open_editor(str(folders[base]), EXACT, limits=SizeLimits(vision_pixels=4096))
+        assert editor.geometry == Geometry(BASES[base].geometry.max_pixels, 4096)
 
 
 @pytest.mark.parametrize("base", MODES)
