@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from contextlib import contextmanager
+from http.cookiejar import CookieJar
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from data_prep.geometry import Geometry
+from data_prep.images import file_digest
 from eval.provenance import read_png
 from tests.adapters import write_adapter
 from tests.commands import ROOT, run_script
@@ -272,11 +275,49 @@ def test_cancel_stops_at_the_next_step_and_the_queue_goes_on(page, folder):
     shot(page, "progress")
     page.click("#cancel")
     toast(page, "It stops at its next step.")
+    expect(page.locator("#result")).not_to_contain_text("Editing")
     page.fill("#steps input", "1")
     start = time.monotonic()
     edit(page, folder)
     assert time.monotonic() - start < 30  # not behind the 2000 steps
     assert len(results(folder)) == before + 1
+
+
+def test_a_comparison_tells_no_counts_and_cancels_its_own_edit_alone(page, folder, source):
+    before = len(results(folder))
+    page.fill("#steps input", "1500")
+    page.click("#run")
+    expect(page.locator("#result")).to_contain_text("Editing")
+    page.get_by_role("tab", name="Compare").click()
+    upload(page, source, "#compare-source")
+    page.fill("#compare-instruction textarea", "Sharpen it.")
+    page.fill("#compare-steps input", "2000")
+    page.click("#pair")
+    expect(page.locator("#side-a")).to_contain_text("Waiting: 1 before this one")
+    page.click("#compare-cancel")
+    toast(page, "It left the queue.")
+    for side in ("#side-a", "#side-b"):
+        expect(page.locator(side)).not_to_contain_text(re.compile("Waiting|Error"))
+    shot(page, "left-the-queue")
+    page.click("#pair")
+    page.get_by_role("tab", name="Edit").click()
+    expect(page.locator("#result")).to_contain_text("Editing")  # its cancel button is the other one
+    page.click("#cancel")
+    toast(page, "It stops at its next step.")
+    expect(page.locator("#result")).not_to_contain_text(re.compile("Editing|Error"))
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.locator("#side-a")).to_contain_text("Making both")
+    shot(page, "making-both")
+    for _ in range(10):
+        shown = page.locator("#side-a").inner_text()
+        assert not re.search(r"steps|2k|[1-9][\d.]*%", shown), shown
+        page.wait_for_timeout(100)
+    page.click("#compare-cancel")
+    toast(page, "It stops at its next step.")
+    expect(page.locator("#side-a")).not_to_contain_text(re.compile("Making both|Error"))
+    page.get_by_role("tab", name="Edit").click()
+    page.fill("#steps input", "1")
+    assert len(results(folder)) == before
 
 
 def test_files_that_are_too_large_or_no_picture_are_refused_in_words(page, folder):
@@ -299,13 +340,21 @@ def test_files_that_are_too_large_or_no_picture_are_refused_in_words(page, folde
     page.click("#run")
     toast(page, "text.png is not an image that can be read")
     shot(page, "after-errors")
+    choose(page, "#mode", "Inpaint:")  # the picture would be opened to be painted on
+    toast(page, "text.png is not an image that can be read")
+    expect(page.locator("#feather")).to_be_visible()
+    page.set_input_files("#source input[type=file]", folder / "text.png")
+    toast(page, "text.png is not an image that can be read")
+    choose(page, "#mode", "Edit by instruction")
 
 
-def test_a_blind_comparison_is_voted_on_once_and_counted(page, folder):
+def test_a_blind_comparison_is_voted_on_once_and_counted(page, folder, source):
     page.get_by_role("tab", name="Compare").click()
     page.click("#draw")
     expect(page.locator("#compare-instruction textarea")).to_have_value("Sharpen it.")
+    expect(page.locator("#compare-source img")).to_have_attribute("src", re.compile("photo.png"))
     page.fill("#compare-steps input", "1")
+    expect(page.locator("#standings")).to_be_hidden()  # who knows how others voted is not blind any more
     page.click("#pair")
     expect(page.locator("#side-b img")).to_be_visible()
     for name in ("flow/step", "lbm/step"):
@@ -315,9 +364,11 @@ def test_a_blind_comparison_is_voted_on_once_and_counted(page, folder):
     expect(page.locator("#vote-a")).to_be_disabled()
     (vote,) = lines(folder / "out/votes.jsonl")
     assert {vote["a"]["name"], vote["b"]["name"]} == {"lbm/step-000002", "flow/step-000002"}
-    assert (vote["choice"], vote["prompt"], len(vote["source"])) == ("A", "Sharpen it.", 32)
+    assert (vote["choice"], vote["prompt"], vote["source"]) == ("A", "Sharpen it.", file_digest(source))  # untouched
+    assert [vote[side]["steps"] for side in "ab"] == [1, 1]
     assert vote["images"][0] != vote["images"][1]
     assert f"A was {vote['a']['name']}" in page.locator("#told").inner_text()
+    page.get_by_text("Results so far").click()
     row = page.locator("#standings tbody tr")
     expect(row).to_contain_text(re.compile(rf"{vote['a']['name']}.*100%\s*\(21% – 100%\)", re.DOTALL))  # Wilson, 1 of 1
     shot(page, "compare")
@@ -355,9 +406,9 @@ def test_nothing_outside_of_what_the_page_shows_is_served(app, folder, tiny_mode
         assert status(urllib.request.Request(f"{base}/gradio_api/upload", part % bytes(size), kind)) == answer
 
 
-def status(url: str | urllib.request.Request) -> int:
+def status(url: str | urllib.request.Request, visitor: urllib.request.OpenerDirector | None = None) -> int:
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with (visitor or urllib.request.build_opener()).open(url, timeout=30) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -371,6 +422,7 @@ def test_the_page_asks_nobody_else_and_complains_of_nothing(page, app):
 
 
 def test_dark_and_narrow(browser, app):
+    """With the votes of the comparison above."""
     context = browser.new_context(viewport={"width": 420, "height": 900}, color_scheme="dark")
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{app[1]}/", timeout=PATIENCE)
@@ -378,7 +430,33 @@ def test_dark_and_narrow(browser, app):
     assert page.evaluate("document.documentElement.scrollWidth") <= 420  # nothing sticks out
     assert page.evaluate("document.body.classList.contains('dark')")
     shot(page, "dark-narrow")
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_text("Results so far").click()
+    bar = page.locator("#standings .interval")
+    expect(bar).to_be_visible()
+    bar.scroll_into_view_if_needed()
+    shot(page, "dark-narrow-standings")
+    table = page.locator("#results-so-far").bounding_box()
+    ends = bar.bounding_box()
+    assert table
+    assert ends
+    assert ends["width"] > 40
+    assert ends["x"] + ends["width"] <= table["x"] + table["width"]  # not cut off
     context.close()
+
+
+def test_a_page_with_a_password_shows_nothing_without_it(tiny_model_dir, folder):
+    shown = save(folder / "locked/results/made.png")
+    arguments = ("--model", tiny_model_dir, "--out", folder / "locked", "--auth", "anna:se:cret")
+    with serving(folder / "locked.log", *arguments) as (_, port):
+        base = f"http://127.0.0.1:{port}"
+        visitor = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
+        paths = ("/config", "/gradio_api/info", f"/gradio_api/file={shown}")
+        assert [status(base + path, visitor) for path in paths] == [401, 401, 401]
+        for password, answer in (("wrong", 400), ("se:cret", 200)):
+            form = urllib.parse.urlencode({"username": "anna", "password": password}).encode()
+            assert status(urllib.request.Request(f"{base}/login", form), visitor) == answer
+        assert [status(base + path, visitor) for path in (paths[0], paths[2])] == [200, 200]
 
 
 def test_a_taken_port_is_a_sentence_and_ctrl_c_ends_cleanly(app, tiny_model_dir, folder):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -49,7 +50,25 @@ def test_another_training_of_one_name_is_another_contestant():
     again = Contestant(LBM.name, "c3")
     (table,) = standings([vote(LBM, again, "B")])
     assert (table.first, table.wins) == (again, 1)
-    assert "(c3)" in standings_html([table])  # told apart
+    assert "c3</small>" in standings_html([table])  # told apart
+
+
+@pytest.mark.parametrize("change", [{"model": "f2"}, {"base": "sdxl"}, {"steps": 8}, {"sampler": "cfg_scale=1"}])
+def test_what_decides_the_picture_is_a_contestant_of_its_own(tmp_path, change):
+    """Two models of one output folder, say; and votes of before it was kept are still read."""
+    base = Contestant("Base model, no adapter", "", 1.0, "qwen-image-edit", "a1", 4, "cfg_scale=4")
+    for number, each in enumerate((base, replace(base, **change), BASE)):
+        append_vote(tmp_path / "votes.jsonl", vote(each, LBM, "A", number))
+    old = json.loads((tmp_path / "votes.jsonl").read_text().splitlines()[-1])
+    for side in ("a", "b"):
+        old[side] = {name: old[side][name] for name in ("name", "digest", "weight")}
+    with (tmp_path / "votes.jsonl").open("a") as file:
+        file.write(json.dumps(old) + "\n")
+    tables = standings(read_votes(tmp_path / "votes.jsonl"))
+    assert [(table.first, table.wins) for table in tables] == [(BASE, 2), (base, 1), (replace(base, **change), 1)]
+    if "sampler" not in change:
+        first, second = (standings_html([table]) for table in tables[1:])
+        assert first != second
 
 
 def test_votes_survive_and_a_half_written_line_spoils_only_itself(tmp_path, caplog):

@@ -1,22 +1,44 @@
 """What the page makes of its form, what it refuses, and what it reads of a run."""
 
 import json
+import math
+import random
 import struct
+import threading
+import time
 import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from gradio import Progress
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Size
+from data_prep.geometry import Geometry, Size
+from data_prep.images import file_digest, open_image
+from eval.chart import line_chart
+from eval.model.placement import Placement
+from eval.open import open_editor
 from eval.places import FoundAdapter
-from eval.request import AdapterUse, Control, Focus
+from eval.request import AdapterUse, Control, EditRequest, Focus
+from eval.web.fields import canvas
 from eval.web.form import AS_SOURCE, BASE_MODEL, BY_DEFAULT, EXACT, make_request, painted_mask
+from eval.web.jobs import MAX_WAITING, Cancelled, Jobs
 from eval.web.limits import Limits, check_exposure, is_loopback, parse_auth, read_picture
+from eval.web.page import build_page
+from eval.web.pair import draw_example, make_pair
 from eval.web.results import settings_html
 from eval.web.runs import chosen_run, curves_html, find_runs, read_history, read_validations, scores_html, summary_html
+from eval.web.runs_tab import show_run
+from eval.web.serve import read_examples
+from eval.web.studio import Example, Studio
+from tests.adapters import write_adapter
 from tests.pictures import picture, save
 
+SIDE = 64
+SMALL = Geometry(max_pixels=SIDE * SIDE, vision_pixels=56 * 56)
 LIMITS = Limits(max_image_pixels=10_000, max_count=3)
 
 
@@ -30,6 +52,17 @@ def form(tmp_path):
     shape = {"shape": AS_SOURCE, "width": 0, "height": 0}
     images = {"source": str(save(tmp_path / "photo.png")), "reference_1": None, "reference_2": None}
     return {"mode": "edit", "prompt": " Sharpen it. ", **images, **adapters, **knobs, **sampling, **shape}
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory, tiny_model_dir) -> Studio:
+    """On the tiny model, with two adapters and an example."""
+    folder = tmp_path_factory.mktemp("studio")
+    write_adapter(folder / "runs/lbm/checkpoints/step-000002", tiny_model_dir, "lbm", SMALL, bridge_noise=0.0)
+    write_adapter(folder / "runs/flow/checkpoints/step-000002", tiny_model_dir, "flow", SMALL)
+    editor = open_editor(str(tiny_model_dir), Placement(dtype=torch.float32), SMALL)
+    example = Example(save(folder / "photo.png", 3, (SIDE, SIDE)), "Sharpen it.")
+    return Studio(editor, "tiny", folder / "out", folder / "runs", LIMITS, [example])
 
 
 def painted(*boxes: tuple[int, int, int, int], size=(80, 60)) -> dict:
@@ -69,6 +102,36 @@ def test_each_mode_takes_its_own_knobs_only(form, tmp_path):
     assert masked.mask.size == (32, 24)  # the source's
     assert masked.mask.getbbox() == (0, 0, 16, 24)
     assert sorted(masked.mask.getcolors()) == [(384, 0), (384, 255)]
+
+
+@pytest.mark.parametrize("mode", ["focus", "control", "invert", "edit"])
+def test_a_form_makes_the_picture_that_its_request_makes(form, studio, tmp_path, mode):
+    """`edit` with references; each against a request written by hand."""
+    paths = [save(tmp_path / f"{number}.png", number, (SIDE, SIDE)) for number in range(3)]
+    changes = {"mode": mode, "source": str(paths[0]), "steps": 2, "seed": 5, "strength": 1.0, "controls": ["lines"]}
+    images = [open_image(path) for path in paths[: 3 if mode == "edit" else 1]]
+    own = {
+        "focus": {"focus": Focus(0.5, 0.25, 0.3)},
+        "control": {"controls": [Control("lines", 0.5)]},
+        "invert": {"strength": 0.5},
+        "edit": {},
+    }[mode]
+    if mode == "edit":
+        changes |= {"reference_1": str(paths[1]), "reference_2": str(paths[2])}
+    if mode == "invert":
+        changes["strength"] = 0.5
+    asked = make_request(form | changes, [], LIMITS)
+    assert [digest for _, digest in asked.sources] == [file_digest(path) for path in paths[: len(images)]]
+    (made,) = studio.editor.edit(asked.request)
+    (expected,) = studio.editor.edit(EditRequest("Sharpen it.", images, mode, seed=5, steps=2, **own))
+    assert made.settings == expected.settings
+    assert made.image.tobytes() == expected.image.tobytes()
+    assert made.settings["mode"] == mode
+    assert len(made.settings["image_digests"]) == len(images)
+    if mode == "focus":  # the circle is in the upper half
+        after, before = np.array(made.image, int), np.array(images[0], int)
+        assert np.abs(after - before)[-8:].max() == 0
+        assert np.abs(after - before)[:24, 16:48].max() > 8
 
 
 @pytest.mark.parametrize(
@@ -185,3 +248,186 @@ def test_runs_are_read_while_they_are_written(tmp_path):
     assert "no metrics.json" in scores_html("young", validation)
     with pytest.raises(InputError, match="there is no run"):
         chosen_run("../team", tmp_path / "young")
+
+
+def test_a_run_without_a_finite_loss_shows_that_and_nothing_of_another_run(tmp_path):
+    (tmp_path / "bad").mkdir()
+    lines = [{"step": step, "loss": math.nan, "loss/main": math.inf} for step in (1, 2)]
+    (tmp_path / "bad/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    numbers, charts, steps, scores, grid = show_run("bad", tmp_path)
+    assert "<b>2</b><span>step</span>" in numbers
+    assert "<b>nan</b><span>loss</span>" in numbers
+    assert "None of its losses is a finite number" in charts
+    assert (steps.visible, grid.visible) == (False, False)
+    assert "has not validated" in scores
+    drawn = line_chart({"bad": [(1, math.nan)], "good": [(1, 2.0), (2, math.inf), (3, 1.0)]}, "step")
+    assert drawn.count("<polyline") == 1
+    assert 'aria-label="good"' in drawn
+    with pytest.raises(ValueError, match="finite"):
+        line_chart({"bad": [(1, math.nan)]}, "step")
+
+
+def test_a_run_that_cannot_be_read_clears_what_was_shown(tmp_path):
+    (tmp_path / "bad/metrics.jsonl").parent.mkdir()
+    (tmp_path / "bad/metrics.jsonl").write_text('{"step": NaN, "loss": 1.0}\n')
+    for name, words in {
+        "bad": "Reading the run failed: ValueError",
+        "<b>": "there is no run &lt;b&gt; any more",
+    }.items():
+        numbers, charts, steps, scores, grid = show_run(name, tmp_path)
+        assert words in numbers
+        assert (charts, scores, steps.visible, grid.visible) == ("", "", False, False)
+
+
+def test_a_bad_file_under_the_brush_is_answered_in_words(studio, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.warns(UserWarning, match=r"text\.png is not an image that can be read"):
+        assert canvas(str(tmp_path / "text.png"), studio) is None
+    assert canvas(str(save(tmp_path / "good.png")), studio)["background"].size == (800, 600)
+
+
+def test_every_handler_goes_through_the_queue_where_its_errors_are_shown(studio):
+    page = build_page(studio)
+    silent = [block.fn.__qualname__ for block in page.fns.values() if block.fn and not block.queue]
+    assert [name for name in silent if "build_" in name or "_connect" in name or "connect_" in name] == []
+
+
+def test_drawn_examples_are_the_files_themselves_and_held_out(studio, tmp_path):
+    path, prompt = draw_example(studio, random.Random(0))
+    assert (file_digest(path), prompt) == (file_digest(studio.examples[0].image), "Sharpen it.")
+    assert Path(path).is_relative_to(studio.cache)
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.png")
+    row = {"prompt": "x", "image": "a.png", "edit_image": "a.png"}
+    (tmp_path / "all.json").write_text(json.dumps([row, row | {"edit_image": "b.png", "split": "validation"}]))
+    assert [each.image.name for each in read_examples(str(tmp_path / "all.json"), None)] == ["b.png"]
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    assert [each.image.name for each in read_examples(str(tmp_path / "train.json"), None)] == ["a.png"]
+
+
+def test_which_is_a_and_which_is_made_first_are_drawn_apart(studio, monkeypatch):
+    names = ["lbm/step-000002", "flow/step-000002"]
+    image = studio.examples[0].image
+    values = {
+        "first": names[0],
+        "second": names[1],
+        "source": str(image),
+        "prompt": "Sharpen it.",
+        "seed": 7,
+        "steps": 1,
+    }
+    paths = {each.name: each.path for each in studio.adapters()}
+    edit, made = studio.editor.edit, []
+    expected = {
+        name: edit(
+            EditRequest("Sharpen it.", [open_image(image)], adapters=[AdapterUse(paths[name])], seed=7, steps=1)
+        )[0]
+        for name in names
+    }
+    assert expected[names[0]].image.tobytes() != expected[names[1]].image.tobytes()
+
+    def recorded(request, on_progress=None):
+        made.append(request.adapters[0].path)
+        return edit(request, on_progress)
+
+    monkeypatch.setattr(studio.editor, "edit", recorded)
+    orders = set()
+    for number in range(12):
+        left, right, pair = make_pair(studio, values, lambda *_: None, random.Random(number))
+        for side, shown in ((pair.a, left), (pair.b, right)):
+            assert shown.tobytes() == expected[side.name].image.tobytes()
+            settings = expected[side.name].settings
+            assert side.digest == file_digest(paths[side.name] / "adapter_model.safetensors")
+            assert (side.steps, side.base, side.model) == (1, "qwen-image-edit", settings["model_fingerprint"])
+            assert f"name={settings['sampler']['name']}" in side.sampler
+        orders.add((pair.a.name, paths[pair.a.name] == made[-2]))
+    assert len(orders) == 4  # A is either, and is made first or second
+
+
+class Recorded(Progress):
+    """A progress bar that keeps what it showed."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown: list = []
+
+    def __call__(self, progress, desc=None, *_, **__):
+        self.shown.append((progress, desc))
+
+
+def test_a_comparison_shows_no_counts():
+    jobs, blind, counted = Jobs(), Recorded(), Recorded()
+    with jobs.running("s", "compare", blind, "Making both", counted=False) as on_progress:
+        for total in (80, 8):
+            on_progress(3, total)
+        jobs.cancel("s", "compare")
+        with pytest.raises(Cancelled):
+            on_progress(4, 8)
+    assert blind.shown == [(0, "Making both")]
+    with jobs.running("s", "edit", counted, "Editing") as on_progress:
+        on_progress(3, 8)
+    assert counted.shown == [(0, "Preparing"), ((3, 8), "Editing")]
+
+
+def test_edits_wait_in_order_and_each_tab_cancels_its_own():
+    jobs, order, left, bars = Jobs(), [], [], {}
+
+    def edit(session: str, tab: str) -> None:
+        bars[session, tab] = Recorded()
+        try:
+            with jobs.running(session, tab, bars[session, tab], "Editing"):
+                order.append((session, tab))
+        except Cancelled:
+            left.append((session, tab))
+
+    threads = []
+    with jobs.running("anna", "edit", Recorded(), "Editing") as on_progress:
+        for owner in (("anna", "compare"), ("bert", "edit"), ("carl", "edit"), ("carl", "compare")):
+            threads.append(threading.Thread(target=edit, args=owner))
+            threads[-1].start()
+            until(lambda owner=owner: owner in bars and bars[owner].shown)
+        assert bars["bert", "edit"].shown == [(0, "Waiting: 2 before this one")]
+        assert jobs.cancel("anna", "compare") == "waiting"
+        until(lambda: left == [("anna", "compare")])
+        on_progress(1, 2)  # goes on
+        until(lambda: bars["bert", "edit"].shown[-1] == (0, "Waiting: 1 before this one"))
+        assert jobs.cancel("nobody", "edit") == "none"
+        jobs.leave("carl")
+        until(lambda: len(left) == 3)
+        assert jobs.cancel("anna", "edit") == "running"
+        with pytest.raises(Cancelled):
+            on_progress(2, 2)
+        assert order == []
+    for thread in threads:
+        thread.join(timeout=10)
+    assert order == [("bert", "edit")]
+    assert jobs.cancel("bert", "edit") == "none"
+
+
+def test_the_line_has_an_end():
+    jobs, full = Jobs(), []
+
+    def edit() -> None:
+        try:
+            with jobs.running("s", "edit", Recorded(), "Editing"):
+                pass
+        except (Cancelled, InputError) as error:
+            full.append(error)
+
+    with jobs.running("s", "edit", Recorded(), "Editing"):
+        threads = [threading.Thread(target=edit) for _ in range(MAX_WAITING + 1)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(full) == 1)
+        assert "64 edits are waiting already" in str(full[0])
+        jobs.cancel_all()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert len(full) == MAX_WAITING + 1
+
+
+def until(reached) -> None:
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -17,6 +17,7 @@ from eval.web.studio import QUIET, Studio, picture_input, session_of
 from eval.web.votes import Choice, Contestant, Standing, append_vote, read_votes, standings
 
 TAB = "compare"
+MAKING = "Making both"
 CHOICES: dict[str, Choice] = {"A is better": "A", "No difference": "tie", "B is better": "B"}
 EXPLANATION = (
     "Two adapters make the same edit from the same seed. Which is A and which is B is drawn anew each time, and told "
@@ -128,7 +129,7 @@ def _connect_pair(studio: Studio, fields: dict[str, Any], buttons: tuple[gr.Butt
             with (
                 errors_in_words("The comparison"),
                 # No counts: the numbers of steps would tell which is being made.
-                studio.jobs.running(session_of(request), TAB, progress, "Making both", counted=False) as on_progress,
+                studio.jobs.running(session_of(request), TAB, progress, MAKING, counted=False) as on_progress,
             ):
                 a, b, made = make_pair(studio, values, on_progress, random.SystemRandom())
                 return [a, b, made, "", *[gr.Button(interactive=True)] * 3]

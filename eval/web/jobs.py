@@ -64,7 +64,8 @@ class Jobs:
         job = self._join(session, tab)
         try:
             self._wait(job, progress)
-            progress(None, desc="Preparing" if counted else label)
+            # Gradio shows no words without a number, so it is 0 where there is none.
+            progress(0, desc="Preparing" if counted else label)
 
             def on_progress(done: int, total: int) -> None:
                 if job.stop.is_set():
@@ -91,7 +92,7 @@ class Jobs:
             while before := self._line.index(job):
                 if job.stop.is_set():
                     raise Cancelled
-                progress(None, desc=f"Waiting: {before} before this one")
+                progress(0, desc=f"Waiting: {before} before this one")
                 self._moved.wait()
         if job.stop.is_set():
             raise Cancelled
