@@ -188,7 +188,7 @@ def edit(
         "offload": offload,
         "weights": weights or (made.weights if made else "full"),
         "gguf": gguf,
-        "vae_tiling": vae_tiling,
+        "vae_tiling": vae_tiling or (made.vae_tiling if made else False),
     }
     depth_model = depth_model or (made.depth_model if made else None)
     base = Base(model, depth_model, SizeLimits(max_pixels, vision_pixels), made.geometry if made else None)

@@ -57,6 +57,11 @@ class Repeat:
             raise InputError(f"{self.path} was made with another --gguf, or none: give the same")
 
     @property
+    def vae_tiling(self) -> bool:
+        """Whether it was encoded and decoded in tiles."""
+        return self.settings.get("vae_tiling", False)
+
+    @property
     def depth_model(self) -> str | None:
         """The place of the one that the picture's depth map was made by, if it had any."""
         return self.settings["depth_model"]["path"] if "depth_model" in self.settings else None

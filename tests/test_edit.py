@@ -121,7 +121,19 @@ def plain(out) -> list[object]:
 
 def test_settings_of_every_mode_reach_the_editor_and_come_back(folder, tmp_path):
     base = ["--model", "tiny", "--image", "photo.png", "--max-pixels", 4096, "--vision-pixels", 3136, "--steps", 2]
-    inpaint = ["--mode", "inpaint", "--mask", "mask.png", "--feather", 2, "--prompt", "x", "--strength", 0.5]
+    inpaint = [
+        "--mode",
+        "inpaint",
+        "--mask",
+        "mask.png",
+        "--feather",
+        2,
+        "--prompt",
+        "x",
+        "--strength",
+        0.5,
+        "--vae-tiling",
+    ]
     command(*base, *inpaint, "--seed", 5, "--cfg-scale", 2, "--negative-prompt", "dull", "--out", tmp_path / "a.png")
     a = read_png(tmp_path / "a.png")
     assert (a["mode"], a["feather"], a["negative_prompt"], a["seed"]) == ("inpaint", 2.0, "dull", 5)
