@@ -131,7 +131,7 @@ def test_charts_have_round_ticks_and_few_points():
     chart = line_chart({"<a>": [(0, 1.0), (1, 2.0)]}, "step")
     assert "&lt;a&gt;" in chart
     assert len(re.findall("<circle", chart)) == 2
-    with pytest.raises(ValueError, match="at least one point"):
+    with pytest.raises(ValueError, match="at least one finite point"):
         line_chart({"a": []}, "step")
 
 

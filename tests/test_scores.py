@@ -1,5 +1,7 @@
 """Metrics against numbers worked out by hand, and against the models' own outputs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,11 @@ from huggingface_hub import constants
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage import data
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    deep_image_structure_and_texture_similarity,
+    learned_perceptual_image_patch_similarity,
+    structural_similarity_index_measure,
+)
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTModel
 
 from data_prep.errors import InputError
@@ -188,7 +194,7 @@ def test_fid_of_features_that_are_known(places):
         if number == 3:
             with pytest.raises(Unavailable, match="3 pictures are not enough"):
                 family.result("steps_1")
-        family.add(example((one * 255).round() / 255, target))
+        family.add(example((one * 255).round() / 255, target, id=f"row-{number}"))
     features = np.array([[each.mul(255).round().div(255).mean((1, 2)).numpy() for each in pair] for pair in pictures])
     made, real = features[:, 0].astype(float), features[:, 1].astype(float)
     covariances = np.cov(made.T), np.cov(real.T)
@@ -209,7 +215,7 @@ def test_a_face_is_recognised_by_dlibs_real_weights():
     assert 0 < scores["identity"] < 0.6
     assert family(example(face, source=face))["identity"] == 0
     assert family(example(noise(0, 200), source=face)) == {"face_kept": 0}
-    assert family(example(face, source=noise(0, 200))) == {}
+    assert family(example(face, source=noise(0, 200), id="no face")) == {}
 
 
 def test_what_cannot_be_had_says_why(places, tmp_path, monkeypatch):
@@ -222,7 +228,8 @@ def test_what_cannot_be_had_says_why(places, tmp_path, monkeypatch):
         *(metric.name for family in battery.families for metric in family.metrics)
     }
     assert "squeezenet1_1-b8a52dc0.pth is not in" in battery.unavailable["lpips_background_pie"]
-    assert "nobody/nothing cannot be loaded" in battery.unavailable["dino"]
+    reason = "nobody/nothing is not in the hub's cache: unset HF_HUB_OFFLINE, or give a folder with --dino"
+    assert battery.unavailable["dino"] == battery.unavailable["structure"] == reason
     assert str(tmp_path) in battery.unavailable["clip_i"]
     assert "install the extra" in battery.unavailable["identity"]
     assert "there is no file" in battery.unavailable["fid"]
@@ -231,6 +238,70 @@ def test_what_cannot_be_had_says_why(places, tmp_path, monkeypatch):
         assert reason in load_battery(["fid"], Places(fid=tmp_path / file)).unavailable["fid"]
     with pytest.raises(InputError, match="there is no metric 'beauty'"):
         load_battery(["beauty"], empty)
+
+
+def test_a_default_that_is_not_in_the_cache_says_how_it_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Unavailable, match=r"not in the hub's cache: name the metric in --metrics, or give .* --clip$"):
+        Clip(Places())
+
+
+def test_features_of_sources_and_targets_serve_every_method(places):
+    seen = []
+    family = Fid(places)
+    family.network.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for method in ("steps_1", "steps_4"):
+        for row in range(4):
+            family.add(replace(example(noise(row), noise(row + 9), id=str(row)), method=method))
+    assert len(seen) == 4 + 2 * 4
+    assert family.result("steps_1") == family.result("steps_4")
+
+
+def test_perceptual_distances_are_torchmetrics_own(places):
+    """Its function takes values from -1 to 1 for LPIPS, and from 0 to 1 for DISTS."""
+    one, target = noise(11), 0.5 * noise(12)
+    both = one[None], target[None]
+    signed = tuple(2 * each - 1 for each in both)
+    with places.hub_checkpoint("alexnet-owt-7be5be79.pth"):
+        lpips = learned_perceptual_image_patch_similarity(*signed, net_type="alex").item()
+    with places.hub_checkpoint("vgg16-397923af.pth"):
+        dists = deep_image_structure_and_texture_similarity(*both).item()
+    assert Lpips(places)(example(one, target))["lpips"] == pytest.approx(lpips, rel=1e-4)
+    assert Dists(places)(example(one, target))["dists"] == pytest.approx(dists, rel=1e-4)
+
+
+def test_lpips_of_the_background_is_against_the_source(places):
+    background = torch.zeros(64, 64, dtype=torch.bool)
+    background[:, 32:] = True
+    target, source = noise(13), noise(14)
+    family = LpipsPie(places)
+    assert family(example(source, target, source, background))["lpips_background_pie"] == pytest.approx(0, abs=1e-6)
+    found = family(example(target, target, source, background))["lpips_background_pie"]
+    signed = (2 * each[None] * background - 1 for each in (target, source))
+    with places.hub_checkpoint("squeezenet1_1-b8a52dc0.pth"):
+        expected = learned_perceptual_image_patch_similarity(*signed, net_type="squeeze").item()
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found > 1e-4
+
+
+def test_only_the_background_can_drift():
+    """A part may be moved at will; a background that moves around a part that stands still has drifted."""
+    source = photograph(512)
+    moved = Image.new("RGB", source.size)
+    moved.paste(source, (3, 4))
+    background = torch.zeros(512, 512, dtype=torch.bool)
+    background[:205] = True  # the smaller part: the whole picture would tell the opposite
+    part = Image.fromarray((~background).numpy())
+    before = pixels(source)
+    edited = pixels(Image.composite(moved, source, part))
+    scores = Registration()(example(edited, source=before, background=background))
+    assert scores["drift_shift"] == pytest.approx(0, abs=0.1)
+    assert (scores["drifted"], scores["drift_unknown"]) == (0, 0)
+    shaken = pixels(Image.composite(source, moved, part))
+    scores = Registration()(example(shaken, source=before, background=background))
+    assert scores["drift_shift"] == pytest.approx(5, abs=0.1)
+    assert scores["drifted"] == 1
 
 
 def test_a_choice_measures_that_and_psnr_alone(places):

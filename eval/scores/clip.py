@@ -45,8 +45,10 @@ class Clip:
 
     def __init__(self, places: Places):
         self.device = places.device
-        self.model: CLIPModel = places.pretrained(CLIPModel.from_pretrained, places.clip).to(self.device).eval()
-        self.processor: Any = places.pretrained(CLIPProcessor.from_pretrained, places.clip)
+        self.model: CLIPModel = (
+            places.pretrained(CLIPModel.from_pretrained, places.clip, "--clip").to(self.device).eval()
+        )
+        self.processor: Any = places.pretrained(CLIPProcessor.from_pretrained, places.clip, "--clip")
         self.features = Features(self._image)
         self._text = lru_cache(maxsize=1024)(self._encode_text)
 

@@ -29,8 +29,10 @@ class Dino:
 
     def __init__(self, places: Places):
         self.device = places.device
-        self.model: nn.Module = places.pretrained(AutoModel.from_pretrained, places.dino).to(self.device).eval()
-        self.processor = places.pretrained(AutoImageProcessor.from_pretrained, places.dino)
+        self.model: nn.Module = (
+            places.pretrained(AutoModel.from_pretrained, places.dino, "--dino").to(self.device).eval()
+        )
+        self.processor = places.pretrained(AutoImageProcessor.from_pretrained, places.dino, "--dino")
         layers = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in KEYS]
         if not layers:
             raise Unavailable(f"{places.dino} has no layer of keys ({' or '.join(KEYS)}): use a ViT of DINO or DINOv2")

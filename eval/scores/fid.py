@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-from data_prep.geometry import Size, stretch, to_image
+from data_prep.geometry import Size, stretch
+from eval.scores.features import Features
 from eval.scores.metric import Example, Metric, Scores, Unavailable, first_line
 from eval.scores.places import Places
 
@@ -39,8 +40,7 @@ class Fid:
     """Fréchet distance between the Gaussians that fit the features of the pictures and of the targets.
 
     The features are Inception's if the file is its weights (`.pth`, as torch-fidelity has them), or what a program of
-    `torch.export` makes (`.pt2`); only the first can be compared with published figures. With no more pictures than features the
-    covariance has no full rank, and there is no figure.
+    `torch.export` makes (`.pt2`). With no more pictures than features the covariance has no full rank, and there is no figure.
     """
 
     metrics = (Metric("fid", "FID", "lower", "target", "Heusel et al. 2017, arXiv 1706.08500", digits=2),)
@@ -52,20 +52,21 @@ class Fid:
             raise Unavailable(f"there is no file {places.fid}")
         self.device = places.device
         try:
-            self.network, self.size = _inception(places.fid) if places.fid.suffix == ".pth" else _exported(places.fid)
+            network, self.size = _inception(places.fid) if places.fid.suffix == ".pth" else _exported(places.fid)
+            self.network = network.to(self.device)
         except (OSError, ValueError, RuntimeError, KeyError, BadZipFile) as error:
             raise Unavailable(f"{places.fid} cannot be loaded: {first_line(error)}") from error
+        self.features = Features(self._embed)
         self.sets: dict[str, FrechetInceptionDistance] = {}
         self.counts: Counter[str] = Counter()
 
     def add(self, example: Example) -> None:
         """Takes a picture and its target into the method's sets."""
         if example.method not in self.sets:
-            fid = FrechetInceptionDistance(self.network, input_img_size=(3, self.size.height, self.size.width))
-            self.sets[example.method] = fid.to(self.device)
+            self.sets[example.method] = FrechetInceptionDistance(_Given(len(self.features(example, "target"))))
         self.counts[example.method] += 1
-        self.sets[example.method].update(self._pixels(example.target), real=True)
-        self.sets[example.method].update(self._pixels(example.prediction), real=False)
+        self.sets[example.method].update(self.features(example, "target")[None], real=True)
+        self.sets[example.method].update(self.features(example, "prediction")[None], real=False)
 
     def result(self, method: str) -> Scores:
         """The method's FID.
@@ -79,10 +80,22 @@ class Fid:
             raise Unavailable(f"{count} pictures are not enough: there must be more than the {num_features} features")
         return {"fid": float(fid.compute())}
 
-    def _pixels(self, pixels: Tensor) -> Tensor:
-        picture: Image.Image = stretch(to_image(pixels * 2 - 1), self.size)
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return data.view(*self.size, 3).permute(2, 0, 1)[None].to(self.device)
+    def _embed(self, picture: Image.Image) -> Tensor:
+        """Features (D,)."""
+        data = torch.frombuffer(bytearray(stretch(picture, self.size).tobytes()), dtype=torch.uint8)
+        return self.network(data.view(*self.size, 3).permute(2, 0, 1)[None].to(self.device))[0]
+
+
+class _Given(nn.Module):
+    """In the place of a network, for features (N, D) that are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The same."""
+        return features
 
 
 def _inception(file: Path) -> tuple[nn.Module, Size]:

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.geometry import to_image
+from eval.scores.features import Features
 from eval.scores.metric import Example, Metric, Scores, Unavailable, first_line
 from eval.scores.places import Places
 
 LANDMARKS, EMBEDDING = "shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat"
 PACKAGE = "face_recognition_models"
+EMBEDDED = 128
+"""Numbers of a face."""
 SIDE = 512
 """Smaller pictures are enlarged to it: the detector looks for faces of 80 pixels and more."""
 _SOURCE = "King 2017, dlib's ResNet face embedding"
@@ -40,6 +43,7 @@ class Identity:
             dlib: Any = importlib.import_module("dlib")
         except ImportError as error:
             raise Unavailable(f"dlib is not installed ({first_line(error)}): install the extra “identity”") from error
+        self.features = Features(self._embed)
         self.detector: Any = dlib.get_frontal_face_detector()
         try:
             self.landmarks = dlib.shape_predictor(str(folder / LANDMARKS))
@@ -48,23 +52,23 @@ class Identity:
             raise Unavailable(f"dlib cannot read the models in {folder}: {first_line(error)}") from error
 
     def __call__(self, example: Example) -> Scores:
-        before = self.faces(example.source)
-        if not before:
+        before = self.features(example, "source")
+        if not len(before):
             return {}
-        after = self.faces(example.prediction)
-        if not after:
+        after = self.features(example, "prediction")
+        if not len(after):
             return {"face_kept": 0.0}
-        return {"face_kept": 1.0, "identity": min(float(np.linalg.norm(before[0] - face)) for face in after)}
+        return {"face_kept": 1.0, "identity": float((after - before[0]).norm(dim=1).min())}
 
-    def faces(self, pixels: Tensor) -> list[np.ndarray]:
-        """The embeddings (128,) of the faces in a picture (3, H, W) in [0, 1], the largest first."""
-        picture = to_image(pixels * 2 - 1)
+    def _embed(self, picture: Image.Image) -> Tensor:
+        """The embeddings of the faces in a picture, (N, 128), the largest first."""
         scale = max(1.0, SIDE / max(picture.size))
         size = round(picture.width * scale), round(picture.height * scale)
         array = np.array(picture.resize(size, Image.Resampling.BICUBIC))
         found = sorted(self.detector(array), key=lambda face: -face.area())
         shapes = (self.landmarks(array, face) for face in found)
-        return [np.array(self.embedding.compute_face_descriptor(array, shape)) for shape in shapes]
+        found = [list(self.embedding.compute_face_descriptor(array, shape)) for shape in shapes]
+        return torch.tensor(found).reshape(len(found), EMBEDDED)
 
 
 def _package_folder() -> Path:

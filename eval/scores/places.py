@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from eval.scores.metric import Unavailable, first_line
@@ -60,10 +61,15 @@ class Places:
             torch.hub.set_dir(before)
             socket.setdefaulttimeout(timeout)
 
-    def pretrained(self, load: Callable[..., Any], place: str) -> Any:
+    def pretrained(self, load: Callable[..., Any], place: str, option: str) -> Any:
         """`load(place)` of transformers: a folder, or a hub id that is in the cache or may be fetched.
 
         An id that is not a default was named by somebody, and may be.
+
+        Args:
+            load: takes a folder.
+            place: folder or id.
+            option: that names another folder, for the message.
 
         Raises:
             Unavailable: neither, or not what the class reads.
@@ -73,5 +79,10 @@ class Places:
             if not Path(place).is_dir():  # the folder first: classes look for more files than they say, and on the hub
                 place = snapshot_download(place, local_files_only=not (named or self.online), allow_patterns=FILES)
             return load(place, local_files_only=True)
+        except LocalEntryNotFoundError as error:
+            fetch = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "name the metric in --metrics"
+            if self.online or named:
+                fetch = "look at the network"
+            raise Unavailable(f"{place} is not in the hub's cache: {fetch}, or give a folder with {option}") from error
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise Unavailable(f"{place} cannot be loaded: {first_line(error)}") from error
