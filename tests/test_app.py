@@ -406,6 +406,14 @@ def test_nothing_outside_of_what_the_page_shows_is_served(app, folder, tiny_mode
         assert status(urllib.request.Request(f"{base}/gradio_api/upload", part % bytes(size), kind)) == answer
 
 
+def test_every_handler_goes_through_the_queue_where_its_errors_are_shown(app):
+    with urllib.request.urlopen(f"http://127.0.0.1:{app[1]}/config", timeout=30) as response:
+        handlers = json.load(response)["dependencies"]
+    silent = [handler["targets"] for handler in handlers if handler["backend_fn"] and handler["queue"] is False]
+    assert len(handlers) > 15
+    assert [event for targets in silent for _, event in targets if event != "unload"] == []
+
+
 def status(url: str | urllib.request.Request, visitor: urllib.request.OpenerDirector | None = None) -> int:
     try:
         with (visitor or urllib.request.build_opener()).open(url, timeout=30) as response:

@@ -27,7 +27,6 @@ from eval.web.fields import canvas
 from eval.web.form import AS_SOURCE, BASE_MODEL, BY_DEFAULT, EXACT, make_request, painted_mask
 from eval.web.jobs import MAX_WAITING, Cancelled, Jobs
 from eval.web.limits import Limits, check_exposure, is_loopback, parse_auth, read_picture
-from eval.web.page import build_page
 from eval.web.pair import draw_example, make_pair
 from eval.web.results import settings_html
 from eval.web.runs import chosen_run, curves_html, find_runs, read_history, read_validations, scores_html, summary_html
@@ -99,9 +98,10 @@ def test_each_mode_takes_its_own_knobs_only(form, tmp_path):
     assert request(shape=EXACT, width=96, height=64).size == Size(64, 96)
     masked = request(mode="inpaint", painting=painted((0, 0, 40, 60)), strength=1, feather=0)
     assert masked.feather == 0
+    assert masked.mask
     assert masked.mask.size == (32, 24)  # the source's
     assert masked.mask.getbbox() == (0, 0, 16, 24)
-    assert sorted(masked.mask.getcolors()) == [(384, 0), (384, 255)]
+    assert sorted(masked.mask.getcolors() or []) == [(384, 0), (384, 255)]
 
 
 @pytest.mark.parametrize("mode", ["focus", "control", "invert", "edit"])
@@ -286,12 +286,6 @@ def test_a_bad_file_under_the_brush_is_answered_in_words(studio, tmp_path):
     assert canvas(str(save(tmp_path / "good.png")), studio)["background"].size == (800, 600)
 
 
-def test_every_handler_goes_through_the_queue_where_its_errors_are_shown(studio):
-    page = build_page(studio)
-    silent = [block.fn.__qualname__ for block in page.fns.values() if block.fn and not block.queue]
-    assert [name for name in silent if "build_" in name or "_connect" in name or "connect_" in name] == []
-
-
 def test_drawn_examples_are_the_files_themselves_and_held_out(studio, tmp_path):
     path, prompt = draw_example(studio, random.Random(0))
     assert (file_digest(path), prompt) == (file_digest(studio.examples[0].image), "Sharpen it.")
@@ -351,8 +345,8 @@ class Recorded(Progress):
         super().__init__()
         self.shown: list = []
 
-    def __call__(self, progress, desc=None, *_, **__):
-        self.shown.append((progress, desc))
+    def __call__(self, progress, desc="", *_, **__):
+        self.shown.append((progress, desc.strip()))
 
 
 def test_a_comparison_shows_no_counts():

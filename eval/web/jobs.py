@@ -64,8 +64,7 @@ class Jobs:
         job = self._join(session, tab)
         try:
             self._wait(job, progress)
-            # Gradio shows no words without a number, so it is 0 where there is none.
-            progress(0, desc="Preparing" if counted else label)
+            _say(progress, "Preparing" if counted else label)
 
             def on_progress(done: int, total: int) -> None:
                 if job.stop.is_set():
@@ -92,7 +91,7 @@ class Jobs:
             while before := self._line.index(job):
                 if job.stop.is_set():
                     raise Cancelled
-                progress(0, desc=f"Waiting: {before} before this one")
+                _say(progress, f"Waiting: {before} before this one")
                 self._moved.wait()
         if job.stop.is_set():
             raise Cancelled
@@ -120,6 +119,11 @@ class Jobs:
         for job in jobs:
             job.stop.set()
         self._moved.notify_all()
+
+
+def _say(progress: gr.Progress, words: str) -> None:
+    """Gradio shows no words without a share, "words - 0.0%". The style sheet hides the second line, where it comes to stand."""
+    progress(0, desc=f"{words}\n")
 
 
 def say_stopped(stopped: Stopped) -> None:
