@@ -52,7 +52,9 @@ def _info(settings: Mapping[str, Any], sources: Sequence[tuple[str, str]]) -> Pn
     info.add_text("Software", SOFTWARE)
     info.add_text("Comment", NOTICE)
     info.add_itxt(XMP_KEY, XMP)
-    info.add_itxt(KEY, json.dumps({"notice": NOTICE, **settings, "images": images}, ensure_ascii=False, allow_nan=False))
+    info.add_itxt(
+        KEY, json.dumps({"notice": NOTICE, **settings, "images": images}, ensure_ascii=False, allow_nan=False)
+    )
     return info
 
 
