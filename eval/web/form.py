@@ -90,7 +90,7 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         adapters=chosen_adapters(values["adapter"], values["weight"], adapters),
         negative_prompt=values["negative_prompt"] or " ",
         mask=painted_mask(values["painting"], Size.of(images[0])) if mode in MASKED else None,
-        feather=float(values["feather"]) if mode in MASKED else 8.0,
+        feather=float(values["feather"]) if mode in MASKED else None,
         focus=_focus(values) if mode == "focus" else None,
         controls=_controls(values) if mode in CONTROLLED else (),
         steps=_whole(values["steps"], "steps") or None,
