@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLProcessor
 
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
+from data_prep.rows import MAX_SOURCES
 
 SYSTEM = (
     "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
@@ -22,7 +23,6 @@ SYSTEM = (
 TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 DROPPED_TOKENS = 64  # the template up to the user's turn
-MAX_IMAGES = 3
 LATENT_CHANNELS = 16
 
 
@@ -143,8 +143,8 @@ class PromptEncoder:
         Raises:
             ValueError: no image, or more than three.
         """
-        if not 1 <= len(images) <= MAX_IMAGES:
-            raise ValueError(f"an instruction needs 1 to {MAX_IMAGES} images, got {len(images)}")
+        if not 1 <= len(images) <= MAX_SOURCES:
+            raise ValueError(f"an instruction needs 1 to {MAX_SOURCES} images, got {len(images)}")
         inputs = self.processor(text=[edit_text(prompt, len(images))], images=list(images), return_tensors="pt")
         # mm_token_type_ids is among the inputs: without it image tokens silently get 1-D positions instead of M-RoPE.
         output = self.model(**inputs.to(self.model.device), use_cache=False)

@@ -136,17 +136,17 @@ def parse_row(number: int, default_id: str, values: dict[str, Any], root: Path) 
         raise BadRow(f"bridge_image={bridge_image} but edit_image has {len(edit_image)} image(s), counted from 0")
     return Row(
         number=number,
-        id=str(present["id"]) if type(present.get("id")) is int else _text(present.get("id", default_id), "id"),
-        prompt=_text(present["prompt"], "prompt"),
+        id=str(present["id"]) if type(present.get("id")) is int else plain_text(present.get("id", default_id), "id"),
+        prompt=plain_text(present["prompt"], "prompt"),
         image=resolve_path(present["image"], "image", root),
         edit_image=edit_image,
         bridge_image=bridge_image,
         ref_gt=resolve_path(present["ref_gt"], "ref_gt", root) if "ref_gt" in present else None,
         back_mask=resolve_path(present["back_mask"], "back_mask", root) if "back_mask" in present else None,
-        negative_prompt=_text(present.get("negative_prompt", ""), "negative_prompt"),
-        split=_text(present.get("split", "train"), "split"),
-        tag=_text(present.get("tag", ""), "tag"),
-        group=_text(present.get("group", ""), "group"),
+        negative_prompt=plain_text(present.get("negative_prompt", ""), "negative_prompt"),
+        split=plain_text(present.get("split", "train"), "split"),
+        tag=plain_text(present.get("tag", ""), "tag"),
+        group=plain_text(present.get("group", ""), "group"),
     )
 
 
@@ -157,7 +157,16 @@ def is_absent(value: Any) -> bool:
     return value is None or value == [] or value != value
 
 
-def _text(value: Any, name: str) -> str:
+def plain_text(value: Any, name: str) -> str:
+    """The text of a cell.
+
+    Args:
+        value: the cell.
+        name: of its column.
+
+    Raises:
+        BadRow: not text, not UTF-8, or with a zero byte.
+    """
     if not isinstance(value, str):
         raise BadRow(f"{name} must be text, got {reprlib.repr(value)}")
     try:
@@ -203,7 +212,7 @@ def resolve_path(value: Any, name: str, root: Path) -> Path:
     Raises:
         BadRow: not the path of a file, or it leaves `root`.
     """
-    text = _text(value, name)
+    text = plain_text(value, name)
     if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
         raise BadRow(f"{name} must be the path of a file, got {text!r}")
     path = Path(os.path.normpath(root / text))

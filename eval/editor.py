@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.encoders import MAX_IMAGES, VAE
+from data_prep.encoders import VAE
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size, fit, to_image
 from data_prep.model_dir import COMPONENTS, ModelDirectory
+from data_prep.rows import MAX_SOURCES
 from eval.base import BaseEditor
 from eval.control import make_map
 from eval.depth import DepthSource
@@ -56,7 +57,7 @@ class Editor(BaseEditor):
         limits: sizes that take the place of the geometry's, whatever the adapter.
     """
 
-    abilities = Abilities(BASE_NAME, MODES, MAX_IMAGES, get_args(SamplerName))
+    abilities = Abilities(BASE_NAME, MODES, MAX_SOURCES, get_args(SamplerName))
 
     def __init__(
         self,

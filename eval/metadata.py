@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -125,20 +125,6 @@ def trained_bridge(metadata: Mapping[str, str]) -> dict[str, Any]:
 def trained_geometry(metadata: Mapping[str, str]) -> Geometry:
     """The sizes that the adapter was trained at, `geometry` as JSON; one megapixel if it does not say."""
     return Geometry(**json.loads(metadata["geometry"])) if "geometry" in metadata else DEFAULT_GEOMETRY
-
-
-def choose_geometry(metadata: Mapping[str, str], max_pixels: int | None, vision_pixels: int | None) -> Geometry:
-    """The adapter's own sizes, with those that a command line sets.
-
-    Raises:
-        InputError: a size is too small.
-    """
-    own = trained_geometry(metadata)
-    set_here = {"max_pixels": max_pixels, "vision_pixels": vision_pixels}
-    try:
-        return replace(own, **{name: value for name, value in set_here.items() if value is not None})
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def describe_sampler(sampler: Sampler) -> dict[str, Any]:

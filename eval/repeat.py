@@ -9,7 +9,6 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry, Size
-from data_prep.images import file_digest
 from eval.metadata import adapter_file, read_metadata, stored_digest
 from eval.model.placement import WeightsName
 from eval.modes import BRIDGES, DEFAULT_STRENGTHS
@@ -53,7 +52,7 @@ class Repeat:
         Raises:
             InputError: another file, one too many, or none.
         """
-        if (file_digest(gguf) if gguf else None) != self.settings.get("gguf"):
+        if (stored_digest(gguf) if gguf else None) != self.settings.get("gguf"):
             raise InputError(f"{self.path} was made with another --gguf, or none: give the same")
 
     @property

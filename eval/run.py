@@ -38,8 +38,9 @@ from eval.evaluation.publish import check_push, push
 from eval.evaluation.recorder import Recorder
 from eval.evaluation.summary import Report, build_report, unmeasured
 from eval.evaluation.wandb_table import log_wandb
-from eval.metadata import SamplerChoice, choose_geometry, choose_sampler, describe_adapters, read_metadata
-from eval.model.components import Components, Placement
+from eval.metadata import SamplerChoice, choose_sampler, describe_adapters, read_metadata, trained_geometry
+from eval.model.components import Components
+from eval.model.placement import Placement, make_placement
 from eval.options import (
     DEVICE,
     DTYPE,
@@ -59,6 +60,7 @@ from eval.request import AdapterUse
 from eval.scores.catalog import ALL, METRICS, load_battery
 from eval.scores.metric import check_names
 from eval.scores.places import CLIP, DINO, Places
+from eval.sizes import SizeLimits
 from eval.validation import Validation, choose_rows
 from train.loggers import Picture
 
@@ -186,8 +188,8 @@ def score(
     cannot be had is reported as such, and the rest goes on.
     """
     check_names([rank_by], list(METRICS))
-    placement = Placement(torch.device(device), getattr(torch, dtype))
-    subjects = list(choose_subjects(adapter or [], base, cfg_scale, max_pixels, vision_pixels))
+    placement = make_placement(device, dtype)
+    subjects = list(choose_subjects(adapter or [], base, cfg_scale, SizeLimits(max_pixels, vision_pixels)))
     card = None
     if publish_card or push_to:
         if not adapter:
@@ -246,8 +248,7 @@ def choose_subjects(
     adapters: Sequence[AdapterUse],
     base: bool,
     cfg_scale: float | None,
-    max_pixels: int | None,
-    vision_pixels: int | None,
+    limits: SizeLimits,
 ) -> Iterator[Subject]:
     """What is to be scored. The base model beside adapters is shown pictures of the first one's size.
 
@@ -256,10 +257,10 @@ def choose_subjects(
     """
     headers = [read_metadata(each.path) for each in adapters]
     for (name, use), header in zip(named_adapters(adapters), headers, strict=True):
-        yield Subject(name, use, choose_geometry(header, max_pixels, vision_pixels), choose_sampler(header, cfg_scale))
+        yield Subject(name, use, limits.applied_to(trained_geometry(header)), choose_sampler(header, cfg_scale))
     if base or not adapters:
         first = headers[0] if headers else {}
-        yield Subject(BASE, None, choose_geometry(first, max_pixels, vision_pixels), choose_sampler({}, cfg_scale))
+        yield Subject(BASE, None, limits.applied_to(trained_geometry(first)), choose_sampler({}, cfg_scale))
 
 
 def chosen_rows(rows: Sequence[Row | RejectedRow], num_rows: int | None, seed: int) -> list[Row | RejectedRow]:

@@ -15,11 +15,11 @@ from data_prep.build.typography import DEFAULT_FONT
 from data_prep.cli import OnErrorName
 from data_prep.errors import InputError
 from data_prep.geometry import Geometry
-from data_prep.images import file_digest
 from eval.base import BaseEditor
 from eval.jobs.files import JobFiles
 from eval.jobs.run import run_jobs
 from eval.jobs.table import check_knobs, read_jobs
+from eval.metadata import stored_digest
 from eval.model.placement import Placement, make_placement
 from eval.open import open_editor
 from eval.sizes import SizeLimits
@@ -108,6 +108,6 @@ def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:
         "limits": asdict(limits),
         "dtype": str(placement.dtype),
         "weights": placement.weights,
-        "gguf": placement.gguf and file_digest(placement.gguf),
+        "gguf": placement.gguf and stored_digest(placement.gguf),
         "vae_tiling": placement.vae_tiling,
     }

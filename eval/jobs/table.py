@@ -17,7 +17,7 @@ from data_prep.build.overlay_rows import Photographs
 from data_prep.build.overlay_style import PARSERS as STYLE
 from data_prep.build.overlay_style import parse_style
 from data_prep.errors import InputError
-from data_prep.rows import RejectedRow, is_absent, resolve_path
+from data_prep.rows import RejectedRow, is_absent, plain_text, resolve_path
 from data_prep.tables import BadRow, read_file
 from eval.options import parse_adapter, parse_control, parse_focus, parse_size
 from eval.request import CONTROLLED, MASKED, Control, EditRequest
@@ -241,14 +241,7 @@ def _cell(name: str, value: Any) -> str:
         raise BadRow(f"{name} must be text or a number, got {value!r}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = str(value).strip()
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"{name} is not UTF-8 text") from None
-    if "\0" in text:
-        raise BadRow(f"{name} holds a zero byte: {text!r}")
-    return text
+    return plain_text(str(value).strip(), name)
 
 
 def _check_columns(names: Iterable[str], where: str, complete: bool, ignore: bool) -> None:

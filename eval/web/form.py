@@ -10,8 +10,20 @@ from PIL import Image, ImageChops
 from data_prep.errors import InputError
 from data_prep.geometry import Size
 from data_prep.images import file_digest
+from eval.modes import DEFAULT_STRENGTHS
 from eval.places import FoundAdapter
-from eval.request import ASPECTS, CONTROLLED, MASKED, AdapterUse, Control, ControlName, EditRequest, Focus, ModeName
+from eval.request import (
+    ASPECTS,
+    CONTROLLED,
+    MASKED,
+    WITH_STRENGTH,
+    AdapterUse,
+    Control,
+    ControlName,
+    EditRequest,
+    Focus,
+    ModeName,
+)
 from eval.web.limits import Limits, read_picture
 
 MODE_NAMES: dict[ModeName, str] = {
@@ -36,14 +48,7 @@ MODE_HINTS: dict[ModeName, str] = {
     "control-inpaint": "A map of the source guides the edit, which stays where you paint.",
     "invert": "Finds the noise that the source comes from, and edits from there.",
 }
-STRENGTHS: dict[ModeName, float] = {
-    "img2img": 0.6,
-    "variation": 0.6,
-    "invert": 0.8,
-    "inpaint": 1.0,
-    "focus": 1.0,
-    "control-inpaint": 1.0,
-}
+STRENGTHS: dict[ModeName, float] = {mode: DEFAULT_STRENGTHS.get(mode, 1.0) for mode in WITH_STRENGTH}
 """Where a mode's strength slider begins; modes without one are not here. At 1 the edit starts anew."""
 CONTROL_NAMES: dict[ControlName, str] = {"canny": "Edges (Canny)", "lines": "Lines, as drawn", "depth": "Depth"}
 
