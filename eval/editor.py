@@ -30,8 +30,8 @@ from eval.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnPr
 from eval.samplers import Keep, OnStep
 from eval.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
-from train.denoiser import Denoiser
-from train.provenance import versions
+from train.model.denoiser import Denoiser
+from train.record.provenance import versions
 
 BASE_NAME = "qwen-image-edit"
 

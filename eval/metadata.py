@@ -14,7 +14,7 @@ from data_prep.geometry import Geometry
 from data_prep.images import file_digest
 from eval.request import AdapterUse
 from eval.samplers import BridgeSampler, FlowSampler, Sampler
-from train.adapter_files import WEIGHTS_FILE
+from train.model.adapter_files import WEIGHTS_FILE
 
 FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 """As Qwen-Image-Edit is meant to be sampled."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.model_dir import HUB_ID
-from train.adapter_files import WEIGHTS_FILE
-from train.run_files import CHECKPOINTS, LATEST
+from train.model.adapter_files import WEIGHTS_FILE
+from train.record.run_files import CHECKPOINTS, LATEST
 
 MODEL_DIR = "MODEL_DIR"
 """Environment variable: the folder that holds base models."""

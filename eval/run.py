@@ -62,7 +62,7 @@ from eval.scores.metric import check_names
 from eval.scores.places import CLIP, DINO, Places
 from eval.sizes import SizeLimits
 from eval.validation import Validation, choose_rows
-from train.loggers import Picture
+from train.record.loggers import Picture
 
 ENCODERS = ("vae", "text_encoder", "processor")
 

@@ -29,8 +29,8 @@ from eval.metrics import compare, mean_scores
 from eval.samplers import Sampler
 from eval.scores.metric import Example, Scores
 from losses.randomness import SampleRandom
-from train.loggers import Picture
-from train.processes import Processes
+from train.parallel.processes import Processes
+from train.record.loggers import Picture
 
 SOURCE = "source"
 """The baseline's name among the methods: the source image, returned unchanged."""

@@ -41,7 +41,7 @@ from eval.editor import Editor
 from eval.model.encoders import PlacedVAE
 from eval.model.placement import make_placement
 from eval.request import EditRequest
-from train.denoiser import build_dit
+from train.model.denoiser import build_dit
 
 GROWN = {"num_attention_heads": 8, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
 MIB = 2**20

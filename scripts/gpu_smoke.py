@@ -32,10 +32,10 @@ from data_prep.geometry import LATENT_CELL, Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.rows import read_rows
 from train.config import Config, compose
-from train.denoiser import build_dit
+from train.model.denoiser import build_dit
+from train.parallel.processes import Processes
 from train.phases import ENCODERS, plan_run, train_phase
-from train.planner import GIB, geometry_of
-from train.processes import Processes
+from train.plan.planner import GIB, geometry_of
 
 SHIPPED = Path(__file__).parent / "tiny"
 TRANSFORMER = {

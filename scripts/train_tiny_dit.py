@@ -27,7 +27,7 @@ from data_prep.model_dir import ModelDirectory
 from losses import FlowMatchingLoss, LogitNormalSigma, SampleRandom
 from losses.batch import Batch, Condition
 from scripts import photographs
-from train.denoiser import Denoiser, build_dit
+from train.model.denoiser import Denoiser, build_dit
 
 SIZE = 128
 VISION_PIXELS = 112 * 112

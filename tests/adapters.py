@@ -8,8 +8,8 @@ import torch
 
 from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
-from train.adapter import attach_lora
-from train.denoiser import load_denoiser
+from train.model.adapter import attach_lora
+from train.model.denoiser import load_denoiser
 
 
 def write_adapter(folder: Path, model_dir: Path, objective: str, geometry: Geometry, **loss: object) -> Path:

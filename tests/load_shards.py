@@ -9,10 +9,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from data_prep.model_dir import ModelDirectory
-from train.denoiser import load_denoiser
-from train.parallel import shard
-from train.processes import Processes
-from train.zero import zero_settings
+from train.model.denoiser import load_denoiser
+from train.parallel.processes import Processes
+from train.parallel.settings import zero_settings
+from train.parallel.strategies import shard
 
 if __name__ == "__main__":
     processes = Processes.start("cpu")

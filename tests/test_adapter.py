@@ -16,9 +16,9 @@ from eval.metadata import read_metadata
 from eval.model.adapters import use_adapters
 from eval.request import AdapterUse
 from tests.test_denoiser import make_condition, run_reference
-from train.adapter import Adapter, attach_lora, match_modules
 from train.config import DEFAULT_TARGETS as TARGETS
-from train.denoiser import Denoiser, load_denoiser
+from train.model.adapter import Adapter, attach_lora, match_modules
+from train.model.denoiser import Denoiser, load_denoiser
 
 TOLERANCE = 1e-4  # relative to the largest velocity: the others add the low-rank product to the base weight first
 

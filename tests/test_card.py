@@ -11,7 +11,7 @@ from eval.evaluation.card import MARKER, CardRequest, check_card, write_card
 from eval.evaluation.publish import check_push, push
 from eval.evaluation.recorder import Measured
 from eval.evaluation.summary import build_report
-from train.loggers import Picture
+from train.record.loggers import Picture
 
 
 @pytest.fixture

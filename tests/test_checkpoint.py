@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
-from train.adapter import Adapter, attach_lora
-from train.checkpoint import Checkpoints, read_checkpoint
-from train.denoiser import load_denoiser
+from train.model.adapter import Adapter, attach_lora
+from train.model.denoiser import load_denoiser
 from train.optim import AdamW, Optimizer, Prodigy
+from train.record.checkpoint import Checkpoints, read_checkpoint
 
 # Python 3.12 warns of forking beside threads; the children here only write files
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -11,7 +11,7 @@ from data_prep.errors import InputError
 from eval.model.adapters import linear_modules, remove_adapters, use_adapters
 from eval.request import AdapterUse
 from tests.test_adapter import close, fresh, inputs, trained
-from train.denoiser import Denoiser
+from train.model.denoiser import Denoiser
 
 A, B = ["to_q", "img_mlp.net.2", "img_in"], ["to_q", "to_out.0", "proj_out"]
 

@@ -8,7 +8,7 @@ from data_prep.errors import InputError
 from data_prep.model_dir import ModelDirectory
 from losses.batch import Condition
 from losses.patches import patchify, unpatchify
-from train.denoiser import Denoiser, load_denoiser
+from train.model.denoiser import Denoiser, load_denoiser
 
 # Both sides compute the same operations in float32; attention masks and the order of sums may differ in the last bits.
 TOLERANCE = 2e-5

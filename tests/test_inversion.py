@@ -19,7 +19,7 @@ from eval.samplers import FlowSampler, linear_sigmas, qwen_sigmas
 from losses.batch import Condition, Edit
 from losses.randomness import SampleRandom
 from scripts import photographs
-from train.denoiser import Denoiser, load_denoiser
+from train.model.denoiser import Denoiser, load_denoiser
 
 START = torch.linspace(0.5, 2.0, 32, dtype=torch.float64).view(2, 16, 1, 1)
 

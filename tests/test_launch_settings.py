@@ -14,10 +14,10 @@ from train.builders import check_nodes
 from train.config import compose
 from train.loop import TrainingDiverged, check_agreement, over_ranks
 from train.optim import AdamW
-from train.planner import harmless_changes
-from train.processes import check_launch
-from train.resume import MAY_CHANGE
-from train.zero import check_settings, launched_settings, zero_settings
+from train.parallel.processes import check_launch
+from train.parallel.settings import check_settings, launched_settings, zero_settings
+from train.plan.planner import harmless_changes
+from train.record.resume import MAY_CHANGE
 
 USERS = {
     "stage": 3,

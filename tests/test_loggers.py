@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.commands import run_script
 from tests.wandb_log import Written
-from train.loggers import JsonLines, Logger, Loggers, Picture, TensorBoard, Terminal
-from train.run_summary import summarise
+from train.record.loggers import JsonLines, Logger, Loggers, Picture, TensorBoard, Terminal
+from train.record.run_summary import summarise
 
 
 def test_json_lines_forget_what_was_after_the_checkpoint(tmp_path):

@@ -23,7 +23,7 @@ from eval.request import AdapterUse
 from scripts import bench_memory as bench
 from tests.test_adapter import close, fresh, trained
 from tests.test_components import velocity
-from train.denoiser import Denoiser
+from train.model.denoiser import Denoiser
 
 F32 = torch.float32
 Q8_0 = gguf.GGMLQuantizationType.Q8_0

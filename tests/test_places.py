@@ -9,7 +9,7 @@ from data_prep.errors import InputError
 from eval.options import parse_adapter
 from eval.places import find_adapter, find_model, found_adapters
 from eval.request import AdapterUse
-from train.adapter_files import WEIGHTS_FILE
+from train.model.adapter_files import WEIGHTS_FILE
 
 
 def write_run(folder: Path, *steps: int, latest: int | None = None, age: int = 0) -> None:

@@ -20,14 +20,14 @@ from data_prep.rows import read_rows
 from data_prep.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
 from losses.batch import Condition
 from scripts.gpu_smoke import TRANSFORMER, write_model
-from train.adapter import attach_lora
-from train.checkpoint import Checkpoints
 from train.config import DEFAULT_TARGETS, Config, compose
-from train.denoiser import Denoiser, build_dit, load_denoiser
-from train.gpus import GPUS, find_gpu
-from train.memory import LiveBytes, LoraSizes, Transformer, flash_attention, optimizer_bytes
+from train.model.adapter import attach_lora
+from train.model.denoiser import Denoiser, build_dit, load_denoiser
 from train.optim import AdamW, Optimizer, Prodigy
-from train.plan import GIB, Plan, dataset_sizes, make_plan
+from train.plan.gpus import GPUS, find_gpu
+from train.plan.memory import LiveBytes, LoraSizes, Transformer, flash_attention, optimizer_bytes
+from train.plan.plan import GIB, Plan, dataset_sizes, make_plan
+from train.record.checkpoint import Checkpoints
 
 SMALL = TRANSFORMER | {
     "num_layers": 12,

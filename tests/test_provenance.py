@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from train.provenance import git_state, provenance
+from train.record.provenance import git_state, provenance
 
 
 @pytest.fixture

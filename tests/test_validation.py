@@ -17,7 +17,7 @@ from eval.metrics import MAX_PSNR
 from eval.samplers import BridgeSampler, FlowSampler
 from eval.validation import Validation, choose_rows
 from tests.caching import cache_dataset, write_dataset, write_rows
-from train.denoiser import load_denoiser
+from train.model.denoiser import load_denoiser
 
 
 class Still(nn.Module):

@@ -17,8 +17,8 @@ from data_prep.errors import InputError
 from tests.commands import ROOT
 from tests.wandb_log import Written
 from tests.wandb_server import WandBServer
-from train.loggers import Loggers, Picture
-from train.wandb_logger import WandB, artifact_name
+from train.record.loggers import Loggers, Picture
+from train.record.wandb_logger import WandB, artifact_name
 
 CONFIG = {"train": {"num_steps": 8}, "optim": {"lr": 1e-4}}
 RECORD = {"git": {"commit": "0123456789abcdef", "dirty": True}, "data": "fingerprint", "versions": {"torch": "2"}}
@@ -211,7 +211,7 @@ def test_a_kill_costs_a_second(tmp_path):
     """The process is gone between one instruction and the next; W&B's own notices and ends as well."""
     code = (
         "import os, sys, time; from pathlib import Path; sys.path.insert(0, os.getcwd());"
-        "from train.wandb_logger import WandB; logger = WandB(Path(sys.argv[1]), 'n', {});"
+        "from train.record.wandb_logger import WandB; logger = WandB(Path(sys.argv[1]), 'n', {});"
         "[logger.log(step, {'loss': 1.0}) for step in range(1, 9)]; time.sleep(3); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)

@@ -11,9 +11,9 @@ from data_prep.errors import exit_codes
 from data_prep.model_dir import ModelDirectory
 from train.builders import check_nodes
 from train.config import compose
+from train.parallel.processes import Processes
 from train.phases import train_phase
-from train.planner import geometry_of
-from train.processes import Processes
+from train.plan.planner import geometry_of
 
 if __name__ == "__main__":
     with exit_codes():

@@ -19,13 +19,13 @@ from data_prep.errors import InputError
 from data_prep.geometry import Geometry
 from data_prep.model_dir import ModelDirectory
 from data_prep.records import CacheReader
-from train.adapter import Adapter, attach_lora
 from train.config import Config, to_yaml
-from train.denoiser import load_denoiser, resolve_zero_cond_t
-from train.loggers import JsonLines, Loggers, Terminal
-from train.parallel import Parallel, Replicas, Zero, shard
-from train.processes import Processes, check_launch
-from train.zero import check_settings, launched_settings, zero_settings
+from train.model.adapter import Adapter, attach_lora
+from train.model.denoiser import load_denoiser, resolve_zero_cond_t
+from train.parallel.processes import Processes, check_launch
+from train.parallel.settings import check_settings, launched_settings, zero_settings
+from train.parallel.strategies import Parallel, Replicas, Zero, shard
+from train.record.loggers import JsonLines, Loggers, Terminal
 
 
 def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any) -> Any:

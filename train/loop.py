@@ -14,12 +14,12 @@ from data_prep.batches import BatchStream
 from losses.batch import Batch
 from losses.randomness import SampleRandom
 from losses.terms import LossTerms
-from train.adapter import Adapter
-from train.checkpoint import Checkpoints
-from train.loggers import Loggers, Picture
+from train.model.adapter import Adapter
 from train.optim import Optimizer
-from train.parallel import Parallel
-from train.processes import Processes
+from train.parallel.processes import Processes
+from train.parallel.strategies import Parallel
+from train.record.checkpoint import Checkpoints
+from train.record.loggers import Loggers, Picture
 
 Loss = Callable[[nn.Module, Batch, SampleRandom], LossTerms]
 Sums = dict[str, tuple[float, int]]

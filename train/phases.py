@@ -27,17 +27,17 @@ from train.builders import (
     check_nodes,
     lazy_decode,
 )
-from train.checkpoint import Checkpoints
 from train.config import Config, to_yaml
-from train.gpus import find_gpu
-from train.loggers import Loggers
 from train.loop import Every, train
-from train.plan import Plan, dataset_sizes, make_plan
-from train.planner import geometry_of
-from train.processes import Processes
-from train.provenance import provenance
-from train.resume import check_continuation, continued_states, data_identity, find_checkpoint
-from train.run_files import CHECKPOINTS
+from train.parallel.processes import Processes
+from train.plan.gpus import find_gpu
+from train.plan.plan import Plan, dataset_sizes, make_plan
+from train.plan.planner import geometry_of
+from train.record.checkpoint import Checkpoints
+from train.record.loggers import Loggers
+from train.record.provenance import provenance
+from train.record.resume import check_continuation, continued_states, data_identity, find_checkpoint
+from train.record.run_files import CHECKPOINTS
 
 ENCODERS = ("vae", "text_encoder", "processor")
 

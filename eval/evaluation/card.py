@@ -19,8 +19,8 @@ from eval.evaluation.recorder import steps_label
 from eval.evaluation.summary import Report
 from eval.metadata import adapter_file, read_metadata, stored_digest
 from eval.scores.metric import Metric
-from train.adapter import CONFIG_FILE
-from train.loggers import Picture
+from train.model.adapter import CONFIG_FILE
+from train.record.loggers import Picture
 
 BASE = "base"
 """The name of the model without an adapter."""

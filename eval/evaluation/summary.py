@@ -9,7 +9,7 @@ from eval.evaluation.intervals import SIGNIFICANT, compare_methods, mean_interva
 from eval.evaluation.recorder import Measured, label
 from eval.scores.catalog import METRICS
 from eval.scores.metric import Metric
-from train.provenance import provenance
+from train.record.provenance import provenance
 
 FORMAT_VERSION = 1
 

@@ -23,7 +23,7 @@ from eval.metadata import stored_digest
 from eval.model.placement import Placement, make_placement
 from eval.open import open_editor
 from eval.sizes import SizeLimits
-from train.processes import Processes
+from train.parallel.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from eval.jobs.report import Summary, add_seconds, say_failure, write_reports
 from eval.jobs.table import Job
 from eval.provenance import write_png
 from eval.request import EditRequest, EditResult
-from train.processes import Processes
+from train.parallel.processes import Processes
 
 READERS = min(4, CORES)
 """Threads that read ahead."""

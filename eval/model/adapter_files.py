@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from eval.metadata import adapter_file
-from train.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_")
 DIFFUSERS_HEADER = "lora_adapter_metadata"

@@ -13,8 +13,8 @@ from data_prep.errors import InputError
 from eval.metadata import adapter_file
 from eval.model.adapter_files import LowRank, low_rank_sum, read_adapter
 from eval.request import AdapterUse
-from train.adapter import inject_lora
-from train.denoiser import Denoiser
+from train.model.adapter import inject_lora
+from train.model.denoiser import Denoiser
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from eval.model.offload import keep_adapters_on, stream_layers
 from eval.model.placement import CPU, Placement
 from eval.model.quantize import quantize_blocks
 from eval.request import AdapterUse
-from train.denoiser import Denoiser, build_dit, resolve_zero_cond_t
+from train.model.denoiser import Denoiser, build_dit, resolve_zero_cond_t
 
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
 PARTS: tuple[PartName, ...] = get_args(PartName)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import LoraLayer
 
-from train.denoiser import Denoiser
+from train.model.denoiser import Denoiser
 
 
 def stream_layers(denoiser: Denoiser, device: torch.device, folder: Path | None = None) -> None:

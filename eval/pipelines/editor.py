@@ -25,7 +25,7 @@ from eval.pipelines.load import check_placement, pipeline_folder
 from eval.provenance import NOTICE, pixel_digest
 from eval.request import EditRequest, EditResult, OnProgress
 from eval.sizes import SizeLimits
-from train.provenance import versions
+from train.record.provenance import versions
 
 AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """`callback_on_step_end(pipeline, step, timestep, tensors)`."""

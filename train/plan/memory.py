@@ -26,8 +26,8 @@ from data_prep.encoders import LATENT_CHANNELS, VAE, build_vae, use_single_frame
 from data_prep.geometry import Size
 from data_prep.sizes import Bucket, num_tokens
 from losses.batch import Condition
-from train.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
-from train.denoiser import Denoiser, build_dit
+from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
+from train.model.denoiser import Denoiser, build_dit
 from train.optim import Optimizer
 
 META = torch.device("meta")

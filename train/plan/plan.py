@@ -13,8 +13,8 @@ from data_prep.records import CacheReader
 from data_prep.rows import Row, read_rows
 from data_prep.sizes import Bucket, DatasetSizes, cached_sizes, estimated_sizes, num_tokens
 from train.config import Config
-from train.gpus import Gpu
-from train.planner import FLOAT, GIB, BuildOptimizer, Memory, Planner, forwards_per_sample, geometry_of, lora_sizes
+from train.plan.gpus import Gpu
+from train.plan.planner import FLOAT, GIB, BuildOptimizer, Memory, Planner, forwards_per_sample, geometry_of, lora_sizes
 
 UTILISATION = 0.40
 """Share of the GPU's bf16 peak that training is assumed to reach, LoRA's float32 products included."""

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.run_summary import summarise
+from train.record.run_summary import summarise
 
 Numbers = Mapping[str, float]
 
@@ -48,7 +48,7 @@ class Logger(Protocol):
         return {}
 
     def summary(self, numbers: Numbers) -> None:
-        """What the whole run came to, as `train.run_summary.summarise` says. Comes last, before `close`."""
+        """What the whole run came to, as `train.record.run_summary.summarise` says. Comes last, before `close`."""
 
     def close(self, exit_code: int = 0) -> None:
         """Nothing follows. `exit_code` is 0 for a run that did what it should, 255 for one stopped by Ctrl-C."""

@@ -14,10 +14,10 @@ from data_prep.geometry import Geometry, Size
 from data_prep.model_dir import ModelDirectory
 from data_prep.sizes import Bucket, DatasetSizes, cache_bytes
 from train.config import Config
-from train.denoiser import resolve_zero_cond_t
-from train.gpus import Gpu
-from train.memory import EncoderSizes, LoraSizes, Transformer, optimizer_bytes
+from train.model.denoiser import resolve_zero_cond_t
 from train.optim import Optimizer
+from train.plan.gpus import Gpu
+from train.plan.memory import EncoderSizes, LoraSizes, Transformer, optimizer_bytes
 
 GIB = 2**30
 ALLOWANCE = 3 * GIB // 2

@@ -7,9 +7,9 @@ from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.records import CacheReader
-from train.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from train.config import Config, read_yaml
-from train.processes import Processes
+from train.parallel.processes import Processes
+from train.record.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 
 MAY_CHANGE = (
     *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel", "plan"),

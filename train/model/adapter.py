@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from train.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from train.denoiser import Denoiser
+from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from train.model.denoiser import Denoiser
 
 PREFIX = "diffusion_model."
 UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.adapter import Adapter
-from train.processes import Processes
+from train.model.adapter import Adapter
+from train.parallel.processes import Processes
 
 GATHERED_TOGETHER = 32
 """LoRA weights of one gathering: few calls, and little memory."""
@@ -70,7 +70,7 @@ class Zero:
         denoiser: with LoRA attached; under ZeRO-3 its frozen weights are sharded already, by `shard`.
         adapter: its weights become masters, replicated on every rank.
         processes: of the run.
-        settings: DeepSpeed's configuration, from `train.zero.zero_settings`.
+        settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
         offload: keep the masters, and so the optimizer, in CPU memory.
     """
 

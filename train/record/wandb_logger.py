@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from data_prep.errors import InputError
-from train.loggers import Logger, Numbers, Pictures
+from train.record.loggers import Logger, Numbers, Pictures
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "config.yaml")
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.files import sync, write_text
-from train.adapter import Adapter
+from train.model.adapter import Adapter
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
-from train.run_files import LATEST
+from train.record.run_files import LATEST
 
 LORA, OPTIMIZER = "training_lora.safetensors", "optimizer.safetensors"
 STATE, CONFIG = "state.json", "config.yaml"
