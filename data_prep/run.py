@@ -14,14 +14,17 @@ import typer
 from data_prep.cli import run_app
 
 COMMANDS = {
-    "pairs": ("data_prep.build.pairs", "Folders of sources and targets, matched by file name."),
-    "table": ("data_prep.build.table", "A CSV, TSV, JSONL or Parquet file with columns of any names."),
-    "hf": ("data_prep.build.hf", "A Hugging Face dataset with images in it."),
-    "coco": ("data_prep.build.coco", "A COCO annotation file and its image folder."),
-    "overlay": ("data_prep.build.overlay", "Texts or images laid over photographs, to be added or removed."),
-    "synth": ("data_prep.build.synth", "Perfect pairs made of plain photographs."),
-    "mask": ("data_prep.build.mask", "Background masks from the difference of pairs, or given masks reworked."),
-    "split": ("data_prep.build.split", "Training and validation rows, whose content never overlaps."),
+    "pairs": ("data_prep.builders.pairs.command", "Folders of sources and targets, matched by file name."),
+    "table": ("data_prep.builders.table", "A CSV, TSV, JSONL or Parquet file with columns of any names."),
+    "hf": ("data_prep.builders.hf.command", "A Hugging Face dataset with images in it."),
+    "coco": ("data_prep.builders.coco.command", "A COCO annotation file and its image folder."),
+    "overlay": ("data_prep.builders.overlay.command", "Texts or images laid over photographs, to be added or removed."),
+    "synth": ("data_prep.builders.synth.command", "Perfect pairs made of plain photographs."),
+    "mask": (
+        "data_prep.builders.mask.command",
+        "Background masks from the difference of pairs, or given masks reworked.",
+    ),
+    "split": ("data_prep.builders.split.command", "Training and validation rows, whose content never overlaps."),
     "check": ("data_prep.check.check", "What is wrong with a dataset, before a GPU hour is spent."),
 }
 """Name -> the module of the function `command`, which is imported only when it is wanted, and a line of help."""

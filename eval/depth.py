@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
 
 from data_prep.errors import InputError
-from data_prep.images import file_digest
+from data_prep.rows.images import file_digest
 from eval.places import find_model
 
 DEPTH_MODEL = "DEPTH_MODEL"

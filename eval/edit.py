@@ -20,8 +20,8 @@ import typer
 
 from data_prep.cli import OnError, run_command
 from data_prep.errors import InputError
-from data_prep.geometry import Size
-from data_prep.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
+from data_prep.model.geometry import Size
+from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
 from eval.jobs.command import Base, Table, edit_table
 from eval.jobs.files import numbered
 from eval.jobs.run import is_out_of_memory

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.encoders import VAE
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit, to_image
-from data_prep.model_dir import COMPONENTS, ModelDirectory
-from data_prep.rows import MAX_SOURCES
+from data_prep.model.directory import COMPONENTS, ModelDirectory
+from data_prep.model.encoders import VAE
+from data_prep.model.geometry import Geometry, Size, fit, to_image
+from data_prep.rows.rows import MAX_SOURCES
 from eval.base import BaseEditor
 from eval.control import make_map
 from eval.depth import DepthSource

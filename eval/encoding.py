@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.batches import pad_condition
-from data_prep.encode import encode_white
-from data_prep.encoders import VAE, PromptEncoder
-from data_prep.geometry import Geometry, Size, fit, mask_to_latent, stretch, to_pixels
+from data_prep.cache.batches import pad_condition
+from data_prep.cache.encoding import encode_white
+from data_prep.model.encoders import VAE, PromptEncoder
+from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, stretch, to_pixels
 from eval.control import Strengthened
 from eval.samplers import Keep, Velocity
 from losses.batch import Condition, Edit

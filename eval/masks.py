@@ -6,7 +6,7 @@ from scipy.ndimage import distance_transform_edt
 from skimage.measure import label as connected_parts
 
 from data_prep.errors import InputError
-from data_prep.geometry import Size
+from data_prep.model.geometry import Size
 from eval.request import Focus
 
 

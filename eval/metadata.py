@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.images import file_digest
+from data_prep.model.geometry import Geometry
+from data_prep.rows.images import file_digest
 from eval.request import AdapterUse
 from eval.samplers import BridgeSampler, FlowSampler, Sampler
 from train.model.adapter_files import WEIGHTS_FILE

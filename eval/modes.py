@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, bucket_size, fit_mask
+from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
 from eval.inversion import InversionSampler
 from eval.masks import check_mask, focus_mask, soft_mask
 from eval.metadata import BRIDGE_STEPS, FLOW_CFG_SCALE, FLOW_STEPS, choose_sampler, trained_bridge

@@ -10,8 +10,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry
 from eval.base import BaseEditor
 from eval.model.placement import Placement
 from eval.places import find_model

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from data_prep.geometry import Size
+from data_prep.model.geometry import Size
 from eval.model.placement import OffloadName, WeightsName
 from eval.places import find_adapter
 from eval.request import AdapterUse, Control, Focus

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.model_dir import HUB_ID
+from data_prep.model.directory import HUB_ID
 from train.model.adapter_files import WEIGHTS_FILE
 from train.record.run_files import CHECKPOINTS, LATEST
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
+from data_prep.model.geometry import Geometry, Size
 from eval.metadata import adapter_file, read_metadata, stored_digest
 from eval.model.placement import WeightsName
 from eval.modes import BRIDGES, DEFAULT_STRENGTHS

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import MULTIPLE, Size
-from data_prep.rows import MAX_SOURCES
+from data_prep.model.geometry import MULTIPLE, Size
+from data_prep.rows.rows import MAX_SOURCES
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)

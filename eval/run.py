@@ -22,16 +22,16 @@ from typing import Annotated
 import torch
 import typer
 
-from data_prep.cache import build_cache
+from data_prep.cache.encoding import Encoders
+from data_prep.cache.reader import CacheReader
+from data_prep.cache.writer import build_cache
 from data_prep.cli import OnErrorName, run_command
-from data_prep.encode import Encoders
 from data_prep.errors import InputError
 from data_prep.files import write_text
-from data_prep.geometry import Geometry
-from data_prep.images import file_digest
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
-from data_prep.rows import RejectedRow, Row, read_rows
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry
+from data_prep.rows.images import file_digest
+from data_prep.rows.rows import RejectedRow, Row, read_rows
 from eval.evaluation.card import BASE, CardRequest, check_card, write_card
 from eval.evaluation.page import print_report, write_page
 from eval.evaluation.publish import check_push, push

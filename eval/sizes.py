@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
+from data_prep.model.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_prep.batches import collate
+from data_prep.cache.batches import collate
+from data_prep.cache.reader import CacheReader, Record
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
-from data_prep.geometry import LATENT_CELL, Size, fit, fit_mask, to_image, to_pixels
-from data_prep.images import open_image, open_mask
-from data_prep.progress import progress
-from data_prep.records import CacheReader, Record
+from data_prep.jobs.progress import progress
+from data_prep.model.geometry import LATENT_CELL, Size, fit, fit_mask, to_image, to_pixels
+from data_prep.rows.images import open_image, open_mask
 from eval.grid import GridRow, draw_grid, side_by_side
 from eval.metadata import describe_sampler
 from eval.metrics import compare, mean_scores

@@ -32,8 +32,8 @@ from PIL import ImageEnhance
 from pyarrow import parquet
 
 from data_prep.errors import InputError, exit_codes
-from data_prep.items import Done, Item
-from data_prep.rows import Row, read_rows
+from data_prep.jobs.items import Done, Item
+from data_prep.rows.rows import Row, read_rows
 
 QUALITY = 90
 
@@ -119,7 +119,7 @@ def peak_of_checking(path: Path) -> int:
     """Bytes that this process held at most, once `check` has taken in all rows, each with two pictures like no other."""
     from data_prep.check.findings import Limits  # torch, which the others shall not hold
     from data_prep.check.survey import Survey
-    from data_prep.geometry import Geometry
+    from data_prep.model.geometry import Geometry
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -132,8 +132,8 @@ def peak_of_checking(path: Path) -> int:
 
 
 def _made_up_measurement(rng: np.random.Generator) -> dict[str, Any]:
-    """As `data_prep.check.measure` gives it."""
-    from data_prep.duplicates import HASH_BYTES
+    """As `data_prep.check.measures.measurement` gives it."""
+    from data_prep.rows.duplicates import HASH_BYTES
 
     return {
         "sizes": [[1024, 1024]] * 2,

@@ -33,10 +33,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_prep.encoders import load_vae
 from data_prep.errors import InputError, exit_codes
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_vae
+from data_prep.model.geometry import Geometry
 from eval.editor import Editor
 from eval.model.encoders import PlacedVAE
 from eval.model.placement import make_placement

@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.cache import build_cache
-from data_prep.encode import Encoders
+from data_prep.cache.encoding import Encoders
+from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError, exit_codes
-from data_prep.geometry import LATENT_CELL, Geometry
-from data_prep.model_dir import ModelDirectory
-from data_prep.rows import read_rows
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import LATENT_CELL, Geometry
+from data_prep.rows.rows import read_rows
 from train.config import Config, compose
 from train.model.denoiser import build_dit
 from train.parallel.processes import Processes

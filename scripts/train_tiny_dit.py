@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from rich.progress import track
 from safetensors.torch import save_file
 
-from data_prep.encoders import load_prompt_encoder, load_vae
-from data_prep.geometry import Geometry, Size, stretch, to_pixels
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_prompt_encoder, load_vae
+from data_prep.model.geometry import Geometry, Size, stretch, to_pixels
 from losses import FlowMatchingLoss, LogitNormalSigma, SampleRandom
 from losses.batch import Batch, Condition
 from scripts import photographs

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as TF
 
-from data_prep.encoders import build_vae, use_single_frame, video_weights
+from data_prep.model.encoders import build_vae, use_single_frame, video_weights
 from scripts import photographs
 from scripts.make_tiny_model import read_config
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry
 from train.model.adapter import attach_lora
 from train.model.denoiser import load_denoiser
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.cache import CacheSummary, build_cache
-from data_prep.encode import Encoders
-from data_prep.encoders import load_prompt_encoder, load_vae
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
-from data_prep.rows import read_rows
+from data_prep.cache.encoding import Encoders
+from data_prep.cache.writer import CacheSummary, build_cache
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_prompt_encoder, load_vae
+from data_prep.model.geometry import Geometry
+from data_prep.rows.rows import read_rows
 
 GEOMETRY = Geometry(max_pixels=96 * 96, vision_pixels=112 * 112)
 

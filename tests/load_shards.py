@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from train.model.denoiser import load_denoiser
 from train.parallel.processes import Processes
 from train.parallel.settings import zero_settings

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from eval.metadata import read_metadata
 from eval.model.adapters import use_adapters
 from eval.request import AdapterUse

@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from data_prep.geometry import Geometry
-from data_prep.images import file_digest
+from data_prep.model.geometry import Geometry
+from data_prep.rows.images import file_digest
 from eval.provenance import read_png
 from tests.adapters import write_adapter
 from tests.commands import ROOT, run_script

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images import open_image
+from data_prep.rows.images import open_image
 from tests.commands import ROOT
 from tests.pictures import contents, dataset, picture, prepare, rejected, save
 

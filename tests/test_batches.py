@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.batches import BatchStream, collate, global_batches
+from data_prep.cache.batches import BatchStream, collate, global_batches
+from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
-from data_prep.records import CacheReader
 from losses.batch import Batch
 from tests.caching import cache_dataset, write_dataset, write_rows
 

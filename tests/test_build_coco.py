@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data_prep.build.coco_masks import to_rle, union
-from data_prep.tables import BadRow
+from data_prep.builders.coco.segmentations import to_rle, union
+from data_prep.rows.tables import BadRow
 from tests.commands import run_script
 from tests.pictures import contents
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images import open_image
-from data_prep.rows import Row, read_rows
+from data_prep.rows.images import open_image
+from data_prep.rows.rows import Row, read_rows
 from tests.pictures import contents, dataset, picture, prepare, rejected
 
 SIZE = (40, 32)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from data_prep.build.edited import Difference, soft_mask
+from data_prep.builders.mask.difference import Difference, soft_mask
 from data_prep.errors import InputError
 from scripts.photographs import HELD_OUT, TRAIN, load, random_crop
 from tests.commands import run_script

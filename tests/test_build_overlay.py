@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from data_prep.build.composite import contrast
-from data_prep.build.typography import DEFAULT_FONT, break_lines, lay_out
-from data_prep.images import open_image
+from data_prep.builders.overlay.composite import contrast
+from data_prep.builders.overlay.typography import DEFAULT_FONT, break_lines, lay_out
+from data_prep.rows.images import open_image
 from tests.commands import run_script
 
 SIZE = (160, 120)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.build.prompts import make_templates
-from data_prep.rows import Row, read_rows
+from data_prep.builders.common.prompts import make_templates
+from data_prep.rows.rows import Row, read_rows
 from tests.pictures import dataset, prepare, rejected, save
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from data_prep.build.choice import choose_validation
-from data_prep.build.split import parse_validation
+from data_prep.builders.split.command import parse_validation
+from data_prep.builders.split.stratification import choose_validation
 from data_prep.errors import InputError
-from data_prep.rows import read_rows
+from data_prep.rows.rows import read_rows
 from scripts.photographs import HELD_OUT, TRAIN, load, random_crop
 from tests.commands import run_script
 

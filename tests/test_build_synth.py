@@ -13,15 +13,15 @@ from PIL import Image
 from scipy.ndimage import label
 from skimage.color.colorconv import rgb_from_xyz
 
-from data_prep.build.recipes import colour, light, objects, outpaint, weather
-from data_prep.build.recipes.book import GROUPS, RECIPES, instruction, parse_recipes
-from data_prep.build.recipes.cutouts import object_name
-from data_prep.build.recipes.draft import CutOut, Draft, NoEdit, Scene, to_linear, to_srgb
-from data_prep.build.recipes.frame import frame_size, framed
-from data_prep.build.recipes.grade import load_cube
-from data_prep.build.synth import Plan, command
+from data_prep.builders.synth.catalog import GROUPS, RECIPES, instruction, parse_recipes
+from data_prep.builders.synth.command import Plan, command
+from data_prep.builders.synth.cutouts import object_name
+from data_prep.builders.synth.draft import CutOut, Draft, NoEdit, Scene, to_linear, to_srgb
+from data_prep.builders.synth.frame import frame_size, framed
+from data_prep.builders.synth.recipes import colour, light, objects, outpaint, weather
+from data_prep.builders.synth.recipes.grade import load_cube
 from data_prep.errors import InputError
-from data_prep.rows import Row, read_rows
+from data_prep.rows.rows import Row, read_rows
 from scripts.photographs import SKIMAGE_DATA, SKLEARN_DATA
 from tests.commands import run_script
 

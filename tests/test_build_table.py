@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.rows import Row, read_rows
+from data_prep.rows.rows import Row, read_rows
 from tests.pictures import dataset, prepare, rejected, save
 
 ROWS = [

@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.cache import build_cache
-from data_prep.encode import Encoders
+from data_prep.cache.encoding import Encoders
+from data_prep.cache.reader import CacheReader, Record
+from data_prep.cache.shards import read_arrow
+from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit, stretch, to_pixels
-from data_prep.images import open_image
-from data_prep.records import CacheReader, Record
-from data_prep.shards import read_arrow
+from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
+from data_prep.rows.images import open_image
 from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
 
 REPO = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 from data_prep.errors import InputError
-from data_prep.images import file_digest
+from data_prep.rows.images import file_digest
 from eval.evaluation.card import MARKER, CardRequest, check_card, write_card
 from eval.evaluation.publish import check_push, push
 from eval.evaluation.recorder import Measured

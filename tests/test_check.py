@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep.check import check
-from data_prep.images import open_image
+from data_prep.rows.images import open_image
 from scripts import photographs
 from tests.check_data import (
     check_here,

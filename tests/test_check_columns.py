@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.check.across import cross_findings
-from data_prep.check.columns import CHUNK, Columns
-from data_prep.check.summary import lay_out
-from data_prep.duplicates import HASH_BYTES
-from data_prep.geometry import Geometry
-from data_prep.rows import Row
+from data_prep.check.measures.column_store import CHUNK, Columns
+from data_prep.check.overlaps import cross_findings
+from data_prep.check.report.summary import lay_out
+from data_prep.model.geometry import Geometry
+from data_prep.rows.duplicates import HASH_BYTES
+from data_prep.rows.rows import Row
 from tests.commands import ROOT
 
 GROWTH = """
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from data_prep.check.findings import Limits
 from data_prep.check.survey import Survey
-from data_prep.duplicates import HASH_BYTES
-from data_prep.geometry import Geometry
-from data_prep.items import Done, Item
-from data_prep.rows import Row
+from data_prep.rows.duplicates import HASH_BYTES
+from data_prep.model.geometry import Geometry
+from data_prep.jobs.items import Done, Item
+from data_prep.rows.rows import Row
 
 rng, folder = np.random.default_rng(0), Path(sys.argv[1])
 

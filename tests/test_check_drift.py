@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
-from data_prep.check.drift import measure_drift
+from data_prep.check.measures.drift import measure_drift
 from scripts import photographs
 from tests.check_data import EDITS, LOCAL, edit, moved_pair
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data_prep.check.check import command
-from data_prep.check.fix import write_cleaned
+from data_prep.check.cleaning import write_cleaned
 from data_prep.errors import InputError
 from tests.caching import write_image
 from tests.check_data import check_here, found, run_check, write_jsonl

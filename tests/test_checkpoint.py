@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from train.model.adapter import Adapter, attach_lora
 from train.model.denoiser import load_denoiser
 from train.optim import AdamW, Optimizer, Prodigy

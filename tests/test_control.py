@@ -11,8 +11,8 @@ from scipy.ndimage import distance_transform_edt
 from transformers import pipeline
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry, Size, fit
 from eval.control import Strengthened, make_map
 from eval.depth import DepthModel, DepthSource
 from eval.editor import Editor

@@ -5,7 +5,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from losses.batch import Condition
 from losses.patches import patchify, unpatchify
 from train.model.denoiser import Denoiser, load_denoiser

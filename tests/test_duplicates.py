@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from data_prep.duplicates import HASH_BYTES, MAX_COLOUR, MAX_DISTANCE, image_hash, near_duplicates
+from data_prep.rows.duplicates import HASH_BYTES, MAX_COLOUR, MAX_DISTANCE, image_hash, near_duplicates
 from scripts.photographs import HELD_OUT, TRAIN, load
 
 SIDE = 256

@@ -11,11 +11,11 @@ import pytest
 import typer
 from PIL import Image
 
-from data_prep.build.overlay_style import PARSERS as STYLE
+from data_prep.builders.overlay.style import PARSERS as STYLE
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.images import file_digest
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry
+from data_prep.rows.images import file_digest
 from eval.edit import edit
 from eval.editor import Editor
 from eval.jobs.table import COLUMNS

@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
+from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit
-from data_prep.images import open_image
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry, Size, fit
+from data_prep.rows.images import open_image
 from eval.editor import Editor
 from eval.encoding import RequestEncoder, join_edits
 from eval.metadata import DEFAULT_GEOMETRY, choose_sampler, trained_geometry

@@ -7,7 +7,8 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from data_prep.encoders import (
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import (
     DROPPED_TOKENS,
     PICTURE,
     SYSTEM,
@@ -18,7 +19,6 @@ from data_prep.encoders import (
     use_single_frame,
     video_weights,
 )
-from data_prep.model_dir import ModelDirectory
 
 # float32 against float32 through about thirty convolutions, whose sums are taken in another order
 TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import InputError
-from data_prep.folders import list_images, unique_names
+from data_prep.rows.folders import list_images, unique_names
 
 
 def test_images_are_found_by_name_in_order_and_links_do_not_loop(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.geometry import Geometry, Size, fit, fit_mask, mask_to_latent, stretch, to_image, to_pixels
+from data_prep.model.geometry import Geometry, Size, fit, fit_mask, mask_to_latent, stretch, to_image, to_pixels
 
 SIZES = st.builds(Size, st.integers(1, 9000), st.integers(1, 9000))
 AREAS = st.integers(32 * 32, 2048 * 2048)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images import RejectedImage, inspect_image, open_image, open_mask
+from data_prep.rows.images import RejectedImage, inspect_image, open_image, open_mask
 
 GRADIENT = np.linspace(0, 255, 64 * 48, dtype=np.uint8).reshape(48, 64)
 

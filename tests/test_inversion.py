@@ -9,11 +9,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data_prep.batches import pad_condition
-from data_prep.encoders import VAE, load_prompt_encoder, load_vae
+from data_prep.cache.batches import pad_condition
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, stretch, to_image, to_pixels
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import VAE, load_prompt_encoder, load_vae
+from data_prep.model.geometry import Geometry, Size, stretch, to_image, to_pixels
 from eval.inversion import Flow, InversionSampler, integrate_second_order, invert
 from eval.samplers import FlowSampler, linear_sigmas, qwen_sigmas
 from losses.batch import Condition, Edit

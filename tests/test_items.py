@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.engines import local_engine
-from data_prep.images import RejectedImage
-from data_prep.items import Done, Item, Result, run_items
-from data_prep.rows import RejectedRow
-from data_prep.tables import BadRow
+from data_prep.jobs.engines import local_engine
+from data_prep.jobs.items import Done, Item, Result, run_items
+from data_prep.rows.images import RejectedImage
+from data_prep.rows.rows import RejectedRow
+from data_prep.rows.tables import BadRow
 from tests.commands import ROOT
 
 
@@ -133,8 +133,8 @@ WAITING = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from data_prep.engines import local_engine
-from data_prep.items import run_items
+from data_prep.jobs.engines import local_engine
+from data_prep.jobs.items import run_items
 from tests.test_items import Shout, items
 folder = Path(sys.argv[1])
 for answer in run_items(items(5000, {{300: "wait"}}), Shout(folder), folder / ".parts", local_engine(2), "shouting"):

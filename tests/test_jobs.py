@@ -17,13 +17,13 @@ import typer
 from PIL import Image
 from pyarrow import parquet
 
-from data_prep.build.overlay_rows import Photographs
-from data_prep.build.typography import DEFAULT_FONT
+from data_prep.builders.overlay.overlay_table import Photographs
+from data_prep.builders.overlay.typography import DEFAULT_FONT
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
-from data_prep.images import file_digest
-from data_prep.model_dir import ModelDirectory
-from data_prep.rows import RejectedRow
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.images import file_digest
+from data_prep.rows.rows import RejectedRow
 from eval.base import BaseEditor
 from eval.edit import edit
 from eval.editor import Editor

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from train.builders import check_nodes
 from train.config import compose
 from train.loop import TrainingDiverged, check_agreement, over_ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.records import CacheReader
+from data_prep.cache.reader import CacheReader
 from tests.commands import ROOT, warm_programs
 
 SCRIPTS = ROOT / "scripts"

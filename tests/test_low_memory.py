@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.encoders import load_vae
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_vae
 from eval.model.adapters import use_adapters
 from eval.model.components import Components, load_placed_denoiser
 from eval.model.encoders import PlacedVAE

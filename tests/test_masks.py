@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Size
+from data_prep.model.geometry import Size
 from eval.masks import check_mask, focus_mask, paste_back, soft_mask
 from eval.request import Focus
 from tests.pictures import picture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.encoders import load_prompt_encoder, load_vae
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_prompt_encoder, load_vae
 
 FILES = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 LOADERS = {"vae": load_vae, "text_encoder": load_prompt_encoder}

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
+from data_prep.model.geometry import Geometry, Size
 from eval.inversion import InversionSampler
 from eval.modes import check_request, make_plan, result_size
 from eval.request import ASPECTS, AdapterUse, Control, EditRequest, Focus

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data_prep.records import CacheReader
+from data_prep.cache.reader import CacheReader
 from tests.commands import launch
 
 

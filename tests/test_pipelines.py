@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit
-from data_prep.model_dir import COMPONENTS
+from data_prep.model.directory import COMPONENTS
+from data_prep.model.geometry import Geometry, Size, fit
 from eval.base import BaseEditor
 from eval.model.placement import Placement
 from eval.open import base_of, open_editor

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_prep.cache.reader import CacheReader
+from data_prep.cache.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
-from data_prep.rows import read_rows
-from data_prep.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.rows import read_rows
 from losses.batch import Condition
 from scripts.gpu_smoke import TRANSFORMER, write_model
 from train.config import DEFAULT_TARGETS, Config, compose
@@ -271,7 +271,7 @@ def test_reads_sizes_upright_and_skips_what_is_unusable(tmp_path):
 
 def test_text_length_of_the_published_tokenizer():
     """211 tokens for a short instruction and one square image: what upstream's pipeline gives."""
-    from data_prep import sizes
+    from data_prep.cache import sizes
 
     vision = round(384 / 28) ** 2
     assert vision + sizes.TOKENS_PER_IMAGE + sizes.TOKENS_PER_ROW == pytest.approx(211, abs=5)

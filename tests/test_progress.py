@@ -7,7 +7,7 @@ from os import close, read
 from pathlib import Path
 
 SHOW = """
-from data_prep.progress import progress
+from data_prep.jobs.progress import progress
 with progress("caching", 4) as advance:
     for _ in range(4):
         advance(1)

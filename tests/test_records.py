@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import records
+from data_prep.cache import reader as records
+from data_prep.cache.reader import CacheReader, target_size
+from data_prep.cache.shards import SUB_NOISE_SCHEMA, from_arrow, read_arrow, to_arrow, write_arrow
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.records import CacheReader, target_size
-from data_prep.shards import SUB_NOISE_SCHEMA, from_arrow, read_arrow, to_arrow, write_arrow
+from data_prep.model.geometry import Geometry
 from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_rows
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from data_prep.cli import run_command
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.images import file_digest
-from data_prep.rows import RejectedRow, Row
+from data_prep.model.geometry import Geometry
+from data_prep.rows.images import file_digest
+from data_prep.rows.rows import RejectedRow, Row
 from eval import run
 from eval.chart import MAX_POINTS, line_chart, thin, ticks
 from eval.report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report

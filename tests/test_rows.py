@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.errors import InputError
-from data_prep.rows import RejectedRow, Row, read_rows
+from data_prep.rows.rows import RejectedRow, Row, read_rows
 
 TABLE = [
     {"prompt": "remove the sticker", "image": "out/ä 1.png", "edit_image": ["in/1.png"], "id": "first"},

@@ -17,7 +17,7 @@ from torchmetrics.functional.image import (
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTModel
 
 from data_prep.errors import InputError
-from data_prep.geometry import to_image
+from data_prep.model.geometry import to_image
 from eval.metrics import ssim, ssim_map
 from eval.scores import identity
 from eval.scores.catalog import METRICS, load_battery

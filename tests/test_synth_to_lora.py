@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from data_prep.rows import read_rows
+from data_prep.rows.rows import read_rows
 from scripts.photographs import SKIMAGE_DATA, SKLEARN_DATA
 from tests.commands import run_script
 from tests.test_readme import QUICK

@@ -8,10 +8,10 @@ from diffusers import QwenImageEditPlusPipeline
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import Qwen2Tokenizer
 
-from data_prep.encoders import load_vae
 from data_prep.errors import InputError
-from data_prep.geometry import Size, fit, to_pixels
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_vae
+from data_prep.model.geometry import Size, fit, to_pixels
 from scripts import make_tiny_model, photographs
 from tests.commands import ROOT, run_script
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data_prep.encoders import load_vae
+from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_vae
 from eval.grid import GAP
 from eval.metrics import MAX_PSNR
 from eval.samplers import BridgeSampler, FlowSampler

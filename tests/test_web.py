@@ -16,8 +16,8 @@ from gradio import Progress
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
-from data_prep.images import file_digest, open_image
+from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.images import file_digest, open_image
 from eval.chart import line_chart
 from eval.model.placement import Placement
 from eval.open import open_editor

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_prep.errors import exit_codes
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from train.builders import check_nodes
 from train.config import compose
 from train.parallel.processes import Processes

@@ -14,11 +14,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from data_prep.encoders import load_vae
+from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_vae
+from data_prep.model.geometry import Geometry
 from train.config import Config, to_yaml
 from train.model.adapter import Adapter, attach_lora
 from train.model.denoiser import load_denoiser, resolve_zero_cond_t

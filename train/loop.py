@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from data_prep.batches import BatchStream
+from data_prep.cache.batches import BatchStream
 from losses.batch import Batch
 from losses.randomness import SampleRandom
 from losses.terms import LossTerms

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.batches import BatchStream
-from data_prep.cache import build_cache
-from data_prep.encode import Encoders
-from data_prep.encoders import load_prompt_encoder, load_vae
+from data_prep.cache.batches import BatchStream
+from data_prep.cache.encoding import Encoders
+from data_prep.cache.reader import CacheReader
+from data_prep.cache.writer import build_cache
 from data_prep.files import write_text
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
-from data_prep.rows import RejectedRow, Row, read_rows
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_prompt_encoder, load_vae
+from data_prep.model.geometry import Geometry
+from data_prep.rows.rows import RejectedRow, Row, read_rows
 from train.builders import (
     adapter_metadata,
     build,

@@ -8,23 +8,23 @@ from typing import Annotated
 
 import typer
 
+from data_prep.check.cleaning import beside, cleaned_path, write_cleaned
 from data_prep.check.findings import Limits
-from data_prep.check.fix import beside, cleaned_path, write_cleaned
-from data_prep.check.measure import Measure
-from data_prep.check.page import write_page
-from data_prep.check.report import Facts, print_tables, write_json
-from data_prep.check.summary import TEXT_WIDTH, VISION_SIDE, lay_out
+from data_prep.check.measures.measurement import Measure
+from data_prep.check.report.facts import Facts, print_tables, write_json
+from data_prep.check.report.page import write_page
+from data_prep.check.report.summary import TEXT_WIDTH, VISION_SIDE, lay_out
 from data_prep.check.survey import Survey, survey
 from data_prep.cli import CORES, Engine, Processes
-from data_prep.engines import make_engine
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
-from data_prep.geometry import MULTIPLE, Geometry
-from data_prep.items import PARTS_FOLDER
-from data_prep.model_dir import ModelDirectory
-from data_prep.rows import read_rows
+from data_prep.jobs.engines import make_engine
+from data_prep.jobs.items import PARTS_FOLDER
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import MULTIPLE, Geometry
+from data_prep.rows.rows import read_rows
 
-PRELOAD = ["data_prep.check.measure"]
+PRELOAD = ["data_prep.check.measures.measurement"]
 
 
 def command(

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size
-from data_prep.rows import RejectedRow, Row
+from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.rows import RejectedRow, Row
 
 Severity = Literal["error", "warning"]
 

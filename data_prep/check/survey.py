@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.check.across import cross_findings
-from data_prep.check.columns import Columns
 from data_prep.check.findings import Finding, Limits, judge, judge_rejected
-from data_prep.check.measure import Measure, as_item
-from data_prep.items import PARTS_FOLDER, Done, Engine, Item, run_items
-from data_prep.rows import RejectedRow, Row, read_rows
+from data_prep.check.measures.column_store import Columns
+from data_prep.check.measures.measurement import Measure, as_item
+from data_prep.check.overlaps import cross_findings
+from data_prep.jobs.items import PARTS_FOLDER, Done, Engine, Item, run_items
+from data_prep.rows.rows import RejectedRow, Row, read_rows
 
 PICTURED = 6
 """Rows of each kind that the page shows."""

@@ -6,14 +6,14 @@ from itertools import islice
 
 import torch
 
-from data_prep.encode import Encoders, encode_rows, prepare_row
-from data_prep.encoders import load_prompt_encoder, load_vae
+from data_prep.cache.encoding import Encoders, encode_rows, prepare_row
+from data_prep.cache.reader import CacheHeader
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
-from data_prep.images import RejectedImage
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheHeader
-from data_prep.rows import RejectedRow, Row
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import load_prompt_encoder, load_vae
+from data_prep.model.geometry import Geometry
+from data_prep.rows.images import RejectedImage
+from data_prep.rows.rows import RejectedRow, Row
 
 
 def seconds_per_row(

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
-from data_prep.model_dir import HUB_ID
+from data_prep.model.directory import HUB_ID
 from eval.evaluation.page import CHARTED, ScoreCell, score_tables
 from eval.evaluation.recorder import steps_label
 from eval.evaluation.summary import Report

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from data_prep.files import atomic_file
-from data_prep.geometry import Geometry, to_image
+from data_prep.model.geometry import Geometry, to_image
 from eval.scores.catalog import Battery
 from eval.scores.metric import Example, Scores
 from eval.scores.registration import registration_scores

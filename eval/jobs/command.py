@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import typer
 
-from data_prep.build.coco_file import image_names
-from data_prep.build.overlay_rows import Photographs
-from data_prep.build.typography import DEFAULT_FONT
+from data_prep.builders.coco.annotations import image_names
+from data_prep.builders.overlay.overlay_table import Photographs
+from data_prep.builders.overlay.typography import DEFAULT_FONT
 from data_prep.cli import OnErrorName
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry
+from data_prep.model.geometry import Geometry
 from eval.base import BaseEditor
 from eval.jobs.files import JobFiles
 from eval.jobs.run import run_jobs

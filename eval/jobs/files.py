@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.build.overlay import MakeOverlay
-from data_prep.build.overlay_style import DEFAULT_STYLE, Style, parse_style
-from data_prep.build.typography import DEFAULT_FONT, check_font
-from data_prep.images import check_mask_shape, file_digest, open_image, open_mask
-from data_prep.items import Item
+from data_prep.builders.overlay.command import MakeOverlay
+from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
+from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
+from data_prep.jobs.items import Item
+from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask
 from eval.jobs.table import Job, describe
 from eval.metadata import adapter_file
 from eval.request import EditRequest

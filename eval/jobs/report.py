@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import atomic_file
-from data_prep.rows import RejectedRow
+from data_prep.rows.rows import RejectedRow
 from eval.jobs.files import KeyedJob
 
 RESULTS, FAILED = "results.csv", "failed.csv"

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from data_prep.ahead import ahead
 from data_prep.cli import CORES
 from data_prep.errors import InputError
 from data_prep.files import make_folder
-from data_prep.images import RejectedImage
-from data_prep.progress import progress
-from data_prep.rows import RejectedRow
-from data_prep.tables import BadRow
+from data_prep.jobs.prefetch import ahead
+from data_prep.jobs.progress import progress
+from data_prep.rows.images import RejectedImage
+from data_prep.rows.rows import RejectedRow
+from data_prep.rows.tables import BadRow
 from eval.base import BaseEditor
 from eval.jobs.files import JobFiles, KeyedJob
 from eval.jobs.report import Summary, add_seconds, say_failure, write_reports

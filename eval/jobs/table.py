@@ -13,12 +13,12 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.build.overlay_rows import Photographs
-from data_prep.build.overlay_style import PARSERS as STYLE
-from data_prep.build.overlay_style import parse_style
+from data_prep.builders.overlay.overlay_table import Photographs
+from data_prep.builders.overlay.style import PARSERS as STYLE
+from data_prep.builders.overlay.style import parse_style
 from data_prep.errors import InputError
-from data_prep.rows import RejectedRow, is_absent, plain_text, resolve_path
-from data_prep.tables import BadRow, read_file
+from data_prep.rows.rows import RejectedRow, is_absent, plain_text, resolve_path
+from data_prep.rows.tables import BadRow, read_file
 from eval.options import parse_adapter, parse_control, parse_focus, parse_size
 from eval.request import CONTROLLED, MASKED, Control, EditRequest
 

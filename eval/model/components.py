@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from data_prep.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from eval.metadata import AdapterState, adapter_state
 from eval.model.adapters import use_adapters
 from eval.model.encoders import PlacedPromptEncoder, PlacedVAE

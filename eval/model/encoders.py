@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.encoders import VAE, PromptEncoder
+from data_prep.model.encoders import VAE, PromptEncoder
 
 TILE = 64
 """Side of a tile, in latent cells of 8 pixels."""

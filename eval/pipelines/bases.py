@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data_prep.geometry import Geometry
+from data_prep.model.geometry import Geometry
 from eval.request import Abilities, ModeName
 
 GENERAL: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus")

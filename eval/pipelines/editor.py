@@ -12,8 +12,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from data_prep.geometry import Geometry
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry
 from eval.base import BaseEditor
 from eval.masks import paste_back
 from eval.metadata import AdapterState, adapter_state, describe_adapters

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit
+from data_prep.model.geometry import Geometry, Size, fit
 from eval.model.placement import Placement
 from eval.modes import result_size
 from eval.pipelines.bases import BASES

@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpain
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.geometry import Geometry, Size, fit, fit_mask
+from data_prep.model.geometry import Geometry, Size, fit, fit_mask
 from eval.model.placement import Placement
 from eval.modes import DEFAULT_STRENGTHS, edit_mask, result_size
 from eval.pipelines.bases import BASES

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from data_prep.geometry import to_image
+from data_prep.model.geometry import to_image
 from eval.scores.metric import Example
 
 Role = Literal["prediction", "target", "source"]

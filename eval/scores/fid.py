@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-from data_prep.geometry import Size, stretch
+from data_prep.model.geometry import Size, stretch
 from eval.scores.features import Features
 from eval.scores.metric import Example, Metric, Scores, Unavailable, first_line
 from eval.scores.places import Places

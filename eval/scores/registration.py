@@ -1,18 +1,19 @@
 """Whether the picture is still where the source was: the shift and the zoom of its background against the source's.
 
-This model family is known to move and to zoom what it should have left alone. data_prep/check/drift.py says how it is measured.
+This model family is known to move and to zoom what it should have left alone. How it is measured:
+data_prep/check/measures/drift.py.
 """
 
 from PIL import Image
 from torch import Tensor
 
-from data_prep.check.drift import Drift, measure_drift
-from data_prep.geometry import to_image
+from data_prep.check.measures.drift import Drift, measure_drift
+from data_prep.model.geometry import to_image
 from eval.scores.metric import Example, Metric, Scores
 
 SHIFT, ZOOM = 1.0, 0.003
 """Pixels, and share of the size: a picture beyond one of them has drifted."""
-_SOURCE = "windowed phase correlation, data_prep/check/drift.py"
+_SOURCE = "windowed phase correlation, data_prep/check/measures/drift.py"
 
 
 class Registration:

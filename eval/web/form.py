@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image, ImageChops
 
 from data_prep.errors import InputError
-from data_prep.geometry import Size
-from data_prep.images import file_digest
+from data_prep.model.geometry import Size
+from data_prep.rows.images import file_digest
 from eval.modes import DEFAULT_STRENGTHS
 from eval.places import FoundAdapter
 from eval.request import (

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.errors import InputError
-from data_prep.images import RejectedImage, open_image
+from data_prep.rows.images import RejectedImage, open_image
 
 MEGA = 1_000_000
 CANVAS = 800

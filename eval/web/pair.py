@@ -11,7 +11,7 @@ from gradio.processing_utils import save_file_to_cache
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.images import file_digest
+from data_prep.rows.images import file_digest
 from eval.request import EditRequest, EditResult, OnProgress
 from eval.web.fields import MAX_SEED
 from eval.web.form import chosen_adapters

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from PIL import Image
 
-from data_prep.geometry import Size, fit
+from data_prep.model.geometry import Size, fit
 from eval.provenance import write_png
 from eval.request import EditResult
 

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_prep.errors import InputError
-from data_prep.rows import Row, read_rows
+from data_prep.rows.rows import Row, read_rows
 from eval.base import BaseEditor
 from eval.web.jobs import MAX_WAITING
 from eval.web.limits import Limits, is_loopback

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
+from data_prep.model.directory import ModelDirectory
 from losses.batch import Condition
 from losses.patches import PATCH, patchify, unpatchify
 

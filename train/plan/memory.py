@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from data_prep.encoders import LATENT_CHANNELS, VAE, build_vae, use_single_frame
-from data_prep.geometry import Size
-from data_prep.sizes import Bucket, num_tokens
+from data_prep.cache.sizes import Bucket, num_tokens
+from data_prep.model.encoders import LATENT_CHANNELS, VAE, build_vae, use_single_frame
+from data_prep.model.geometry import Size
 from losses.batch import Condition
 from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
 from train.model.denoiser import Denoiser, build_dit

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep.cache.reader import CacheReader
+from data_prep.cache.sizes import Bucket, DatasetSizes, cached_sizes, estimated_sizes, num_tokens
 from data_prep.errors import InputError
-from data_prep.model_dir import ModelDirectory
-from data_prep.records import CacheReader
-from data_prep.rows import Row, read_rows
-from data_prep.sizes import Bucket, DatasetSizes, cached_sizes, estimated_sizes, num_tokens
+from data_prep.model.directory import ModelDirectory
+from data_prep.rows.rows import Row, read_rows
 from train.config import Config
 from train.plan.gpus import Gpu
 from train.plan.planner import FLOAT, GIB, BuildOptimizer, Memory, Planner, forwards_per_sample, geometry_of, lora_sizes

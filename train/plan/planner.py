@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.geometry import Geometry, Size
-from data_prep.model_dir import ModelDirectory
-from data_prep.sizes import Bucket, DatasetSizes, cache_bytes
+from data_prep.cache.sizes import Bucket, DatasetSizes, cache_bytes
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry, Size
 from train.config import Config
 from train.model.denoiser import resolve_zero_cond_t
 from train.optim import Optimizer

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
-from data_prep.records import CacheReader
 from train.config import Config, read_yaml
 from train.parallel.processes import Processes
 from train.record.checkpoint import Checkpoint, Checkpoints, read_checkpoint

@@ -1,0 +1,4 @@
+"""COCO annotations and photographs -> rows with masks, or objects cut out.
+
+Imports data_prep/builders/common.
+"""

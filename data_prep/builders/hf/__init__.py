@@ -1,0 +1,4 @@
+"""A Hugging Face dataset with pictures in it -> files and rows.
+
+Imports data_prep/builders/common.
+"""

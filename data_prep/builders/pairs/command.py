@@ -1,0 +1,112 @@
+"""Folders of sources and targets -> dataset: files of one name, in folders beside each other, are one row."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_prep.builders.common.dataset import build_dataset
+from data_prep.builders.common.picture_check import check_pictures
+from data_prep.builders.common.prompts import PromptOption, Templates, TemplatesOption, make_templates, read_templates
+from data_prep.builders.pairs.captions import Caption, read_caption
+from data_prep.builders.pairs.pair_folders import PairFolders, find_pairs, pair_items
+from data_prep.cli import CORES, Engine, OnError, Processes, Seed
+from data_prep.errors import InputError
+from data_prep.jobs.engines import make_engine
+from data_prep.jobs.items import Item
+from data_prep.rows.tables import BadRow
+
+FIELDS = ("stem", "folder", "tag")
+"""What a prompt template may use: the files' name without its ending, the folder that they are in below `target/`, and
+the tag of the caption file."""
+
+
+def command(
+    folder: Annotated[Path, typer.Option(help="Holds source/, target/, and perhaps mask/, ref_gt/, caption/.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of dataset.jsonl.", show_default="FOLDER itself")] = None,
+    prompt: PromptOption = None,
+    templates: TemplatesOption = None,
+    seed: Seed = 0,
+    processes: Processes = CORES,
+    engine: Engine = "local",
+    on_error: OnError = "raise",
+) -> None:
+    """Folders of pictures become a dataset: files of one name in source/, target/, mask/ and ref_gt/ are one row.
+
+    Folders may be nested. Up to three folders whose names begin with "source" give the sources, in the order of their names,
+    and each row has a file in all of them; masks (white = background to preserve) and ground truths may be missing.
+    Pictures stay where they are. Each is decoded once, so that every row of the dataset can be used.
+
+    Instructions come from the first of these that there is:
+    (1) --prompt or --templates, with the fields {stem} (the name without ending), {folder} (below target/) and {tag};
+    (2) caption/NAME.txt or caption/NAME.json;
+    (3) such files beside the target, or else beside a source;
+    (4) FOLDER/caption.txt, for all rows: templates as in (1), one a line.
+    A .json file has the key "prompt" or "caption", and may have "negative_prompt", "tag" and "group", which count with (1) too.
+
+    python data_prep/run.py pairs --folder photos --prompt "Remove the {stem}"
+    """
+    folder = Path(os.path.abspath(folder))
+    given = make_templates(prompt, templates, seed)
+    pairs = find_pairs(folder)
+    make = MakePair(_templates_of_all(pairs, folder, given, seed))
+    for remark in pairs.remarks():
+        print(remark)
+    workers = make_engine(engine, processes, preload=["numpy", "PIL.Image"])
+    build_dataset(
+        pair_items(pairs), make, out or folder, workers, title="pairs", total=len(pairs.stems), on_error=on_error
+    )
+
+
+@dataclass(frozen=True)
+class MakePair:
+    """Decodes the pictures of a pair and finds its instruction."""
+
+    templates: Templates | None
+    """None: each pair has a caption file, which says the instruction."""
+
+    def __call__(self, item: Item, out: Path) -> list[dict[str, Any]]:
+        paths = item.values
+        row = {
+            "image": Path(paths["target"]),
+            "edit_image": [Path(path) for path in paths["sources"]],
+            "back_mask": Path(paths["mask"]) if paths["mask"] else None,
+            "ref_gt": Path(paths["ref_gt"]) if paths["ref_gt"] else None,
+        }
+        caption = self._caption(paths["caption"])
+        prompt = self._prompt(item, caption)
+        check_pictures(row)
+        more = {"negative_prompt": caption.negative_prompt, "tag": caption.tag, "group": caption.group}
+        return [{"id": item.id, "prompt": prompt, **row, **more}]
+
+    def _caption(self, path: str | None) -> Caption:
+        """Templates take the place of a text file, but not of what else a JSON file says."""
+        if path is None or (self.templates and not path.lower().endswith(".json")):
+            return Caption()
+        return read_caption(Path(path))
+
+    def _prompt(self, item: Item, caption: Caption) -> str:
+        if self.templates is not None:
+            folder, _, stem = item.id.rpartition("/")
+            return self.templates.fill(item.id, {"stem": stem, "folder": folder, "tag": caption.tag})
+        if item.values["caption"] is None:
+            raise BadRow("there is no caption file of this name, as others have")
+        if not caption.prompt:
+            raise BadRow(f"its caption file {item.values['caption']} has no instruction")
+        return caption.prompt
+
+
+def _templates_of_all(pairs: PairFolders, folder: Path, given: Templates | None, seed: int) -> Templates | None:
+    """The templates that all rows share, or None if rows have caption files."""
+    if given is None and not pairs.have_captions():
+        if not (common := folder / "caption.txt").is_file():
+            raise InputError(
+                f"there are no instructions in {folder}: give --prompt or --templates, write NAME.txt or NAME.json beside "
+                "the targets or in caption/, or caption.txt for all rows"
+            )
+        given = read_templates(common, seed)
+    if given is not None:
+        given.check_fields(FIELDS)
+    return given

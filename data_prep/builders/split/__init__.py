@@ -1,0 +1,4 @@
+"""Training and validation rows that share no content.
+
+Imports data_prep/builders/common.
+"""

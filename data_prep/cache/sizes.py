@@ -1,0 +1,193 @@
+"""How large the rows of a dataset are, without encoding them: from a finished cache, or from the images' headers."""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from data_prep.cache.reader import CacheFolder, read_index
+from data_prep.cache.shards import read_arrow
+from data_prep.errors import InputError
+from data_prep.model.geometry import LATENT_CELL, Geometry, Size
+from data_prep.rows.images import MAX_ASPECT
+from data_prep.rows.rows import RejectedRow, Row
+
+TOKEN_SIDE = 16
+"""Pixels of a token's side: 8 of a latent cell, 2 cells."""
+TOKENS_PER_IMAGE, TOKENS_PER_ROW, BYTES_PER_TOKEN = 7, 5, 3
+"""The edit template's own words, after its 64 dropped tokens, and UTF-8 bytes of a prompt per token (English has about
+4, Chinese 3 to 5)."""
+VALUES_PER_TOKEN = 64
+"""Of an image's latents: 16 channels, 2 x 2 cells."""
+TURNED = range(5, 9)
+"""EXIF orientations that swap height and width."""
+
+
+def num_tokens(size: Size) -> int:
+    """Tokens of an image of this size, in pixels."""
+    return (size.height // TOKEN_SIDE) * (size.width // TOKEN_SIDE)
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """One row. Sizes are in pixels, of the images or of what is already cached: a geometry is idempotent."""
+
+    target: Size
+    references: tuple[Size, ...]
+    text_tokens: int
+    """Length of the prompt embeddings, instruction and images as Qwen2.5-VL sees them."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows that can share a batch."""
+
+    target: Size
+    references: tuple[Size, ...]
+    text_tokens: int
+    """Of the row with the longest text."""
+    share: float
+    """Of all rows, in (0, 1]."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Of the target and all references."""
+        return num_tokens(self.target) + sum(map(num_tokens, self.references))
+
+    @property
+    def length(self) -> int:
+        """Tokens that attention sees."""
+        return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True)
+class DatasetSizes:
+    """The rows that were looked at, and how many there are."""
+
+    rows: tuple[RowSize, ...]
+    num_rows: int
+    origin: str
+    """Where this is from, in words."""
+
+    @functools.cached_property
+    def _groups(self) -> dict[tuple[Size, tuple[Size, ...]], list[int]]:
+        """The text lengths of the rows of each size: a large dataset has few sizes."""
+        groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
+        for row in self.rows:
+            groups.setdefault((row.target, row.references), []).append(row.text_tokens)
+        return groups
+
+    def buckets(self, geometry: Geometry) -> list[Bucket]:
+        """The buckets under a geometry, the longest sequence first."""
+        groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
+        for (target, references), texts in self._groups.items():
+            sizes = geometry.target_size(target), tuple(map(geometry.reference_size, references))
+            groups.setdefault(sizes, []).extend(texts)
+        found = [Bucket(*key, max(texts), len(texts) / len(self.rows)) for key, texts in groups.items()]
+        return sorted(found, key=lambda bucket: -bucket.length)
+
+
+def record_bytes(latent_tokens: int, text_tokens: int, text_width: int, num_prompts: int = 1) -> int:
+    """What a cached record takes on disk, in 16 bits a value.
+
+    Args:
+        latent_tokens: of the target, the source at the target's size, and the references.
+        text_tokens: length of the prompt embeddings.
+        text_width: of the text encoder's hidden states.
+        num_prompts: embeddings per row: 2 with caption dropout.
+    """
+    return 2 * (latent_tokens * VALUES_PER_TOKEN + num_prompts * text_tokens * text_width)
+
+
+def cache_bytes(data: DatasetSizes, geometry: Geometry, text_width: int, num_prompts: int = 1) -> int:
+    """What all records take, each with the longest text of its bucket. Arguments as in `record_bytes`."""
+    per_row = sum(
+        bucket.share
+        * record_bytes(num_tokens(bucket.target) + bucket.image_tokens, bucket.text_tokens, text_width, num_prompts)
+        for bucket in data.buckets(geometry)
+    )
+    return round(per_row * data.num_rows)
+
+
+def cached_sizes(folder: str | Path) -> DatasetSizes:
+    """The sizes of all records of a finished cache; no latents are read.
+
+    Raises:
+        InputError: there is no finished cache.
+    """
+    cache = CacheFolder(folder)
+    index = read_index(cache)[1].select(["bucket", "shard", "place"]).to_pylist()
+    rows = []
+    for shard, lines in itertools.groupby(sorted(index, key=lambda line: line["shard"]), lambda line: line["shard"]):
+        shapes = read_arrow(cache.shard(shard)).column("prompt_emb").field("shape").to_pylist()
+        for line in lines:
+            latent = [Size(*map(int, part.split("x"))) for part in line["bucket"].split("+")]
+            target, *references = (Size(size.height * LATENT_CELL, size.width * LATENT_CELL) for size in latent)
+            rows.append(RowSize(target, tuple(references), shapes[line["place"]][0]))
+    return DatasetSizes(tuple(rows), len(rows), f"the cache at {folder}")
+
+
+def estimated_sizes(
+    rows: Iterable[Row | RejectedRow], geometry: Geometry, vision_side: int = 28, limit: int = 500
+) -> DatasetSizes:
+    """The sizes of rows that are not cached yet, from their images' headers, with the text's length estimated.
+
+    Unusable rows are left out; caching reports them.
+
+    Args:
+        vision_side: pixels of the side of one vision token in the text.
+        limit: rows to look at, evenly spaced.
+
+    Raises:
+        InputError: no row can be used.
+    """
+    usable = [row for row in rows if isinstance(row, Row)]
+    step = max(1, -(-len(usable) // limit))
+    sizes = [size for row in usable[::step] if (size := _row_size(row, geometry, vision_side))]
+    if not sizes:
+        raise InputError(
+            f"the images of none of {len(usable[::step])} rows can be read: look at data.dataset and data.root"
+        )
+    looked = f"{len(sizes)} of {len(usable)} rows" if len(sizes) != len(usable) else f"{len(sizes)} rows"
+    return DatasetSizes(tuple(sizes), len(usable), f"the image headers of {looked}; text lengths estimated")
+
+
+def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
+    sizes = [image_size(path) for path in (row.image, *row.edit_image)]
+    target, *references = sizes
+    if target is None or None in references:
+        return None
+    words = -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
+    sizes = tuple(size for size in references if size)
+    return RowSize(target, sizes, text_length(words, sizes, geometry, vision_side))
+
+
+def text_length(words: int, references: Iterable[Size], geometry: Geometry, vision_side: int = 28) -> int:
+    """Tokens of the prompt embeddings: the instruction's, the template's, and the images' as Qwen2.5-VL sees them.
+
+    Args:
+        words: tokens of the instruction.
+        references: sizes of the images.
+        geometry: says how large they are seen.
+        vision_side: pixels of the side of one vision token.
+    """
+    seen = [geometry.vision_size(size) for size in references]
+    vision = sum(max(1, round(s.height / vision_side)) * max(1, round(s.width / vision_side)) for s in seen)
+    return vision + words + TOKENS_PER_ROW + TOKENS_PER_IMAGE * len(seen)
+
+
+def image_size(path: Path) -> Size | None:
+    """The upright size of an image file from its header, or None if it cannot be used."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            decoded_for_exif = image.format == "PNG" and "exif" not in image.info  # Pillow would look behind the pixels
+            turned = not decoded_for_exif and image.getexif().get(ExifTags.Base.Orientation) in TURNED
+            size = Size(image.width, image.height) if turned else Size.of(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return size if max(size) <= MAX_ASPECT * min(size) else None

@@ -1,0 +1,187 @@
+"""The two frozen encoders: the VAE (DiffSynth's) and Qwen2.5-VL with the edit template (transformers')."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffsynth.models.qwen_image_vae import QwenImageCausalConv3d, QwenImageVAE
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLProcessor
+
+from data_prep.errors import InputError
+from data_prep.model.directory import ModelDirectory
+from data_prep.rows.rows import MAX_SOURCES
+
+SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
+PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
+DROPPED_TOKENS = 64  # the template up to the user's turn
+LATENT_CHANNELS = 16
+
+
+class SingleFrameConv(nn.Module):
+    """A causal 3-D convolution on one frame: only its last temporal slice meets data, so a 2-D convolution is equal."""
+
+    def __init__(self, conv: QwenImageCausalConv3d):
+        super().__init__()
+        self.padding = int(conv._padding[2]), int(conv._padding[0])
+        self.stride = conv.stride[1:]
+        self.weight = nn.Parameter(conv.weight.detach()[:, :, -1].clone())
+        self.bias = nn.Parameter(conv.bias.detach().clone()) if conv.bias is not None else None
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        """(B, C, 1, H, W) -> (B, C', 1, H', W')."""
+        return functional.conv2d(x[:, :, 0], self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+def use_single_frame(module: nn.Module) -> None:
+    """Replaces every causal 3-D convolution inside `module` by its equal for single frames, a third of the weights.
+
+    Names stay as they are; `video_weights` is the way back.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, QwenImageCausalConv3d):
+            setattr(module, name, SingleFrameConv(child))
+        else:
+            use_single_frame(child)
+
+
+def video_weights(weights: Mapping[str, Tensor], layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published layout of weights that `use_single_frame` made 2-D: the last temporal slice, and zeros before it.
+
+    Args:
+        weights: state dict of a VAE after `use_single_frame`.
+        layout: state dict of the same VAE before, which may be on the meta device.
+    """
+    restored = {}
+    for name, weight in weights.items():
+        restored[name] = weight.new_zeros(layout[name].shape)
+        live = restored[name] if weight.ndim == layout[name].ndim else restored[name][:, :, -1]
+        live.copy_(weight)
+    return restored
+
+
+class VAE:
+    """Images to normalised latents and back. Gradients flow through both."""
+
+    def __init__(self, module: QwenImageVAE):
+        self.module = module
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.module.parameters())
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> latents (B, 16, H/8, W/8), float32, the mean of the
+        posterior, normalised by the model's per-channel mean and standard deviation."""
+        return self.module.encode(pixels.to(self._weight)).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 16, h, w) -> pixels (B, 3, 8h, 8w), float32, about [-1, 1]."""
+        return self.module.decode(latents.to(self._weight)).float()
+
+
+def build_vae(config: dict) -> QwenImageVAE:
+    """DiffSynth's VAE at the sizes, and with the latent statistics, of `vae/config.json`.
+
+    Raises:
+        InputError: other than 16 latent channels, which upstream's code is written for.
+    """
+    counts = [config.get("z_dim"), *(len(config.get(name, ())) for name in ("latents_mean", "latents_std"))]
+    if counts != [LATENT_CHANNELS] * 3:
+        raise InputError(
+            f"vae/config.json: z_dim, latents_mean and latents_std describe {counts} channels; "
+            f"Qwen-Image's VAE has {LATENT_CHANNELS}"
+        )
+    names = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
+    vae = QwenImageVAE(**{name: config[name] for name in names if name in config})
+    with torch.device("cpu"):
+        vae.mean = torch.tensor(config["latents_mean"]).view(1, -1, 1, 1, 1)
+        vae.std = 1 / torch.tensor(config["latents_std"]).view(1, -1, 1, 1, 1)
+    return vae
+
+
+def load_vae(directory: ModelDirectory, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> VAE:
+    """Reads `vae/`, frozen and in evaluation mode.
+
+    Raises:
+        InputError: weights are missing, unexpected or of another shape than the configuration's.
+    """
+    with torch.device("meta"):
+        module = build_vae(directory.config("vae"))
+    directory.load_into(module, "vae", device, dtype)
+    use_single_frame(module)
+    return VAE(module.requires_grad_(False).eval())
+
+
+class PromptEncoder:
+    """Hidden states of an instruction and the images that it speaks of.
+
+    Args:
+        model: transformers' Qwen2_5_VLModel.
+        processor: transformers' Qwen2VLProcessor.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model = model
+        self.processor = processor
+
+    @torch.no_grad()
+    def encode(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
+        """The last hidden states after the template's 64 tokens, (L, D), in the model's dtype.
+
+        Args:
+            images: one to three, already at their vision size.
+
+        Raises:
+            ValueError: no image, or more than three.
+        """
+        if not 1 <= len(images) <= MAX_SOURCES:
+            raise ValueError(f"an instruction needs 1 to {MAX_SOURCES} images, got {len(images)}")
+        inputs = self.processor(text=[edit_text(prompt, len(images))], images=list(images), return_tensors="pt")
+        # mm_token_type_ids is among the inputs: without it image tokens silently get 1-D positions instead of M-RoPE.
+        output = self.model(**inputs.to(self.model.device), use_cache=False)
+        return output.last_hidden_state[0, DROPPED_TOKENS:]
+
+
+def edit_text(prompt: str, num_images: int) -> str:
+    """The edit template in its multi-image form, which 2509 and 2511 use for a single image too."""
+    return TEMPLATE.format("".join(PICTURE.format(i + 1) for i in range(num_images)) + prompt)
+
+
+def text_encoder_name(stored: str) -> str | None:
+    """Qwen2_5_VLModel's name for a tensor of `text_encoder/`, None for the language head, which we leave out.
+
+    The published checkpoint predates the split into language model and vision tower: it says `model.layers.…` and
+    `visual.…` where transformers now writes `model.language_model.layers.…` and `model.visual.…`.
+    """
+    if stored == "lm_head.weight":
+        return None
+    name = stored.removeprefix("model.")
+    return name if name.startswith(("language_model.", "visual.")) else f"language_model.{name}"
+
+
+def load_prompt_encoder(
+    directory: ModelDirectory, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> PromptEncoder:
+    """Reads `text_encoder/` and `processor/`, frozen and in evaluation mode, without the language head.
+
+    Raises:
+        InputError: weights are missing, unexpected or of another shape than the configuration's, or files are missing.
+    """
+    config = Qwen2_5_VLConfig.from_dict(directory.config("text_encoder"))
+    with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not stored
+        model: Any = Qwen2_5_VLModel(config)
+    directory.load_into(model, "text_encoder", device, dtype, text_encoder_name)
+    try:
+        processor = Qwen2VLProcessor.from_pretrained(directory.path / "processor", local_files_only=True)
+    except OSError as error:
+        raise InputError(f"{directory.path / 'processor'} is incomplete: {str(error).splitlines()[0]}") from error
+    return PromptEncoder(model.to(device).requires_grad_(False).eval(), processor)
