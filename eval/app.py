@@ -16,9 +16,10 @@ import typer
 
 from data_prep.cli import run_command
 from data_prep.files import make_folder
-from eval.model.placement import make_placement
-from eval.open import open_editor
-from eval.options import (
+from eval.bases.auto import open_editor
+from eval.page.limits import Limits, check_exposure, check_port, parse_auth
+from eval.request.lookup import checkpoint_folder
+from eval.request.options import (
     DEVICE,
     DTYPE,
     DepthModel,
@@ -33,9 +34,8 @@ from eval.options import (
     VisionPixels,
     Weights,
 )
-from eval.places import checkpoint_folder
-from eval.sizes import SizeLimits
-from eval.web.limits import Limits, check_exposure, check_port, parse_auth
+from eval.request.placement import make_placement
+from eval.request.sizes import SizeLimits
 
 PORT = 7999
 
@@ -96,7 +96,7 @@ def app(
     make_folder(out)
     placement = make_placement(device, dtype, encoder_device, offload, weights, gguf, vae_tiling)
     sizes = SizeLimits(max_pixels, vision_pixels)
-    from eval.web.serve import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
+    from eval.page.server import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
 
     editor = open_editor(model, placement, None, depth_model, sizes)
     title = f"{editor.abilities.base} ({Path(model).name}) on {placement.device}, {dtype}"

@@ -22,11 +22,7 @@ from data_prep.cli import OnError, run_command
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
 from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
-from eval.jobs.command import Base, Table, edit_table
-from eval.jobs.files import numbered
-from eval.jobs.run import is_out_of_memory
-from eval.model.placement import Placement, WeightsName, make_placement
-from eval.options import (
+from eval.request.options import (
     DEVICE,
     DTYPE,
     Adapters,
@@ -44,10 +40,14 @@ from eval.options import (
     parse_focus,
     parse_size,
 )
-from eval.provenance import write_png
-from eval.repeat import Repeat, read_repeat
-from eval.request import AspectName, Control, EditRequest, Focus, ModeName, SamplerName
-from eval.sizes import SizeLimits
+from eval.request.placement import Placement, WeightsName, make_placement
+from eval.request.provenance import write_png
+from eval.request.repeat import Repeat, read_repeat
+from eval.request.request import AspectName, Control, EditRequest, Focus, ModeName, SamplerName
+from eval.request.sizes import SizeLimits
+from eval.tables.command import Base, Table, edit_table
+from eval.tables.job_files import numbered
+from eval.tables.runner import is_out_of_memory
 
 
 def edit(

@@ -32,16 +32,16 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row, read_rows
-from eval.evaluation.card import BASE, CardRequest, check_card, write_card
-from eval.evaluation.page import print_report, write_page
-from eval.evaluation.publish import check_push, push
-from eval.evaluation.recorder import Recorder
-from eval.evaluation.summary import Report, build_report, unmeasured
-from eval.evaluation.wandb_table import log_wandb
-from eval.metadata import SamplerChoice, choose_sampler, describe_adapters, read_metadata, trained_geometry
-from eval.model.components import Components
-from eval.model.placement import Placement, make_placement
-from eval.options import (
+from eval.qwen.weights.components import Components
+from eval.reports.card import BASE, CardRequest, check_card, write_card
+from eval.reports.evaluation_page import print_report, write_page
+from eval.reports.publishing import check_push, push
+from eval.reports.runs_report import OBJECTIVES
+from eval.reports.summary import Report, build_report, unmeasured
+from eval.reports.wandb_table import log_wandb
+from eval.request.lookup import find_model
+from eval.request.metadata import SamplerChoice, choose_sampler, describe_adapters, read_metadata, trained_geometry
+from eval.request.options import (
     DEVICE,
     DTYPE,
     CfgScale,
@@ -54,14 +54,14 @@ from eval.options import (
     option,
     parse_adapter,
 )
-from eval.places import find_model
-from eval.report import OBJECTIVES
-from eval.request import AdapterUse
-from eval.scores.catalog import ALL, METRICS, load_battery
-from eval.scores.metric import check_names
-from eval.scores.places import CLIP, DINO, Places
-from eval.sizes import SizeLimits
-from eval.validation import Validation, choose_rows
+from eval.request.placement import Placement, make_placement
+from eval.request.request import AdapterUse
+from eval.request.sizes import SizeLimits
+from eval.scores.metrics.catalog import ALL, METRICS, load_battery
+from eval.scores.metrics.metric import check_names
+from eval.scores.metrics.sources import CLIP, DINO, Places
+from eval.scores.recorder import Recorder
+from eval.scores.validation import Validation, choose_rows
 from train.record.loggers import Picture
 
 ENCODERS = ("vae", "text_encoder", "processor")

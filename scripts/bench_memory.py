@@ -37,10 +37,10 @@ from data_prep.errors import InputError, exit_codes
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
-from eval.editor import Editor
-from eval.model.encoders import PlacedVAE
-from eval.model.placement import make_placement
-from eval.request import EditRequest
+from eval.qwen.editor import Editor
+from eval.qwen.weights.encoders import PlacedVAE
+from eval.request.placement import make_placement
+from eval.request.request import EditRequest
 from train.model.denoiser import build_dit
 
 GROWN = {"num_attention_heads": 8, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}

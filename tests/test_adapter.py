@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from eval.metadata import read_metadata
-from eval.model.adapters import use_adapters
-from eval.request import AdapterUse
+from eval.qwen.weights.adapters import use_adapters
+from eval.request.metadata import read_metadata
+from eval.request.request import AdapterUse
 from tests.test_denoiser import make_condition, run_reference
 from train.config import DEFAULT_TARGETS as TARGETS
 from train.model.adapter import Adapter, attach_lora, match_modules

@@ -23,7 +23,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
-from eval.provenance import read_png
+from eval.request.provenance import read_png
 from tests.adapters import write_adapter
 from tests.commands import ROOT, run_script
 from tests.pictures import lines, picture, save

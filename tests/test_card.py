@@ -7,10 +7,10 @@ from safetensors.torch import save_file
 
 from data_prep.errors import InputError
 from data_prep.rows.images import file_digest
-from eval.evaluation.card import MARKER, CardRequest, check_card, write_card
-from eval.evaluation.publish import check_push, push
-from eval.evaluation.recorder import Measured
-from eval.evaluation.summary import build_report
+from eval.reports.card import MARKER, CardRequest, check_card, write_card
+from eval.reports.publishing import check_push, push
+from eval.reports.summary import build_report
+from eval.scores.recorder import Measured
 from train.record.loggers import Picture
 
 

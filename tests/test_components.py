@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
-from eval.model.adapters import linear_modules, remove_adapters, use_adapters
-from eval.request import AdapterUse
+from eval.qwen.weights.adapters import linear_modules, remove_adapters, use_adapters
+from eval.request.request import AdapterUse
 from tests.test_adapter import close, fresh, inputs, trained
 from train.model.denoiser import Denoiser
 

@@ -13,10 +13,10 @@ from transformers import pipeline
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size, fit
-from eval.control import Strengthened, make_map
-from eval.depth import DepthModel, DepthSource
-from eval.editor import Editor
-from eval.request import Control, EditRequest
+from eval.qwen.control import Strengthened, make_map
+from eval.qwen.depth import DepthModel, DepthSource
+from eval.qwen.editor import Editor
+from eval.request.request import Control, EditRequest
 from losses.batch import Condition
 from scripts import photographs
 from tests.tiny_depth import write_depth

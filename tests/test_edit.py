@@ -17,12 +17,12 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.edit import edit
-from eval.editor import Editor
-from eval.jobs.table import COLUMNS
-from eval.places import find_adapter
-from eval.provenance import read_png, write_png
-from eval.repeat import read_repeat
-from eval.request import AdapterUse, Control, EditRequest, EditResult
+from eval.qwen.editor import Editor
+from eval.request.lookup import find_adapter
+from eval.request.provenance import read_png, write_png
+from eval.request.repeat import read_repeat
+from eval.request.request import AdapterUse, Control, EditRequest, EditResult
+from eval.tables.table import COLUMNS
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
 from tests.commands import ROOT, run_script

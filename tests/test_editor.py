@@ -13,12 +13,12 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import open_image
-from eval.editor import Editor
-from eval.encoding import RequestEncoder, join_edits
-from eval.metadata import DEFAULT_GEOMETRY, choose_sampler, trained_geometry
-from eval.model.components import Placement
-from eval.request import AdapterUse, Control, EditRequest, Focus
-from eval.samplers import BridgeSampler, FlowSampler
+from eval.qwen.editor import Editor
+from eval.qwen.encoding import RequestEncoder, join_edits
+from eval.qwen.samplers import BridgeSampler, FlowSampler
+from eval.qwen.weights.components import Placement
+from eval.request.metadata import DEFAULT_GEOMETRY, choose_sampler, trained_geometry
+from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter
 from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_image, write_rows
 
@@ -170,7 +170,7 @@ def test_a_switch_of_adapters_that_fails_is_known(editor, source, bridge, flow, 
 
     before = edited()
     with monkeypatch.context() as broken:
-        broken.setattr("eval.model.adapters.inject_lora", lambda *_: (_ for _ in ()).throw(MemoryError))
+        broken.setattr("eval.qwen.weights.adapters.inject_lora", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             editor.edit(request(source, adapters=(AdapterUse(flow),)))
     assert same(edited(), before)

@@ -14,8 +14,8 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import VAE, load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry, Size, stretch, to_image, to_pixels
-from eval.inversion import Flow, InversionSampler, integrate_second_order, invert
-from eval.samplers import FlowSampler, linear_sigmas, qwen_sigmas
+from eval.qwen.inversion import Flow, InversionSampler, integrate_second_order, invert
+from eval.qwen.samplers import FlowSampler, linear_sigmas, qwen_sigmas
 from losses.batch import Condition, Edit
 from losses.randomness import SampleRandom
 from scripts import photographs

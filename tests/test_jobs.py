@@ -24,17 +24,17 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow
-from eval.base import BaseEditor
 from eval.edit import edit
-from eval.editor import Editor
-from eval.jobs.command import Base, Table, edit_table
-from eval.jobs.files import JobFiles
-from eval.jobs.run import READERS, WAITING, run_jobs
-from eval.jobs.table import Job, read_jobs
-from eval.model.placement import Placement
-from eval.provenance import read_png
-from eval.request import MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress
-from eval.sizes import SizeLimits
+from eval.qwen.editor import Editor
+from eval.request.base import BaseEditor
+from eval.request.placement import Placement
+from eval.request.provenance import read_png
+from eval.request.request import MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress
+from eval.request.sizes import SizeLimits
+from eval.tables.command import Base, Table, edit_table
+from eval.tables.job_files import JobFiles
+from eval.tables.runner import READERS, WAITING, run_jobs
+from eval.tables.table import Job, read_jobs
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
 from tests.commands import ROOT, launch, run_script, warm_python

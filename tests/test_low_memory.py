@@ -13,13 +13,13 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
-from eval.model.adapters import use_adapters
-from eval.model.components import Components, load_placed_denoiser
-from eval.model.encoders import PlacedVAE
-from eval.model.offload import keep_adapters_on, stream_layers
-from eval.model.placement import Placement, make_placement
-from eval.model.quantize import ScaledLinear, round_rows
-from eval.request import AdapterUse
+from eval.qwen.weights.adapters import use_adapters
+from eval.qwen.weights.components import Components, load_placed_denoiser
+from eval.qwen.weights.encoders import PlacedVAE
+from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
+from eval.qwen.weights.quantization import ScaledLinear, round_rows
+from eval.request.placement import Placement, make_placement
+from eval.request.request import AdapterUse
 from scripts import bench_memory as bench
 from tests.test_adapter import close, fresh, trained
 from tests.test_components import velocity
@@ -338,7 +338,7 @@ def test_contradictions_and_missing_packages_are_refused(gguf_files, monkeypatch
         make_placement("cpu", "float32", weights="int8", gguf=gguf_files["Q8_0"])
     with pytest.raises(InputError, match="offload=layer cannot stream nf4"):
         Placement(torch.device("meta"), offload="layer", weights="nf4")
-    monkeypatch.setattr("eval.model.placement.find_spec", lambda name: None)
+    monkeypatch.setattr("eval.request.placement.find_spec", lambda name: None)
     with pytest.raises(InputError, match="weights=nf4 needs the package bitsandbytes: pip install bitsandbytes"):
         make_placement("cpu", "float32", weights="nf4")
     with pytest.raises(InputError, match="needs the package gguf: pip install gguf"):

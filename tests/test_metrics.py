@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eval.metrics import MAX_PSNR, compare, mean_scores, psnr
+from eval.scores.fidelity import MAX_PSNR, compare, mean_scores, psnr
 
 
 def grey(value: float, size: int = 32) -> torch.Tensor:

@@ -9,10 +9,10 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
-from eval.inversion import InversionSampler
-from eval.modes import check_request, make_plan, result_size
-from eval.request import ASPECTS, AdapterUse, Control, EditRequest, Focus
-from eval.samplers import BridgeSampler, FlowSampler
+from eval.qwen.inversion import InversionSampler
+from eval.qwen.modes import check_request, make_plan, result_size
+from eval.qwen.samplers import BridgeSampler, FlowSampler
+from eval.request.request import ASPECTS, AdapterUse, Control, EditRequest, Focus
 
 PHOTO = Image.new("RGB", (640, 480))
 MASK = Image.new("L", (640, 480), 255)

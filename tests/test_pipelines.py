@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import InputError
 from data_prep.model.directory import COMPONENTS
 from data_prep.model.geometry import Geometry, Size, fit
-from eval.base import BaseEditor
-from eval.model.placement import Placement
-from eval.open import base_of, open_editor
-from eval.pipelines.bases import BASES
-from eval.request import AdapterUse, EditRequest, Focus
-from eval.sizes import SizeLimits
+from eval.bases.abilities import BASES
+from eval.bases.auto import base_of, open_editor
+from eval.request.base import BaseEditor
+from eval.request.placement import Placement
+from eval.request.request import AdapterUse, EditRequest, Focus
+from eval.request.sizes import SizeLimits
 from tests.pictures import picture
 from tests.tiny_pipelines import WRITERS, write_sd
 

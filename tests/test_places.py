@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
-from eval.options import parse_adapter
-from eval.places import find_adapter, find_model, found_adapters
-from eval.request import AdapterUse
+from eval.request.lookup import find_adapter, find_model, found_adapters
+from eval.request.options import parse_adapter
+from eval.request.request import AdapterUse
 from train.model.adapter_files import WEIGHTS_FILE
 
 

@@ -17,9 +17,9 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
 from eval import run
-from eval.chart import MAX_POINTS, line_chart, thin, ticks
-from eval.report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
-from eval.request import AdapterUse
+from eval.reports.chart import MAX_POINTS, line_chart, thin, ticks
+from eval.reports.runs_report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
+from eval.request.request import AdapterUse
 from tests.adapters import write_adapter
 from tests.commands import run_script
 from tests.tiny_weights import write_clip, write_dino, write_features

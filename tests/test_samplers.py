@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from data_prep.errors import InputError
-from eval.samplers import BridgeSampler, FlowSampler, Keep, guide, lightning_sigmas, qwen_sigmas, walked_steps
+from eval.qwen.samplers import BridgeSampler, FlowSampler, Keep, guide, lightning_sigmas, qwen_sigmas, walked_steps
 from losses.batch import Condition, Edit
 from losses.randomness import PictureRandom, SampleRandom
 

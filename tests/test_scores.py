@@ -18,18 +18,18 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTModel
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import to_image
-from eval.metrics import ssim, ssim_map
-from eval.scores import identity
-from eval.scores.catalog import METRICS, load_battery
-from eval.scores.clip import NEUTRAL, Clip
-from eval.scores.dino import Dino
-from eval.scores.fid import Fid
-from eval.scores.identity import Identity
-from eval.scores.metric import Example, Unavailable
-from eval.scores.perceptual import Dists, Lpips, LpipsPie
-from eval.scores.pixels import Pixels
-from eval.scores.places import Places
-from eval.scores.registration import Registration
+from eval.scores.fidelity import ssim, ssim_map
+from eval.scores.metrics import identity
+from eval.scores.metrics.catalog import METRICS, load_battery
+from eval.scores.metrics.clip import NEUTRAL, Clip
+from eval.scores.metrics.dino import Dino
+from eval.scores.metrics.fid import Fid
+from eval.scores.metrics.identity import Identity
+from eval.scores.metrics.metric import Example, Unavailable
+from eval.scores.metrics.perceptual import Dists, Lpips, LpipsPie
+from eval.scores.metrics.pixels import Pixels
+from eval.scores.metrics.registration import Registration
+from eval.scores.metrics.sources import Places
 from tests.tiny_weights import write_backbones, write_clip, write_dino, write_features
 
 PIXELS = Pixels()

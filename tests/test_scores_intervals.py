@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from eval.evaluation.intervals import compare_methods, holm, mean_interval, paired_p
-from eval.evaluation.page import unmeasured_groups
-from eval.evaluation.recorder import Measured, label
-from eval.evaluation.summary import best_methods, build_report, ranked_rows, unmeasured
-from eval.scores.catalog import METRICS
+from eval.reports.evaluation_page import unmeasured_groups
+from eval.reports.summary import best_methods, build_report, ranked_rows, unmeasured
+from eval.scores.intervals import compare_methods, holm, mean_interval, paired_p
+from eval.scores.metrics.catalog import METRICS
+from eval.scores.recorder import Measured, label
 
 
 def test_the_interval_of_two_values_are_the_values():

@@ -12,10 +12,10 @@ from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
-from eval.grid import GAP
-from eval.metrics import MAX_PSNR
-from eval.samplers import BridgeSampler, FlowSampler
-from eval.validation import Validation, choose_rows
+from eval.qwen.samplers import BridgeSampler, FlowSampler
+from eval.scores.fidelity import MAX_PSNR
+from eval.scores.grid import GAP
+from eval.scores.validation import Validation, choose_rows
 from tests.caching import cache_dataset, write_dataset, write_rows
 from train.model.denoiser import load_denoiser
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from eval.web.compare_tab import standings_html
-from eval.web.votes import Contestant, Standing, Vote, append_vote, read_votes, standings
+from eval.page.tabs.compare_tab import standings_html
+from eval.page.tabs.votes import Contestant, Standing, Vote, append_vote, read_votes, standings
 
 LBM, FLOW = Contestant("lbm/step-000400", "a1"), Contestant("flow/step-000400", "b2")
 BASE = Contestant("Base model, no adapter")

@@ -18,21 +18,29 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.images import file_digest, open_image
-from eval.chart import line_chart
-from eval.model.placement import Placement
-from eval.open import open_editor
-from eval.places import FoundAdapter
-from eval.request import AdapterUse, Control, EditRequest, Focus
-from eval.web.fields import canvas
-from eval.web.form import AS_SOURCE, BASE_MODEL, BY_DEFAULT, EXACT, make_request, painted_mask
-from eval.web.jobs import MAX_WAITING, Cancelled, Jobs
-from eval.web.limits import Limits, check_exposure, is_loopback, parse_auth, read_picture
-from eval.web.pair import draw_example, make_pair
-from eval.web.results import settings_html
-from eval.web.runs import chosen_run, curves_html, find_runs, read_history, read_validations, scores_html, summary_html
-from eval.web.runs_tab import show_run
-from eval.web.serve import read_examples
-from eval.web.studio import Example, Studio
+from eval.bases.auto import open_editor
+from eval.page.jobs import MAX_WAITING, Cancelled, Jobs
+from eval.page.limits import Limits, check_exposure, is_loopback, parse_auth, read_picture
+from eval.page.server import read_examples
+from eval.page.studio import Example, Studio
+from eval.page.tabs.blind_pair import draw_example, make_pair
+from eval.page.tabs.fields import canvas
+from eval.page.tabs.form import AS_SOURCE, BASE_MODEL, BY_DEFAULT, EXACT, make_request, painted_mask
+from eval.page.tabs.results import settings_html
+from eval.page.tabs.runs import (
+    chosen_run,
+    curves_html,
+    find_runs,
+    read_history,
+    read_validations,
+    scores_html,
+    summary_html,
+)
+from eval.page.tabs.runs_tab import show_run
+from eval.reports.chart import line_chart
+from eval.request.lookup import FoundAdapter
+from eval.request.placement import Placement
+from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter
 from tests.pictures import picture, save
 

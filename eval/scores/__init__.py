@@ -1,1 +1,4 @@
-"""What a report measures: every metric by itself, with its name, unit, direction and source."""
+"""What is measured: the validation during training, what an evaluation records of each picture, how sure a mean is.
+
+Imports eval/qwen and eval/request.
+"""

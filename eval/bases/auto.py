@@ -1,0 +1,100 @@
+"""Which base model a folder or a hub id holds, and the editor for it.
+
+An editor's libraries are imported when it is opened: those of one base cost seconds, and the others do without.
+"""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from data_prep.errors import InputError
+from data_prep.model.directory import ModelDirectory
+from data_prep.model.geometry import Geometry
+from eval.request.base import BaseEditor
+from eval.request.lookup import find_model
+from eval.request.placement import Placement
+from eval.request.sizes import NO_LIMITS, SizeLimits
+
+INDEX = "model_index.json"
+QWEN = "qwen-image-edit"
+CLASSES = {
+    "QwenImageEditPipeline": QWEN,
+    "QwenImageEditPlusPipeline": QWEN,
+    "FluxKontextPipeline": "flux-kontext",
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionImg2ImgPipeline": "sd15",
+    "StableDiffusionInpaintPipeline": "sd15-inpaint",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl-inpaint",
+}
+"""The pipeline's class that `model_index.json` names -> the base."""
+
+
+def open_editor(
+    model: str,
+    placement: Placement,
+    geometry: Geometry | None = None,
+    depth_model: str | None = None,
+    limits: SizeLimits = NO_LIMITS,
+) -> BaseEditor:
+    """The editor for a base model. No weights are loaded, and of a hub id nothing but its `model_index.json` is downloaded.
+
+    Args:
+        model: a folder, as it is or below `$MODEL_DIR`, or a hub id.
+        placement: where its parts live, and in which numbers.
+        geometry: sizes of images; by default what suits the base and the adapter.
+        depth_model: for the depth maps of Qwen-Image-Edit; the others have none.
+        limits: sizes that take the place of the geometry's.
+
+    Raises:
+        InputError: there is no such model, it is of another kind, or it cannot be placed like that.
+    """
+    model = find_model(model)
+    base = base_of(model)
+    if base == QWEN:
+        from eval.qwen.editor import Editor
+
+        named = ModelDirectory.resolve(model) if Path(model).is_dir() else model
+        return Editor(named, placement, geometry, depth_model, limits)
+    if base == "flux-kontext":
+        from eval.bases.kontext import KontextEditor
+
+        return KontextEditor(model, placement, geometry, limits)
+    from eval.bases.stable_diffusion import StableDiffusionEditor
+
+    return StableDiffusionEditor(model, base, placement, geometry, limits)
+
+
+def base_of(model: str) -> str:
+    """The base's name, from `model_index.json` alone; a folder without one must have Qwen-Image-Edit's layout.
+
+    Args:
+        model: a folder or a hub id.
+
+    Raises:
+        InputError: there is no such model, or it is of another kind.
+    """
+    path = Path(model).expanduser()
+    file = path / INDEX if path.is_dir() else _download_index(model)
+    if not file.is_file():
+        ModelDirectory.resolve(path)
+        return QWEN
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error})") from None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name not in CLASSES:
+        raise InputError(f"{model} is a {name}, which cannot be used here; those that can are {', '.join(CLASSES)}")
+    return CLASSES[name]
+
+
+def _download_index(model: str) -> Path:
+    try:
+        return Path(hf_hub_download(model, INDEX))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no folder {model}, and asking the hub for its {INDEX} failed: {reason}") from error

@@ -1,1 +1,0 @@
-"""Base models other than Qwen-Image-Edit, through diffusers' pipelines."""

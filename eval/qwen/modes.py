@@ -1,0 +1,143 @@
+"""What each mode means: a sampler, its steps, and the parts of the picture it may change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from data_prep.errors import InputError
+from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
+from eval.qwen.inversion import InversionSampler
+from eval.qwen.masks import check_mask, focus_mask, soft_mask
+from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, walked_steps
+from eval.request.metadata import BRIDGE_STEPS, FLOW_CFG_SCALE, FLOW_STEPS, choose_sampler, trained_bridge
+from eval.request.request import ASPECTS, MASKED, EditRequest, Focus, SamplerName
+
+LIGHTNING_STEPS = 4
+INVERSION_STEPS = 20
+DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
+"""Of the modes that begin at the source; the others walk the whole way."""
+BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
+FROM_NOISE = ("img2img", "variation", "invert")
+"""Modes that need the way from noise."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request is sampled."""
+
+    name: SamplerName
+    sampler: Sampler
+    steps: int
+
+
+def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
+    """The sampler and its steps: what the request says, and else what suits its mode and its first adapter.
+
+    Args:
+        metadata: of the first adapter's file; empty without one.
+
+    Raises:
+        InputError: the adapter cannot be sampled as asked.
+    """
+    if request.mode == "turbo" and not request.adapters:
+        raise InputError(
+            "mode=turbo needs an adapter that edits in a few steps: a step-distilled one (Lightning) or a bridge"
+        )
+    trained = choose_sampler(metadata, request.cfg_scale)
+    if isinstance(trained.sampler, BridgeSampler):
+        plan = _bridge(request, trained.sampler, trained_bridge(metadata))
+    else:
+        plan = _flow(request)
+    if request.count > 1 and not plan.sampler.draws:
+        raise InputError(
+            f"mode={request.mode} with sampler={plan.name} draws nothing, so that all {request.count} pictures would be the "
+            "same: leave out count" + (", or use sampler=bridge-stochastic" if plan.name in BRIDGES else "")
+        )
+    return plan
+
+
+def _flow(request: EditRequest) -> Plan:
+    own = "lightning" if request.mode == "turbo" else "flow"
+    name = request.sampler or own
+    if name in BRIDGES:
+        raise InputError(
+            f"sampler={name} needs an adapter that is a bridge (objective lbm): leave it out, or use sampler={own}"
+        )
+    strength = request.strength or DEFAULT_STRENGTHS.get(request.mode, 1.0)
+    if name == "lightning":
+        if request.cfg_scale not in (None, 1.0):
+            raise InputError(
+                f"sampler=lightning was distilled to do without guidance: leave out cfg_scale={request.cfg_scale}"
+            )
+        sampler, steps = FlowSampler(1.0, shift="lightning"), LIGHTNING_STEPS
+    else:
+        sampler, steps = FlowSampler(request.cfg_scale or FLOW_CFG_SCALE), FLOW_STEPS
+    if request.mode == "invert":
+        sampler, steps = InversionSampler(sampler, strength), INVERSION_STEPS
+    else:
+        sampler = replace(sampler, strength=strength)
+    steps = request.steps or steps
+    try:
+        walked_steps(steps, strength)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Plan(name, sampler, steps)
+
+
+def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any]) -> Plan:
+    own = "bridge" if trained.start == "source" else "bridge-white"
+    name = request.sampler or own
+    if request.mode in FROM_NOISE:
+        raise InputError(
+            f"mode={request.mode} starts from noise, and the adapter is a bridge (objective lbm): use mode=edit"
+        )
+    if name not in BRIDGES:
+        raise InputError(f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}")
+    if request.strength not in (None, 1.0):
+        raise InputError(f"a bridge is walked whole: leave out strength={request.strength}")
+    if name == "bridge-white" and loss.get("sub_prob") == 0:
+        raise InputError("sampler=bridge-white needs a sub stream, and the adapter was trained without (sub_prob=0)")
+    start = "white" if name == "bridge-white" else "source"
+    sampler = replace(trained, start=start, stochastic=name == "bridge-stochastic")
+    return Plan(name, sampler, request.steps or BRIDGE_STEPS)
+
+
+def result_size(request: EditRequest, geometry: Geometry) -> Size:
+    """Of the pictures: the request's, or as many pixels as the source has in the request's aspect, or as the source."""
+    if request.size:
+        return request.size
+    own = geometry.target_size(Size.of(request.images[0]))
+    if not request.aspect:
+        return own
+    height = (own.height * own.width / ASPECTS[request.aspect]) ** 0.5
+    wanted = Size(round(height), round(height * ASPECTS[request.aspect]))
+    return bucket_size(wanted, max_pixels=max(geometry.max_pixels, own.height * own.width))
+
+
+def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:
+    """The soft mask at the result's size, 255 where the edit may go, or None where it may go everywhere."""
+    if request.mode == "focus":
+        return focus_mask(size, request.focus or Focus())
+    if request.mode not in MASKED:
+        return None
+    assert request.mask is not None
+    return soft_mask(fit_mask(request.mask, size), request.rim)
+
+
+def check_request(request: EditRequest, size: Size) -> None:
+    """What can be said without a model.
+
+    Args:
+        size: of the result.
+
+    Raises:
+        InputError: the mask does not suit, or the disc is smaller than a pixel.
+    """
+    if request.mask is not None:
+        check_mask(request.mask, request.images[0])
+    if request.focus and request.focus.radius * min(size) < 1:
+        raise InputError(
+            f"a focus of radius {request.focus.radius} covers no pixel of {size.width}x{size.height}: enlarge it"
+        )

@@ -1,0 +1,158 @@
+"""Adapter files as people write them: ours, diffusers', PEFT's, kohya's and the Lightning ones, all read to one form.
+
+A module's key is `<prefix><module>.<kind>`. The prefix may be missing; the kinds are PEFT's `lora_A.weight`/`lora_B.weight`, or
+`lora_down.weight`/`lora_up.weight` with `alpha`. The scale alpha/rank comes from the file's `alpha`, else from the
+configuration that PEFT writes beside the file or diffusers into its header, else it is 1 (it is inside B, as we export it).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from data_prep.errors import InputError
+from eval.request.metadata import adapter_file
+from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+
+PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_")
+DIFFUSERS_HEADER = "lora_adapter_metadata"
+KINDS = {
+    "lora_A.weight": "down",
+    "lora_A.default.weight": "down",
+    "lora_down.weight": "down",
+    "lora.down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.default.weight": "up",
+    "lora_up.weight": "up",
+    "lora.up.weight": "up",
+    "alpha": "alpha",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.default.weight": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+}
+KEY = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, sorted(KINDS, key=len, reverse=True))) + ")")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one linear module's weight: up @ down, float32."""
+
+    down: Tensor
+    """(rank, in), known as A."""
+    up: Tensor
+    """(out, rank), known as B, with the scale alpha/rank inside."""
+    magnitude: Tensor | None = None
+    """Of each output channel, (out,), for DoRA."""
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+def read_adapter(path: Path, linear: Mapping[str, nn.Linear]) -> dict[str, LowRank]:
+    """An adapter by the names of the modules that it changes. Every tensor of the file is used.
+
+    Args:
+        path: a checkpoint folder or a safetensors file.
+        linear: the transformer's linear modules by name.
+
+    Raises:
+        InputError: there is no such file, or it has a tensor that is no part of an adapter of this transformer.
+    """
+    file = adapter_file(path)
+    tensors, header = _read(file)
+    names = {name: name for name in linear} | {name.replace(".", "_"): name for name in linear}  # kohya's have no dots
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if not match:
+            raise InputError(f"{file} is not a LoRA adapter: it cannot use its tensor {key!r}")
+        module = names.get(_without_prefix(match[1]))
+        if module is None:
+            raise InputError(f"{file} changes a module that this model lacks: its tensor {key!r} cannot be used")
+        if parts.setdefault(module, {}).setdefault(KINDS[match[2]], tensor) is not tensor:
+            raise InputError(f"{file} changes the module {module} twice: its tensor {key!r} is one too many")
+    config = _config(file, header)
+    return {name: _low_rank(file, name, found, linear[name], config) for name, found in parts.items()}
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header's metadata."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+            header = opened.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a readable safetensors file ({error})") from error
+    if not tensors:
+        raise InputError(f"{file} is not a LoRA adapter: it holds no tensor")
+    return tensors, header
+
+
+def _without_prefix(name: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _config(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration of an adapter: beside the file, or in the header (diffusers, for the module `transformer`)."""
+    beside = file.parent / CONFIG_FILE
+    try:
+        if DIFFUSERS_HEADER in header:
+            stored = json.loads(header[DIFFUSERS_HEADER])
+            return {key.removeprefix("transformer."): value for key, value in stored.items()}
+        if file.name == WEIGHTS_FILE and beside.is_file():
+            return json.loads(beside.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"the LoRA configuration of {file} is not valid JSON ({error})") from error
+    return {}
+
+
+def _low_rank(
+    file: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear, config: Mapping[str, Any]
+) -> LowRank:
+    if missing := {"down", "up"} - parts.keys():
+        kind = {"down": "lora_A (lora_down)", "up": "lora_B (lora_up)"}[missing.pop()]
+        raise InputError(f"{file} is incomplete: the module {name} has no {kind}")
+    down, up = parts["down"], parts["up"]
+    shapes = tuple(down.shape), tuple(up.shape)
+    if shapes != ((len(down), module.in_features), (module.out_features, len(down))):
+        raise InputError(
+            f"{file} is for another model: the LoRA of {name} is {shapes[0]} and {shapes[1]}, "
+            f"the module takes {module.in_features} numbers and gives {module.out_features}"
+        )
+    magnitude = parts.get("magnitude")
+    if magnitude is not None and magnitude.numel() != module.out_features:
+        raise InputError(f"{file} is for another model: the magnitude of {name} has {magnitude.numel()} numbers")
+    scale = _scale(name, len(down), parts.get("alpha"), config)
+    return LowRank(down, up if scale == 1 else up * scale, magnitude)
+
+
+def _scale(name: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+    if alpha is not None:
+        return alpha.item() / rank
+    pattern = config.get("alpha_pattern") or {}
+    set_here = pattern.get(get_pattern_key(list(pattern), name), config.get("lora_alpha"))
+    if set_here is None:
+        return 1.0
+    return set_here / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def low_rank_sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
+    """The weighted sum as one adapter: its A are all A above each other, its B all weighted B beside each other.
+
+    DoRA is no such product; one alone stays as it is, whatever its weight.
+    """
+    if len(parts) == 1 and (parts[0][1] == 1 or parts[0][0].magnitude is not None):
+        return parts[0][0]
+    down = torch.cat([part.down for part, _ in parts])
+    return LowRank(down, torch.cat([part.up * weight for part, weight in parts], dim=1))

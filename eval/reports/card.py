@@ -1,0 +1,207 @@
+"""A model card: README.md beside an adapter, with the hub's metadata, how it was trained, how good it is, and how it is used."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from data_prep.errors import InputError
+from data_prep.files import atomic_file, write_text
+from data_prep.model.directory import HUB_ID
+from eval.reports.evaluation_page import CHARTED, ScoreCell, score_tables
+from eval.reports.summary import Report
+from eval.request.metadata import adapter_file, read_metadata, stored_digest
+from eval.scores.metrics.metric import Metric
+from eval.scores.recorder import steps_label
+from train.model.adapter import CONFIG_FILE
+from train.record.loggers import Picture
+
+BASE = "base"
+"""The name of the model without an adapter."""
+README, SAMPLES, SAMPLE = "README.md", "samples", "row-*.jpg"
+MARKUP = re.compile(r"[\\`*_\[\]<>|#~!]")
+"""What Markdown would not take for text."""
+MARKER = "<!-- This card was written by eval/run.py --publish-card; without this line it is left alone. -->"
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+NUM_SAMPLES = 4
+SHOWN_CONFIG = ("adapter", "loss", "optim", "train")
+"""Sections of the training's configuration; the others are paths and places of one machine."""
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """What is to be said that the adapter does not say itself."""
+
+    adapter: Path
+    """A checkpoint folder or a safetensors file."""
+    license: str | None = None
+    base_model: str | None = None
+    """Hub id."""
+    repository: str | None = None
+    """Where it will be, OWNER/NAME."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card that can be written."""
+
+    file: Path
+    """The adapter's weights."""
+    license: str
+    base_model: str | None
+    repository: str | None
+    metadata: dict[str, str]
+    """The adapter's header."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the adapter is, and the card will be."""
+        return self.file.parent
+
+    @property
+    def files(self) -> list[str]:
+        """What is to be uploaded: the adapter, the card and its pictures, and nothing of the training's state."""
+        own = [name for name in (self.file.name, CONFIG_FILE, README) if (self.folder / name).is_file()]
+        return [*own, *(f"{SAMPLES}/{path.name}" for path in sorted((self.folder / SAMPLES).glob(SAMPLE)))]
+
+
+def check_card(request: CardRequest) -> Card:
+    """Finds what would prevent a card, before anything is computed.
+
+    Raises:
+        InputError: there is another README.md, no licence is named, or a name is not one.
+    """
+    file = adapter_file(request.adapter)
+    there = file.parent / README
+    old = there.read_text(encoding="utf-8") if there.is_file() else None
+    if old is not None and MARKER not in old:
+        raise InputError(f"{there} was written by somebody else: move it away, or put this line into it: {MARKER}")
+    license = request.license or (ModelCard(old, ignore_metadata_errors=True).data.get("license") if old else None)
+    if not license:
+        raise InputError("a card names a licence, and nobody can guess it: add --license, for example apache-2.0")
+    if not LICENSE.fullmatch(license):
+        raise InputError(f"--license must be a licence as the hub names it, such as apache-2.0, got {license!r}")
+    if request.base_model and not HUB_ID.fullmatch(request.base_model):
+        raise InputError(f"--base-model must look like OWNER/NAME, got {request.base_model!r}")
+    metadata = read_metadata(file)
+    trained_on = metadata.get("base_model", "")
+    known = trained_on if HUB_ID.fullmatch(trained_on) and not Path(trained_on).exists() else None
+    return Card(file, license, request.base_model or known, request.repository, metadata)
+
+
+def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
+    """Writes the card and its pictures beside the adapter, and returns its path.
+
+    Args:
+        card: checked.
+        report: the content of `report.json`, in which the adapter is the first.
+        pictures: rows of this evaluation, of which the first are shown: source, edit with most steps, target, and captions with
+            the instruction.
+    """
+    samples = _copy_samples(pictures[:NUM_SAMPLES], card.folder)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    own = card_adapter(report)
+    text = environment.get_template("card.md.j2").render(
+        data=_card_data(card, report).to_yaml(),
+        marker=MARKER,
+        name=card_name(card, report),
+        card=card,
+        digest=stored_digest(card.file),
+        repository=card.repository or "OWNER/NAME",
+        bridge=card.metadata.get("objective") == "lbm",
+        report=report,
+        own=[method for method in report["methods"] if method["adapter"] in (own, BASE)],
+        tables=[(table.title, *_markdown(table.headings, table.rows, own)) for table in score_tables(report)],
+        config=_training(card.folder),
+        samples=samples,
+    )
+    write_text(card.folder / README, text)
+    return card.folder / README
+
+
+def _copy_samples(pictures: Sequence[Picture], folder: Path) -> list[tuple[str, str]]:
+    """Puts pictures in the place of those of an earlier card; their names, and captions as Markdown."""
+    for old in (folder / SAMPLES).glob(SAMPLE):
+        old.unlink()
+    samples = []
+    for number, picture in enumerate(pictures):
+        name = f"{SAMPLES}/{SAMPLE.replace('*', str(number))}"
+        with atomic_file(folder / name) as temporary:
+            shutil.copyfile(picture.path, temporary)
+        samples.append((name, MARKUP.sub(r"\\\g<0>", " ".join(picture.caption.split()))))
+    return samples
+
+
+def card_name(card: Card, report: Report) -> str:
+    """The repository's name, else the adapter's in the report."""
+    if card.repository:
+        return card.repository.partition("/")[2]
+    return card_adapter(report)
+
+
+def card_adapter(report: Report) -> str:
+    """The adapter that the card is about: the report's first."""
+    return next(method["adapter"] for method in report["methods"] if method["adapter"])
+
+
+def _card_data(card: Card, report: Report) -> ModelCardData:
+    name = card_name(card, report)
+    results = [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type="custom",
+            dataset_name=Path(report["settings"]["dataset"]).name,
+            metric_type=metric,
+            metric_name=f"{report['metrics'][metric]['label']}, {steps_label(method['steps'])}",
+            metric_value=round(score["mean"], 6),
+        )
+        for method in report["methods"]
+        if method["adapter"] == card_adapter(report)
+        for metric, score in method["scores"].items()
+        if metric in CHARTED
+    ]
+    return ModelCardData(
+        base_model=card.base_model,
+        license=card.license,
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=[
+            "lora",
+            "image-editing",
+            *(["latent-bridge-matching"] if card.metadata.get("objective") == "lbm" else []),
+        ],
+        model_name=name,
+        eval_results=results,
+    )
+
+
+def _training(folder: Path) -> str | None:
+    """The configuration that the checkpoint was trained with, as YAML; None for an adapter without one."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    shown = {name: config[name] for name in SHOWN_CONFIG if name in config}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _markdown(
+    headings: Sequence[Metric], rows: Sequence[tuple[dict[str, Any], list[ScoreCell]]], own: str
+) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of a table."""
+    lines = []
+    for method, cells in ((method, cells) for method, cells in rows if method["adapter"] in (None, own, BASE)):
+        shown = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells]
+        lines.append([method["label"], *shown])
+    return ["", *(f"{metric.label} {'↑' if metric.better == 'higher' else '↓'}" for metric in headings)], lines

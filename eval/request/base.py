@@ -1,0 +1,54 @@
+"""What every editor does, whatever its base model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from eval.request.request import Abilities, EditRequest, EditResult, OnProgress
+
+
+class BaseEditor(ABC):
+    """Edits images with one base model, whose parts load when they are first needed."""
+
+    abilities: Abilities
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where the model's files are."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the model's contents. A model that is only a hub id is downloaded for it."""
+
+    def identity(self, request: EditRequest) -> dict[str, str]:
+        """Fingerprints of all models that the request's pictures depend on, by what they are."""
+        return {"model": self.fingerprint}
+
+    def check(self, request: EditRequest) -> None:
+        """Loads no weights.
+
+        Raises:
+            InputError: this base, with these adapters, cannot serve the request.
+        """
+        self.abilities.check(request)
+
+    @abstractmethod
+    def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
+        """`request.count` pictures. The same request and seed give the same picture, for any count and order.
+
+        Raises:
+            InputError: as `check`.
+        """
+
+    def batch_key(self, request: EditRequest) -> Hashable:
+        """Requests with one key may be edited together; None for one that must be edited by itself."""
+        return None
+
+    def edit_together(
+        self, requests: Sequence[EditRequest], on_progress: OnProgress | None = None
+    ) -> list[list[EditResult]]:
+        """The results of requests with one `batch_key`, as `edit` would give them but for rounding (at most a grey level or
+        two of 255)."""
+        return [self.edit(request, on_progress) for request in requests]

@@ -1,0 +1,146 @@
+"""Where the parts of a model live and in which numbers, checked before anything is loaded."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from data_prep.errors import InputError
+from eval.request.metadata import stored_digest
+
+OffloadName = Literal["none", "model", "layer"]
+WeightsName = Literal["full", "int8", "fp8", "nf4"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CPU = torch.device("cpu")
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts of a model live, and in which numbers. docs/memory.md says what each saves and costs.
+
+    Raises:
+        InputError: this machine, or the packages that are installed, cannot serve it.
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.bfloat16
+    encoder_device: torch.device | None = None
+    """Of the text encoder and the VAE; None for `device`."""
+    offload: OffloadName = "none"
+    """`model`: only the parts in use are on `device`, the others wait in CPU memory (freed if `device` is the CPU).
+    `layer`: the transformer's layers come from CPU memory one after the other, the next while one computes."""
+    weights: WeightsName = "full"
+    """Of the linear layers in the transformer's blocks: `full` as `dtype` says, or rounded as they are read."""
+    gguf: Path | None = None
+    """A GGUF file to read the transformer from instead of the model's own; its layers stay as they are in it."""
+    vae_tiling: bool = False
+    """Encode and decode in overlapping tiles of 512 x 512 pixels."""
+
+    def __post_init__(self):
+        for device in {self.device, self.home_of_encoders}:
+            _check_device(device)
+        if self.offload not in get_args(OffloadName):
+            raise InputError(f"offload is one of {', '.join(get_args(OffloadName))}, got {self.offload!r}")
+        if self.weights not in get_args(WeightsName):
+            raise InputError(f"weights is one of {', '.join(get_args(WeightsName))}, got {self.weights!r}")
+        self._check_offload()
+        self._check_weights()
+
+    @property
+    def home_of_encoders(self) -> torch.device:
+        """Where the text encoder and the VAE compute."""
+        return self.encoder_device or self.device
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What a picture depends on, for its settings: device and `dtype`, and what is not as it is by default."""
+        own = {
+            "weights": self.weights if self.weights != "full" else None,
+            "gguf": stored_digest(self.gguf) if self.gguf else None,
+            "vae_tiling": self.vae_tiling or None,
+        }
+        given = {name: value for name, value in own.items() if value is not None}
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), **given}
+
+    def _check_offload(self) -> None:
+        if self.offload != "layer":
+            return
+        if self.device.type == "cpu":
+            raise InputError(
+                "offload=layer streams layers to a device such as cuda, and device is cpu: use offload=model, which frees "
+                "the parts that are not in use"
+            )
+        if self.weights == "nf4":
+            raise InputError("offload=layer cannot stream nf4 weights: use weights=int8 or fp8, or offload=model")
+
+    def _check_weights(self) -> None:
+        if self.gguf:
+            _check_gguf(self.gguf)
+        if self.gguf and self.weights != "full":
+            raise InputError(f"gguf and weights={self.weights} both say what the transformer is stored in: give one")
+        if (self.gguf or self.weights != "full") and self.dtype == torch.float16:
+            raise InputError("quantised weights compute in bfloat16 or float32: float16 would overflow")
+        if self.weights == "fp8" and self.device.type == "mps":
+            raise InputError("weights=fp8 does not exist on mps: use weights=int8")
+        if self.weights == "nf4":
+            _need("bitsandbytes", "weights=nf4")
+            if self.device.type == "mps":
+                raise InputError("weights=nf4 does not exist on mps: use weights=int8")
+
+
+def make_placement(
+    device: str,
+    dtype: str,
+    encoder_device: str | None = None,
+    offload: OffloadName = "none",
+    weights: WeightsName = "full",
+    gguf: Path | None = None,
+    vae_tiling: bool = False,
+) -> Placement:
+    """A placement from the words of a command line.
+
+    Args:
+        device, encoder_device: `cpu`, `cuda`, `cuda:1`, …
+        dtype: `bfloat16`, `float16` or `float32`.
+
+    Raises:
+        InputError: a word has no meaning, or this machine cannot serve it.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    encoders = _device(encoder_device) if encoder_device else None
+    return Placement(_device(device), DTYPES[dtype], encoders, offload, weights, gguf, vae_tiling)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # one name for one device
+    except RuntimeError:
+        raise InputError(f"there is no device {text!r}: use cpu, cuda, cuda:1, …") from None
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device} needs a GPU, and torch finds none here: use device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device {device}: this machine has {torch.cuda.device_count()} GPU(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps needs an Apple GPU, and torch finds none here: use device=cpu")
+
+
+def _check_gguf(path: Path) -> None:
+    _need("gguf", "a GGUF file")
+    if not path.is_file():
+        raise InputError(f"no GGUF file at {path}")
+    with path.open("rb") as opened:
+        if opened.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            raise InputError(f"{path} is not a GGUF file")
+
+
+def _need(package: str, what: str) -> None:
+    if find_spec(package) is None:
+        raise InputError(f"{what} needs the package {package}: pip install {package}")

@@ -1,0 +1,175 @@
+"""Making a picture again, or with one setting changed, from what its file says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_prep.errors import InputError
+from data_prep.model.geometry import Geometry, Size
+from eval.qwen.modes import BRIDGES, DEFAULT_STRENGTHS
+from eval.request.lookup import find_adapter
+from eval.request.metadata import adapter_file, read_metadata, stored_digest
+from eval.request.placement import WeightsName
+from eval.request.provenance import pixel_digest, read_png
+from eval.request.request import CONTROLLED, MASKED, WITH_STRENGTH, AdapterUse, Control, Focus, ModeName
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How a picture was made."""
+
+    path: Path
+    settings: dict[str, Any]
+    knobs: dict[str, Any]
+    """Fields of `EditRequest`."""
+
+    @property
+    def model(self) -> str:
+        """The base model's place."""
+        return self.settings["model"]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of images."""
+        return Geometry(**self.settings["geometry"])
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        return self.settings["dtype"]
+
+    @property
+    def weights(self) -> WeightsName:
+        """How the transformer's were rounded."""
+        return self.settings.get("weights", "full")
+
+    def check_gguf(self, gguf: Path | None) -> None:
+        """Refuses another GGUF file than the one that the transformer was read from.
+
+        Raises:
+            InputError: another file, one too many, or none.
+        """
+        if (stored_digest(gguf) if gguf else None) != self.settings.get("gguf"):
+            raise InputError(f"{self.path} was made with another --gguf, or none: give the same")
+
+    @property
+    def vae_tiling(self) -> bool:
+        """Whether it was encoded and decoded in tiles."""
+        return self.settings.get("vae_tiling", False)
+
+    @property
+    def depth_model(self) -> str | None:
+        """The place of the one that the picture's depth map was made by, if it had any."""
+        return self.settings["depth_model"]["path"] if "depth_model" in self.settings else None
+
+    def check_images(self, images: Sequence[Image.Image], mask: Image.Image | None) -> None:
+        """Refuses other images than those that the picture was made of; a mask is new where the mode is.
+
+        Raises:
+            InputError: the number or the pixels differ.
+        """
+        wanted, names = self.settings["image_digests"], ", ".join(each["name"] for each in self.settings["images"])
+        if [pixel_digest(each) for each in images] != wanted:
+            raise InputError(f"{self.path} was made of {len(wanted)} other image(s) than --image: give {names}")
+        mode, before = self.knobs["mode"], self.settings.get("mask_digest")
+        if mode != self.settings["mode"] and not (before and mode in MASKED):
+            return  # the request knows whether its mode needs one
+        if (pixel_digest(mask) if mask else None) != before:
+            raise InputError(f"{self.path} was made with another --mask, or none: it was made of {names}")
+
+    def check_models(self, identity: Mapping[str, str], folder: Path) -> None:
+        """Refuses what another model would make.
+
+        Args:
+            identity: the fingerprints of the models that are to make it, as `BaseEditor.identity` gives them.
+            folder: of the base model.
+
+        Raises:
+            InputError: a model has other contents than the one that the picture was made with.
+        """
+        if identity["model"] != self.settings["model_fingerprint"]:
+            raise InputError(f"{self.path} was made with another model than {folder} holds now: name it with --model")
+        before = self.settings.get("depth_model")
+        if before and identity.get("depth_model", before["fingerprint"]) != before["fingerprint"]:
+            raise InputError(
+                f"{self.path} was made with another depth model, which was at {before['path']}: name it with --depth-model"
+            )
+
+
+def read_repeat(path: Path, changes: Mapping[str, Any]) -> Repeat:
+    """Reads a picture's settings.
+
+    Args:
+        path: a PNG that was written here.
+        changes: fields of `EditRequest` that take the place of the picture's.
+
+    Raises:
+        InputError: it says nothing, its adapter is gone or another, or its source was a composite.
+    """
+    settings = read_png(path)
+    if "overlay" in settings:
+        raise InputError(
+            f"{path} is of a table's row with an overlay, and no file holds what was edited: make it again with --csv"
+        )
+    try:
+        knobs = _knobs(settings, changes)
+        if "adapters" not in changes:
+            knobs["adapters"] = tuple(_adapter(path, each) for each in settings["adapters"])
+        made = Repeat(path, settings, knobs)
+        _ = made.model, made.geometry, made.dtype, settings["image_digests"], settings["model_fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} was written by another version, its settings lack {error}") from None
+    return made
+
+
+def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the request that give these settings, and no field that its mode or its adapter does not take."""
+    sampler, mode = settings["sampler"], changes.get("mode", settings["mode"])
+    knobs: dict[str, Any] = {name: settings[name] for name in ("prompt", "seed", "steps")}
+    knobs |= {name: settings[name] for name in ("negative_prompt", "feather") if name in settings}
+    knobs["sampler"] = sampler.get("kind")
+    knobs["cfg_scale"] = sampler.get("cfg_scale", sampler.get("flow", {}).get("cfg_scale"))
+    knobs["strength"] = sampler.get("strength") if settings["mode"] in WITH_STRENGTH else None
+    knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
+    knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
+    knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])
+    for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
+        knobs.pop(name, None)
+    return {"mode": mode, "prompt": "", **knobs, **changes}
+
+
+def _left_by_mode(before: ModeName, mode: ModeName) -> set[str]:
+    """Settings of one mode that another does not take, or takes for something else."""
+    taken = {
+        "prompt": mode != "variation",
+        "feather": mode in MASKED,
+        "focus": mode == "focus",
+        "controls": mode in CONTROLLED,
+        "strength": mode in WITH_STRENGTH and DEFAULT_STRENGTHS.get(mode) == DEFAULT_STRENGTHS.get(before),
+    }
+    left = {name for name, is_taken in taken.items() if not is_taken}
+    if mode != before and {mode, before} & {"turbo", "invert"}:
+        left |= {"steps", "sampler", "cfg_scale"}  # theirs are of another kind
+    return left if mode != before else set()
+
+
+def _left_by_adapter(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> set[str]:
+    """Settings of one adapter that another, if there is another now, does not take or decides by itself."""
+    first = next((use for use in changes.get("adapters", ()) if use.weight != 0), None)
+    used = next((each for each in settings["adapters"] if each["weight"] != 0), None)
+    if first is None or (used and stored_digest(adapter_file(first.path)) == used["digest"]):
+        return set()
+    before = settings["sampler"].get("kind")
+    if (read_metadata(first.path).get("objective") == "lbm") != (before in BRIDGES):
+        return {"sampler", "cfg_scale", "steps", "strength"}
+    return {"sampler"} if before in ("bridge", "bridge-white") else set()
+
+
+def _adapter(path: Path, used: Mapping[str, Any]) -> AdapterUse:
+    place = find_adapter(used["path"])
+    if stored_digest(adapter_file(place)) != used["digest"]:
+        raise InputError(f"{path} was made with another adapter than {place} is now: name it with --adapter")
+    return AdapterUse(place, used["weight"])

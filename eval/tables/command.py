@@ -1,0 +1,113 @@
+"""The command line's part that edits tables: everything is checked, then done by as many processes as were launched."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from data_prep.builders.coco.annotations import image_names
+from data_prep.builders.overlay.overlay_table import Photographs
+from data_prep.builders.overlay.typography import DEFAULT_FONT
+from data_prep.cli import OnErrorName
+from data_prep.errors import InputError
+from data_prep.model.geometry import Geometry
+from eval.bases.auto import open_editor
+from eval.request.base import BaseEditor
+from eval.request.metadata import stored_digest
+from eval.request.placement import Placement, make_placement
+from eval.request.sizes import SizeLimits
+from eval.tables.job_files import JobFiles
+from eval.tables.runner import run_jobs
+from eval.tables.table import check_knobs, read_jobs
+from train.parallel.processes import Processes
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as the command line names it."""
+
+    model: str
+    depth_model: str | None
+    limits: SizeLimits
+    geometry: Geometry | None = None
+    """By default what suits each request's adapter."""
+
+    def open(self, placement: Placement) -> BaseEditor:
+        """Its editor, which has loaded nothing yet."""
+        return open_editor(self.model, placement, self.geometry, self.depth_model, self.limits)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of edits as the command line names it."""
+
+    path: Path
+    root: Path | None
+    coco: Path | None
+    fonts: tuple[Path, ...]
+    ignore_columns: bool
+
+
+def edit_table(
+    table: Table,
+    knobs: dict[str, Any],
+    base: Base,
+    device: str,
+    placed: dict[str, Any],
+    batch_size: int,
+    on_error: OnErrorName,
+    out: Path,
+) -> None:
+    """Edits every row of a table; under `accelerate launch` each process takes its share, on a device of its own.
+
+    Raises:
+        InputError: the table or an option is wrong, before anything is loaded; or some rows failed, after all others are
+            done.
+        typer.Exit: with code 1, some rows failed by a mistake of the program, whatever `on_error` says.
+    """
+    check_knobs(knobs)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: with --csv it is the folder of results")
+    names = image_names(table.coco) if table.coco else {}
+    root = Path(os.path.abspath(table.root or table.path.parent))
+    if not root.is_dir():
+        raise InputError(f"--root {root} is not a folder")
+    jobs = read_jobs(table.path, root, Photographs(root, names), knobs, table.ignore_columns)
+    processes = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.device(device).index is not None:
+            raise InputError(f"several processes have a device each: use --device {torch.device(device).type}")
+        processes = Processes.start(device)
+        device = str(processes.device)
+    placement = make_placement(device, **placed)
+    editor = base.open(placement)
+    numbers = common(base.limits, placement)
+    files = JobFiles(lambda request: numbers | editor.identity(request), table.fonts or (DEFAULT_FONT,))
+    summary = run_jobs(jobs, files, editor, out, batch_size, processes)
+    if processes:
+        processes.stop()
+        if not processes.is_main:
+            return
+    done = summary.num_rows - len(summary.failures)
+    print(f"{out / 'results.csv'}: {done} of {summary.num_rows} rows, {summary.num_edited} edited now")
+    failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / 'failed.csv'} says why"
+    if summary.bugs:
+        print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
+        raise typer.Exit(1)
+    if summary.failures and on_error == "raise":
+        raise InputError(f"{failed}: the same command does those again, and no others")
+
+
+def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:
+    """What all pictures of a table depend on besides rows and models. Where parts of a model wait changes none."""
+    return {
+        "limits": asdict(limits),
+        "dtype": str(placement.dtype),
+        "weights": placement.weights,
+        "gguf": placement.gguf and stored_digest(placement.gguf),
+        "vae_tiling": placement.vae_tiling,
+    }
