@@ -1,29 +1,18 @@
-"""A page that compares runs: quality by step count beside the source unchanged, seconds per edit, curves, pictures.
-
-    python eval/report.py --title "LBM beside flow matching" --out runs/report.html runs/lbm runs/flow
-
-One file with everything inside. The numbers are those of each run's last validation.
-"""
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+"""A page that compares runs by their last validations: what `eval/report.py` writes."""
 
 import base64
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
-import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.cli import run_command
 from data_prep.errors import InputError
 from data_prep.files import write_text
 from eval.reports.chart import line_chart
@@ -218,19 +207,3 @@ def print_table(runs: Sequence[RunSummary]) -> None:
         for label, cells in table_cells(lines):
             table.add_row(label, *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
         Console().print(table)
-
-
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Folders written by train/run.py.")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Validation",
-) -> None:
-    """Compares the last validations of runs on one self-contained page."""
-    summaries = [read_run(folder) for folder in runs]
-    write_report(out, title, summaries)
-    print_table(summaries)
-    print(out)
-
-
-if __name__ == "__main__":
-    run_command(report)
