@@ -32,6 +32,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row, read_rows
+from eval.qwen.modes import SamplerChoice, choose_sampler
 from eval.qwen.weights.components import Components
 from eval.reports.card import BASE, CardRequest, check_card, write_card
 from eval.reports.evaluation_page import print_report, write_page
@@ -40,7 +41,7 @@ from eval.reports.runs_report import OBJECTIVES
 from eval.reports.summary import Report, build_report, unmeasured
 from eval.reports.wandb_table import log_wandb
 from eval.request.lookup import find_model
-from eval.request.metadata import SamplerChoice, choose_sampler, describe_adapters, read_metadata, trained_geometry
+from eval.request.metadata import describe_adapters, read_metadata, trained_geometry
 from eval.request.options import (
     DEVICE,
     DTYPE,

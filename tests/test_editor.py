@@ -15,9 +15,10 @@ from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import open_image
 from eval.qwen.editor import Editor
 from eval.qwen.encoding import RequestEncoder, join_edits
+from eval.qwen.modes import choose_sampler
 from eval.qwen.samplers import BridgeSampler, FlowSampler
 from eval.qwen.weights.components import Placement
-from eval.request.metadata import DEFAULT_GEOMETRY, choose_sampler, trained_geometry
+from eval.request.metadata import DEFAULT_GEOMETRY, trained_geometry
 from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter
 from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_image, write_rows

@@ -19,9 +19,9 @@ from data_prep.model.geometry import Geometry, Size, fit, fit_mask
 from eval.bases.abilities import BASES
 from eval.bases.loading import changed_to, load_sd15, load_sdxl
 from eval.bases.pipeline_editor import Call, PipelineEditor
-from eval.qwen.modes import DEFAULT_STRENGTHS, edit_mask, result_size
+from eval.qwen.modes import edit_mask, result_size
 from eval.request.placement import Placement
-from eval.request.request import EditRequest
+from eval.request.request import DEFAULT_STRENGTHS, EditRequest
 from eval.request.sizes import NO_LIMITS, SizeLimits
 
 CLASSES = {

@@ -22,10 +22,10 @@ from eval.qwen.depth import DepthSource
 from eval.qwen.encoding import Encoded, RequestEncoder, join_conditions, join_edits
 from eval.qwen.masks import paste_back
 from eval.qwen.modes import Plan, check_request, edit_mask, make_plan, result_size
-from eval.qwen.samplers import Keep, OnStep
+from eval.qwen.samplers import Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Placement
 from eval.request.base import BaseEditor
-from eval.request.metadata import describe_adapters, describe_sampler, read_metadata, trained_geometry
+from eval.request.metadata import describe_adapters, read_metadata, trained_geometry
 from eval.request.provenance import NOTICE, pixel_digest
 from eval.request.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName
 from eval.request.sizes import NO_LIMITS, SizeLimits

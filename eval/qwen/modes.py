@@ -1,4 +1,4 @@
-"""What each mode means: a sampler, its steps, and the parts of the picture it may change."""
+"""What each mode means for an adapter: a sampler, its steps, and the parts of the picture it may change."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,16 +11,53 @@ from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
 from eval.qwen.inversion import InversionSampler
 from eval.qwen.masks import check_mask, focus_mask, soft_mask
 from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, walked_steps
-from eval.request.metadata import BRIDGE_STEPS, FLOW_CFG_SCALE, FLOW_STEPS, choose_sampler, trained_bridge
-from eval.request.request import ASPECTS, MASKED, EditRequest, Focus, SamplerName
+from eval.request.metadata import trained_bridge
+from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest, Focus, SamplerName
 
+FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
+"""As Qwen-Image-Edit is meant to be sampled."""
+BRIDGE_STEPS = 4
 LIGHTNING_STEPS = 4
 INVERSION_STEPS = 20
-DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
-"""Of the modes that begin at the source; the others walk the whole way."""
-BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
 FROM_NOISE = ("img2img", "variation", "invert")
 """Modes that need the way from noise."""
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """A sampler and the step counts that suit it."""
+
+    sampler: Sampler
+    steps: int
+    """For one good image."""
+    compared: tuple[int, ...]
+    """For an evaluation."""
+
+
+def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) -> SamplerChoice:
+    """The sampler for what the adapter was trained with; without an adapter (no metadata), flow matching.
+
+    Args:
+        metadata: of the adapter's file: `objective` ("lbm" or "flow") and `loss`, the loss's arguments as JSON.
+        cfg_scale: of classifier-free guidance, for flow matching alone; 4 by default.
+
+    Raises:
+        InputError: guidance is asked of a bridge, or the objective is unknown.
+    """
+    objective = metadata.get("objective", "flow")
+    if objective == "flow":
+        return SamplerChoice(FlowSampler(FLOW_CFG_SCALE if cfg_scale is None else cfg_scale), FLOW_STEPS, (4, 20))
+    if objective != "lbm":
+        raise InputError(f"the adapter's objective is {objective!r}; this version samples 'lbm' and 'flow'")
+    if cfg_scale not in (None, 1.0):
+        raise InputError(f"a bridge (objective lbm) is sampled without guidance: leave out cfg_scale={cfg_scale}")
+    loss = trained_bridge(metadata)
+    sampler = BridgeSampler(
+        start="white" if loss.get("sub_prob") == 1 else "source",
+        bridge_noise=loss.get("bridge_noise", 0.0),
+        prediction=loss.get("prediction", "displacement"),
+    )
+    return SamplerChoice(sampler, BRIDGE_STEPS, (1, 2, 4))
 
 
 @dataclass(frozen=True)

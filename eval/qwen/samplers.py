@@ -5,9 +5,9 @@ generator, so that a picture depends on its seed and not on the batch that it wa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -300,3 +300,10 @@ def qwen_sigmas(num_steps: int, num_tokens: int) -> list[float]:
         sigmas = qwen_shift(sigmas, num_tokens)
         sigmas = 1 - (1 - sigmas) * (1 - SHIFT_TERMINAL) / (1 - sigmas[-1])
     return [*sigmas.tolist(), 0.0]
+
+
+def describe_sampler(sampler: Sampler) -> dict[str, Any]:
+    """Its class and settings, for JSON."""
+    assert is_dataclass(sampler)
+    assert not isinstance(sampler, type)
+    return {"name": type(sampler).__name__, **asdict(sampler)}

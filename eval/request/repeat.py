@@ -9,12 +9,21 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
-from eval.qwen.modes import BRIDGES, DEFAULT_STRENGTHS
 from eval.request.lookup import find_adapter
 from eval.request.metadata import adapter_file, read_metadata, stored_digest
 from eval.request.placement import WeightsName
 from eval.request.provenance import pixel_digest, read_png
-from eval.request.request import CONTROLLED, MASKED, WITH_STRENGTH, AdapterUse, Control, Focus, ModeName
+from eval.request.request import (
+    BRIDGES,
+    CONTROLLED,
+    DEFAULT_STRENGTHS,
+    MASKED,
+    WITH_STRENGTH,
+    AdapterUse,
+    Control,
+    Focus,
+    ModeName,
+)
 
 
 @dataclass(frozen=True)

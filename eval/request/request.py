@@ -23,6 +23,9 @@ AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
 MASKED = ("inpaint", "control-inpaint")
 CONTROLLED = ("control", "control-inpaint")
 WITH_STRENGTH = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
+DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
+"""Of the modes that begin at the source; the others walk the whole way."""
+BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
 MAX_COUNT = 64
 MAX_CFG_SCALE = 100
 MAX_PIXELS = 4096 * 4096

@@ -23,8 +23,7 @@ from data_prep.files import atomic_file, write_text
 from data_prep.jobs.progress import progress
 from data_prep.model.geometry import LATENT_CELL, Size, fit, fit_mask, to_image, to_pixels
 from data_prep.rows.images import open_image, open_mask
-from eval.qwen.samplers import Sampler
-from eval.request.metadata import describe_sampler
+from eval.qwen.samplers import Sampler, describe_sampler
 from eval.scores.fidelity import compare, mean_scores
 from eval.scores.grid import GridRow, draw_grid, side_by_side
 from eval.scores.metrics.metric import Example, Scores

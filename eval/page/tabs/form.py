@@ -11,11 +11,11 @@ from data_prep.errors import InputError
 from data_prep.model.geometry import Size
 from data_prep.rows.images import file_digest
 from eval.page.limits import Limits, read_picture
-from eval.qwen.modes import DEFAULT_STRENGTHS
 from eval.request.lookup import FoundAdapter
 from eval.request.request import (
     ASPECTS,
     CONTROLLED,
+    DEFAULT_STRENGTHS,
     MASKED,
     WITH_STRENGTH,
     AdapterUse,
