@@ -54,7 +54,7 @@ def quick(command: str) -> str:
     command = command.removeprefix("pip install uv && uv run ")  # this is that environment
     command = re.sub(r"\b(train|eval|data_prep|scripts)/(\w+\.(py|sh))", rf"{ROOT}/\1/\2", command)
     if command == "pytest":
-        return f"cd {ROOT} && pytest --collect-only -q tests/test_config.py"  # this very run is the rest
+        return f"cd {ROOT} && pytest --collect-only -q tests/train/test_config.py"  # this very run is the rest
     if "make_tiny_model" in command:
         return f"{command} --out made/tiny"
     if "demo.sh" in command:

@@ -17,7 +17,7 @@ with progress("caching", 4) as advance:
 def test_a_terminal_gets_a_bar_with_the_rate():
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", SHOW], stderr=theirs, cwd=Path(__file__).parents[1], env={"TERM": "xterm"}
+        [sys.executable, "-c", SHOW], stderr=theirs, cwd=Path(__file__).parents[3], env={"TERM": "xterm"}
     )
     close(theirs)
     shown = b""

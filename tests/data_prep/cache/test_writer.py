@@ -25,7 +25,7 @@ from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
 from data_prep.rows.images import open_image
 from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[3]
 
 
 def refuse_to_load() -> Encoders:

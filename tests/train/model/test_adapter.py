@@ -15,7 +15,7 @@ from data_prep.model.directory import ModelDirectory
 from eval.qwen.weights.adapters import use_adapters
 from eval.request.metadata import read_metadata
 from eval.request.request import AdapterUse
-from tests.test_denoiser import make_condition, run_reference
+from tests.train.model.test_denoiser import make_condition, run_reference
 from train.config import DEFAULT_TARGETS as TARGETS
 from train.model.adapter import Adapter, attach_lora, match_modules
 from train.model.denoiser import Denoiser, load_denoiser

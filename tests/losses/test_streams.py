@@ -16,7 +16,7 @@ from losses import (
     PixelTerm,
     UniformSigma,
 )
-from tests.test_losses import SHAPE, Oracle, always, decode, draws, make_batch
+from tests.losses.test_objectives import SHAPE, Oracle, always, decode, draws, make_batch
 
 ZERO = Oracle(torch.zeros(4, *SHAPE))
 

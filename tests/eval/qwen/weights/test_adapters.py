@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import InputError
 from eval.qwen.weights.adapters import linear_modules, remove_adapters, use_adapters
 from eval.request.request import AdapterUse
-from tests.test_adapter import close, fresh, inputs, trained
+from tests.train.model.test_adapter import close, fresh, inputs, trained
 from train.model.denoiser import Denoiser
 
 A, B = ["to_q", "img_mlp.net.2", "img_in"], ["to_q", "to_out.0", "proj_out"]

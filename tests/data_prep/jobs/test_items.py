@@ -135,7 +135,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from data_prep.jobs.engines import local_engine
 from data_prep.jobs.items import run_items
-from tests.test_items import Shout, items
+from tests.data_prep.jobs.test_items import Shout, items
 folder = Path(sys.argv[1])
 for answer in run_items(items(5000, {{300: "wait"}}), Shout(folder), folder / ".parts", local_engine(2), "shouting"):
     pass

@@ -21,8 +21,8 @@ from eval.qwen.weights.quantization import ScaledLinear, round_rows
 from eval.request.placement import Placement, make_placement
 from eval.request.request import AdapterUse
 from scripts import bench_memory as bench
-from tests.test_adapter import close, fresh, trained
-from tests.test_components import velocity
+from tests.eval.qwen.weights.test_adapters import velocity
+from tests.train.model.test_adapter import close, fresh, trained
 from train.model.denoiser import Denoiser
 
 F32 = torch.float32

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, launch, launcher, run_script
-from tests.test_train import adapter_bytes, metrics
+from tests.train.test_run import adapter_bytes, metrics
 
 pytestmark = pytest.mark.timeout(1800)  # its fixture trains many times on two processes each
 
