@@ -17,6 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MOVED = {
+    "eval.inversion": "eval.qwen.inversion",
+    "eval.samplers": "eval.qwen.samplers",
+    "eval.validation": "eval.scores.validation",
+    "train.loggers": "train.record.loggers",
+    "train.wandb_logger": "train.record.wandb_logger",
+}
+"""Modules that a `_target_` may still name as they were called in older configurations, and where they are now."""
 DEFAULT_TARGETS = [
     *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"),
     *("img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1", "img_in", "txt_in", "proj_out"),
@@ -271,7 +279,7 @@ def from_hydra(composed: DictConfig) -> Config:
     except omegaconf.errors.OmegaConfBaseException as error:
         raise InputError(_explain(error)) from error
     try:
-        return _build(Config, typing.cast(dict, values), "")
+        return _build(Config, _with_moved(values), "")
     except InputError:
         raise
     except ValueError as error:
@@ -284,8 +292,19 @@ def to_yaml(config: Config) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """What `to_yaml` wrote."""
-    return typing.cast(dict, OmegaConf.to_container(OmegaConf.load(path)))
+    """What `to_yaml` wrote, with every `_target_` where it is now."""
+    return _with_moved(OmegaConf.to_container(OmegaConf.load(path)))
+
+
+def _with_moved(values: Any) -> Any:
+    """The same values, with every `_target_` that names a module of `MOVED` by its place now."""
+    if isinstance(values, list):
+        return [_with_moved(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    values = {key: _with_moved(value) for key, value in values.items()}
+    module, dot, name = str(values.get("_target_", "")).rpartition(".")
+    return values | {"_target_": f"{MOVED[module]}{dot}{name}"} if module in MOVED else values
 
 
 def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:

@@ -1,12 +1,15 @@
 """Every experiment composes, and what is wrong is named by its full key."""
 
+from dataclasses import asdict
+from importlib import import_module
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import InputError
 from tests.commands import ROOT
-from train.config import CONFIGS, Config, TrainConfig, compose, to_yaml
+from train.config import CONFIGS, MOVED, Config, TrainConfig, compose, read_yaml, to_yaml
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
 DATA = "data.dataset=pairs.json"
@@ -53,6 +56,26 @@ def test_the_resolved_text_composes_the_same(tmp_path):
     config = compose(overrides("sft_2509"))
     assert to_yaml(compose(overrides("sft_2509"))) == to_yaml(config)
     assert "${" not in to_yaml(config)
+
+
+def test_a_target_may_be_named_by_where_its_module_was(tmp_path):
+    """As configurations do that were saved, or written, before the module moved."""
+    named = [*overrides("tiny_lbm"), "logger=all"]
+    targets = {
+        "validate._target_": "eval.validation.Validation",
+        "validate.sampler._target_": "eval.samplers.BridgeSampler",
+        "logger.tensorboard._target_": "train.loggers.TensorBoard",
+        "logger.wandb._target_": "train.wandb_logger.WandB",
+    }
+    config = compose(named)
+    assert compose([*named, *(f"{key}={target}" for key, target in targets.items())]) == config
+    text = to_yaml(config)
+    for before, now in MOVED.items():
+        assert import_module(now)
+        text = text.replace(f"_target_: {now}.", f"_target_: {before}.")
+    assert all(target in text for target in targets.values())
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_yaml(tmp_path / "config.yaml") == asdict(config)
 
 
 def test_defaults_of_the_files_are_those_of_the_classes():
