@@ -1,0 +1,80 @@
+"""AdamW with warm-up and a schedule."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+class AdamW:
+    """AdamW with warm-up and a constant or cosine schedule (Loshchilov & Hutter, arXiv 1711.05101).
+
+    Args:
+        lr: the peak.
+        warmup_steps: linear rise from 0.
+        schedule: "constant", or "cosine" down to 0 at `num_steps`.
+        bits: of the two moments; 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) with bitsandbytes.
+        num_steps: length of the run, given by it.
+
+    Raises:
+        ValueError: an argument is out of its range, or bitsandbytes is not installed.
+    """
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        eps: float = 1e-8,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "cosine"] = "constant",
+        bits: Literal[8, 32] = 32,
+        num_steps: int = 1,
+    ):
+        if lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {lr}")
+        if schedule not in ("constant", "cosine"):
+            raise ValueError(f"optim.schedule must be constant or cosine, got {schedule!r}")
+        if bits not in (8, 32):
+            raise ValueError(f"optim.bits must be 8 or 32, got {bits}")
+        kind: Any = torch.optim.AdamW if bits == 32 else _adamw_8bit()
+        options: dict[str, Any] = {"fused": True} if bits == 32 and all(p.is_cuda for p in params) else {}
+        options |= {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
+        self.torch_optimizer = kind(params, **options)
+        self.peak, self.warmup_steps, self.schedule, self.num_steps = lr, warmup_steps, schedule, num_steps
+
+    def lr_at(self, step: int) -> float:
+        """A pure function of the step, so that resuming needs no scheduler state."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.schedule == "constant":
+            return self.peak * warmup
+        progress = max(0.0, step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        return self.peak * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def step(self, step: int) -> None:
+        """One update at this step's learning rate."""
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
+        self.torch_optimizer.step()
+        self.torch_optimizer.zero_grad()
+
+    def numbers(self) -> dict[str, float]:
+        """The learning rate of the last step."""
+        return {"lr": self.torch_optimizer.param_groups[0]["lr"]}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """AdamW keeps no average: the weights as they are."""
+        yield
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"optim.bits=8 needs bitsandbytes ({error}): run `uv pip install bitsandbytes`") from error
+    return AdamW8bit
