@@ -12,7 +12,7 @@ from data_prep.model.directory import ModelDirectory
 from train.builders import check_nodes
 from train.config import compose
 from train.parallel.processes import Processes
-from train.phases import train_phase
+from train.phases import plan_run, train_phase
 from train.plan.planner import geometry_of
 
 if __name__ == "__main__":
@@ -22,5 +22,5 @@ if __name__ == "__main__":
             config = compose(overrides)
             model = ModelDirectory.resolve(config.model.path)
             check_nodes(config, model)
-            train_phase(config, model, geometry_of(config), processes)
+            train_phase(config, model, geometry_of(config), processes, plan_run(config, model, processes.world_size))
         processes.stop()

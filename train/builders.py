@@ -21,10 +21,12 @@ from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
 from train.config import Config, to_yaml
 from train.model.adapter import Adapter, attach_lora
+from train.model.attention import find_attention
 from train.model.denoiser import load_denoiser, resolve_zero_cond_t
+from train.model.execution import Execution
 from train.parallel.processes import Processes, check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
-from train.parallel.strategies import Parallel, Replicas, Zero, shard
+from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
 from train.record.loggers import JsonLines, Loggers, Terminal
 
 
@@ -56,10 +58,21 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
 
 
-def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
-    """The denoiser with LoRA, spread as `parallel` says. Under ZeRO-3 no rank ever holds the whole transformer."""
+def build_model(
+    config: Config, model: ModelDirectory, processes: Processes, gradient_checkpointing: str | int
+) -> tuple[Adapter, Parallel]:
+    """The denoiser with LoRA, spread as `parallel` says. Under ZeRO-3 no rank ever holds the whole transformer.
+
+    Args:
+        gradient_checkpointing: of the plan, which knows what `auto` comes to.
+    """
     settings, spread, lora = config.train, config.parallel, config.adapter
-    dtype, checkpointing = getattr(torch, config.model.dtype), settings.gradient_checkpointing == "full"
+    dtype = getattr(torch, config.model.dtype)
+    compiled = settings.compile == "on" or (settings.compile == "auto" and processes.device.type == "cuda")
+    attention, name = find_attention(settings.attention, processes.device, dtype)
+    processes.say(f"attention: {name}")
+    options = {"compiled": compiled, "attention": attention, "say": processes.say}
+    execution = Execution.of(gradient_checkpointing, **options)
     zero = None
     if spread.strategy.startswith("zero"):
         zero = zero_settings(
@@ -77,12 +90,14 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         torch.backends.cuda.matmul.allow_tf32 = True
     place = shard(zero, processes) if zero and spread.stage == 3 else None
     read = processes.is_main or place is None  # `place` sends what rank 0 reads
-    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, checkpointing, place, read)
+    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, execution, place, read)
     adapter = attach_lora(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )
+    if zero and spread.stage == 3:
+        return adapter, Zero3(denoiser, adapter, processes, settings.grad_accum_steps, zero, spread.offload)
     if zero:
-        return adapter, Zero(denoiser, adapter, processes, zero, spread.offload)
+        return adapter, Zero2(denoiser, adapter, processes, zero)
     return adapter, Replicas(denoiser, adapter, processes, settings.grad_accum_steps)
 
 

@@ -112,8 +112,14 @@ class TrainConfig:
     """Steps between lines on the terminal; metrics.jsonl has every step."""
     keep_last: int = 3
     """Checkpoints kept; older ones are deleted."""
-    gradient_checkpointing: Literal["off", "full"] = "off"
-    """Recompute every block in the backward pass."""
+    gradient_checkpointing: Literal["auto", "off", "selective", "full"] | int = "auto"
+    """What the backward pass computes again: nothing (`off`), what is cheap (`selective`: the outputs of matrix products and
+    attention are kept), or everything (`full`). A number of blocks: of the first so many everything but attention, the others
+    selectively. `auto`: as little as the planned GPU's memory allows."""
+    attention: Literal["auto", "flash3"] = "auto"
+    """Attention kernel. `auto`: PyTorch's choice for the device. `flash3`: FlashAttention-3, which must be installed."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the transformer's block with torch.compile. `auto`: on CUDA."""
     max_grad_norm: float | None = None
     """Clip the gradient's norm. Must stay null with Prodigy."""
     device: str | None = None
@@ -122,7 +128,7 @@ class TrainConfig:
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, int):
+            if type(value) is int:
                 require(value >= 1, f"train.{item.name} must be at least 1, got {value}")
         require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
         if self.max_grad_norm is not None:
@@ -331,6 +337,8 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
+        if type(value) in options:
+            return value
         return _checked(value, next(option for option in options if option is not type(None)), key)
     if origin is Literal:
         if value not in options:

@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -45,27 +45,38 @@ class Every:
     validate: int
 
 
-@dataclass
 class Stopwatch:
-    """Seconds of a step, by part."""
+    """Seconds of a step, by part. On CUDA by events in the stream, so that nothing waits for anything until `read`."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.parts: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def part(self, name: str):
         """Adds the time inside to `name`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = _now()
         yield
+        self.parts.append((name, start, _now()))
+
+    def read(self) -> dict[str, float]:
+        """Of each part, and of the whole `step` until now, when all that was launched is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds: dict[str, float] = {}
+        for name, start, end in self.parts:
+            took = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+            seconds[name] = seconds.get(name, 0.0) + took
+        return seconds | {"step": time.perf_counter() - self.start}
 
-    def sums(self) -> Sums:
-        """`seconds/<part>` and `seconds/step`."""
-        parts = self.seconds | {"step": sum(self.seconds.values())}
-        return {f"seconds/{name}": (value, 1) for name, value in parts.items()}
+
+def _now() -> Any:
+    """A moment: of the processor, or of the GPU when it comes to it."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def train(
@@ -105,18 +116,21 @@ def train(
                 batch = micro.batch.to(processes.device)
             with watch.part("forward"):
                 terms = loss(parallel.denoiser, batch, SampleRandom(seed, micro.numbers))
-            check_finite(terms.loss, step, batch.ids, terms)
             with watch.part("backward"):
                 parallel.backward(terms.loss.mean(), last=micro is micro_batches[-1])
             collected.append(terms)
         with watch.part("optimizer"):
             grad_norm = gradient_norm(parameters, max_grad_norm)
-            check_finite(grad_norm, step, [id for micro in micro_batches for id in micro.batch.ids], collected[-1])
+            check_finite(collected, grad_norm, step, [micro.batch.ids for micro in micro_batches])
             optimizer.step(step)
             parallel.publish()
 
         done = step + 1
-        numbers = over_ranks(processes, sums(collected) | watch.sums(), memory())
+        numbers = over_ranks(
+            processes,
+            sums(collected) | {f"seconds/{name}": (value, 1) for name, value in watch.read().items()},
+            memory(),
+        )
         numbers["samples_per_s"] = stream.global_batch_size / numbers["seconds/step"]
         loggers.log(done, numbers | {"grad_norm": grad_norm.item()} | optimizer.numbers())
         if validate and (done % every.validate == 0 or done == num_steps):
@@ -141,14 +155,21 @@ def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Ten
     return norm
 
 
-def check_finite(values: Tensor, step: int, ids: list[str], terms: LossTerms) -> None:
-    """Raises `TrainingDiverged` unless every value is finite."""
-    if not bool(values.isfinite().all()):
-        shown = {name: [round(x, 4) for x in value.tolist()] for name, value in terms.logged.items()}
-        raise TrainingDiverged(
-            f"step {step + 1}: loss or gradient is not finite for the records {', '.join(ids)}; terms {shown}. "
-            "Nothing was saved: resume from the last checkpoint with a smaller learning rate, or look at these records"
-        )
+def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: list[list[str]]) -> None:
+    """Raises `TrainingDiverged` unless every loss and the gradient are finite. Asked once a step: the GPU must be waited for."""
+    finite = torch.stack(
+        [terms.loss.detach().isfinite().all() for terms in collected] + [grad_norm.isfinite()]
+    ).tolist()
+    if all(finite):
+        return
+    first = finite.index(False)
+    guilty = ids[first] if first < len(ids) else [name for group in ids for name in group]
+    terms = collected[min(first, len(ids) - 1)]
+    shown = {name: [round(x, 4) for x in value.tolist()] for name, value in terms.logged.items()}
+    raise TrainingDiverged(
+        f"step {step + 1}: loss or gradient is not finite for the records {', '.join(guilty)}; terms {shown}. "
+        "Nothing was saved: resume from the last checkpoint with a smaller learning rate, or look at these records"
+    )
 
 
 def sums(collected: list[LossTerms]) -> Sums:

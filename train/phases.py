@@ -96,8 +96,10 @@ def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:
     )
 
 
-def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes) -> None:
-    """Phase 2. Every rank runs it; rank 0 speaks and writes."""
+def train_phase(
+    config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, plan: Plan | None
+) -> None:
+    """Phase 2. Every rank runs it; rank 0 speaks and writes, and has the plan."""
     run_dir, device, dtype = Path(config.run_dir), processes.device, getattr(torch, config.model.dtype)
     fingerprint = model.fingerprint(*ENCODERS)
     reader = CacheReader(Path(config.cache.dir) / "train", fingerprint=fingerprint, geometry=geometry)
@@ -125,7 +127,7 @@ def train_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
         processes.say(f"{run_dir} has its {settings.num_steps} steps: nothing to train")
         return
 
-    adapter, parallel = build_model(config, model, processes)
+    adapter, parallel = build_model(config, model, processes, processes.gather(plan and plan.gradient_checkpointing)[0])
     optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
     if checkpoint:
         checkpoint.restore(adapter, optimizer)
@@ -172,6 +174,7 @@ def run(config: Config) -> None:
     geometry = geometry_of(config)
     check_nodes(config, model)
     processes = Processes.start(config.train.device)
+    plan = None
     if processes.is_main and config.phases != ["cache"]:
         plan = plan_run(config, model, processes.world_size)
         print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
@@ -181,5 +184,5 @@ def run(config: Config) -> None:
         if torch.cuda.is_available():  # what phase 1 needed is free again
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        train_phase(config, model, geometry, processes)
+        train_phase(config, model, geometry, processes, plan)
     processes.stop()

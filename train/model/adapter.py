@@ -8,12 +8,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from train.model.denoiser import Denoiser
+from train.model.lora import LoraLinear, give_copies, is_plain
 
 PREFIX = "diffusion_model."
 UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -31,17 +33,21 @@ class Adapter:
     """LoRA layers that live inside a denoiser.
 
     `layers` maps the module's name in the transformer to its LoRA layer; `config` is what PEFT built them from; `masters`
-    are the weights that are trained when they are not the layers' own (see `detach`).
+    are the weights that are trained when they are not the layers' own (see `detach`); `copies` are what products are
+    computed with, and the weights that belong in them (see `copy_for_products`).
     """
 
     layers: dict[str, LoraLayer]
     config: LoraConfig
     masters: dict[str, nn.Parameter] | None = None
+    copies: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """`<module>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` -> float32 parameter."""
-        if self.masters is not None:
-            return self.masters
+        return self.layer_parameters() if self.masters is None else self.masters
+
+    def layer_parameters(self) -> dict[str, nn.Parameter]:
+        """The same of the layers themselves."""
         named = {}
         for name, layer in self.layers.items():
             named[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight
@@ -55,9 +61,36 @@ class Adapter:
         return list(self.named_parameters().values())
 
     def detach(self, device: torch.device | str) -> None:
-        """From now on the adapter's weights are copies on `device`; the layers keep what they have until it is replaced."""
+        """From now on the adapter's weights are copies on `device`; `refresh` brings them to the layers."""
         own = self.named_parameters()
         self.masters = {name: nn.Parameter(weight.detach().to(device, copy=True)) for name, weight in own.items()}
+
+    def copy_for_products(self, blocks: Iterable[Any], dtype: torch.dtype) -> None:
+        """Gives the layers their weights in the model's dtype, to be multiplied by; `refresh` keeps them up to date.
+
+        Args:
+            blocks: of the transformer (`Block`); they say which layers read the same input.
+        """
+        plain = {layer: None for layer in self.layers.values() if isinstance(layer, LoraLinear) and is_plain(layer)}
+        groups = [group for block in blocks for group in block.inputs if all(layer in plain for layer in group)]
+        grouped = {layer for group in groups for layer in group}
+        self.copies = give_copies([*groups, *([layer] for layer in plain if layer not in grouped)], dtype)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the layers' weights, and their copies for products, what the adapter's weights are."""
+        if self.masters is not None:
+            torch._foreach_copy_(list(self.layer_parameters().values()), list(self.masters.values()))  # pyright: ignore
+        if self.copies[0]:
+            torch._foreach_copy_(*self.copies)  # pyright: ignore
+
+    def take_gradients(self) -> None:
+        """Moves the layers' gradients to the masters, where there are such."""
+        for name, parameter in self.layer_parameters().items() if self.masters is not None else ():
+            assert self.masters is not None
+            master = self.masters[name]
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.device)
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The exact training weights, unscaled, for resuming."""
@@ -163,6 +196,9 @@ def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Ada
         inject_adapter_in_model(config, denoiser.dit)
     layers = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, LoraLayer)}
     assert sorted(layers) == sorted(names), f"LoRA touched {len(layers)} modules instead of {len(names)}"
+    for layer in layers.values():
+        if type(layer) is PeftLinear:
+            layer.__class__ = LoraLinear
     adapter = Adapter({name: layers[name] for name in names}, config)
     for parameter in adapter.parameters():
         parameter.data = parameter.data.float()

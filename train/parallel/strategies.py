@@ -1,9 +1,9 @@
 """How gradients come from the model to the adapter, and weights from the adapter to the model, on one process or many.
 
 The optimizer always sees the same: full-shape float32 weights and the gradient of the whole global batch, identical on
-every rank. On one process and under `ddp` these are the model's own LoRA parameters. Under ZeRO the model's are cut into
-flat shards, which ProdigyPlusScheduleFree must not see (each rank would estimate another step size); there the adapter
-holds replicated masters, gradients are gathered into them and the weights written back.
+every rank. On one process, under `ddp` and under ZeRO-3 these are the model's own LoRA parameters: ZeRO-3 cuts the frozen
+weights alone. Under ZeRO-2 the model's LoRA is cut into flat shards, which ProdigyPlusScheduleFree must not see (each rank
+would estimate another step size); there the adapter holds replicated masters.
 """
 
 import logging
@@ -13,13 +13,18 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from train.model.adapter import Adapter
+from train.model.block import Block
+from train.model.denoiser import Denoiser
 from train.parallel.processes import Processes
 
-GATHERED_TOGETHER = 32
-"""LoRA weights of one gathering: few calls, and little memory."""
+IN_USE = -1
+"""DeepSpeed releases a parameter when no module's number is in its set of users: this number of none never leaves."""
+REDUCED_TOGETHER = 50_000_000
+"""Numbers of one reduction: few calls, and 200 MB."""
 
 
 class Parallel(Protocol):
@@ -45,44 +50,84 @@ class Parallel(Protocol):
 class Replicas:
     """The whole model on every process, or on the one there is; gradients are averaged once per step."""
 
-    def __init__(self, denoiser: nn.Module, adapter: Adapter, processes: Processes, grad_accum_steps: int):
-        self.denoiser = denoiser
-        self.parameters = adapter.parameters()
-        self.world_size = processes.world_size
-        self.grad_accum_steps = grad_accum_steps
+    def __init__(self, denoiser: Denoiser, adapter: Adapter, processes: Processes, grad_accum_steps: int):
+        self.denoiser: nn.Module = denoiser
+        self.adapter, self.world_size, self.grad_accum_steps = adapter, processes.world_size, grad_accum_steps
+        adapter.copy_for_products(denoiser.dit.transformer_blocks, denoiser.dit.img_in.weight.dtype)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """As `Parallel.backward`."""
         (loss / self.grad_accum_steps / self.world_size).backward()
         if last and self.world_size > 1:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+            add_up([p.grad for p in self.adapter.layer_parameters().values() if p.grad is not None])
 
     def publish(self) -> None:
-        """The adapter's weights are the model's."""
+        """As `Parallel.publish`; the model's products are computed with copies of the weights."""
+        self.adapter.refresh()
 
 
-class Zero:
-    """DeepSpeed ZeRO-2 or ZeRO-3.
+class Zero3(Replicas):
+    """DeepSpeed ZeRO-3 of the frozen weights: each rank keeps a part of them, and whole blocks are gathered.
+
+    The LoRA weights stay whole on every rank: they are small, and every rank makes the same step.
 
     Args:
-        denoiser: with LoRA attached; under ZeRO-3 its frozen weights are sharded already, by `shard`.
-        adapter: its weights become masters, replicated on every rank.
-        processes: of the run.
+        denoiser: with LoRA attached; its frozen weights are sharded already, by `shard`.
+        adapter, processes, grad_accum_steps: as of `Replicas`.
         settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
-        offload: keep the masters, and so the optimizer, in CPU memory.
+        offload: keep masters of the LoRA weights, and so the optimizer, in CPU memory.
     """
 
     def __init__(
-        self, denoiser: nn.Module, adapter: Adapter, processes: Processes, settings: dict[str, Any], offload: bool
+        self,
+        denoiser: Denoiser,
+        adapter: Adapter,
+        processes: Processes,
+        grad_accum_steps: int,
+        settings: dict[str, Any],
+        offload: bool,
     ):
         join(processes)
         import deepspeed
 
-        self.sharded = settings["zero_optimization"]["stage"] == 3
+        lora = list(adapter.layer_parameters().values())
+        for parameter in lora:
+            parameter.requires_grad_(False)  # frozen, DeepSpeed leaves the gradients to us
+        deepspeed.utils.set_z3_leaf_modules(denoiser, [Block, LoraLayer])  # gathered whole: their parts are not called
+        self.engine, *_ = deepspeed.initialize(
+            model=denoiser, config=settings
+        )  # we call the model, which it gave hooks
+        lora[0].all_gather(param_list=lora)  # pyright: ignore
+        for parameter in lora:
+            parameter.ds_active_sub_modules.add(IN_USE)  # pyright: ignore
+            parameter.requires_grad_(True)
+        super().__init__(denoiser, adapter, processes, grad_accum_steps)
+        if offload:
+            adapter.detach("cpu")
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """As `Parallel.backward`."""
+        super().backward(loss, last)
+        if last:
+            self.adapter.take_gradients()
+
+
+class Zero2:
+    """DeepSpeed ZeRO-2: gradients are sharded while they accumulate.
+
+    Args:
+        denoiser: with LoRA attached.
+        adapter: its weights become masters, replicated on every rank.
+        processes: of the run.
+        settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
+    """
+
+    def __init__(self, denoiser: nn.Module, adapter: Adapter, processes: Processes, settings: dict[str, Any]):
+        join(processes)
+        import deepspeed
+
         self.shards = adapter.parameters()
-        adapter.detach("cpu" if offload else processes.device)
+        adapter.detach(processes.device)
         self.masters = adapter.parameters()
         idle = Idle(self.shards)
         self.denoiser, *_ = deepspeed.initialize(model=denoiser, optimizer=idle, config=settings)
@@ -101,14 +146,26 @@ class Zero:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """As `Parallel.publish`. Gathering and partitioning anew replaces what the last forward pass had gathered."""
-        from deepspeed import zero
+        """As `Parallel.publish`."""
+        torch._foreach_copy_([shard.data for shard in self.shards], [master.data for master in self.masters])  # pyright: ignore
 
-        for start in range(0, len(self.shards), GATHERED_TOGETHER):
-            part = slice(start, start + GATHERED_TOGETHER)
-            with zero.GatheredParameters(self.shards[part], modifier_rank=0, enabled=self.sharded):
-                for shard, master in zip(self.shards[part], self.masters[part], strict=True):
-                    shard.data.copy_(master)
+
+@torch.no_grad()
+def add_up(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its sum over ranks, in few flat pieces."""
+    start = 0
+    while start < len(tensors):
+        end, size = start + 1, tensors[start].numel()
+        while end < len(tensors) and size + tensors[end].numel() <= REDUCED_TOGETHER:
+            size += tensors[end].numel()
+            end += 1
+        part = tensors[start:end]
+        flat = torch.cat([tensor.flatten() for tensor in part])
+        dist.all_reduce(flat)
+        pieces = flat.split([tensor.numel() for tensor in part])
+        views = [piece.view_as(tensor) for piece, tensor in zip(pieces, part, strict=True)]
+        torch._foreach_copy_(part, views)  # pyright: ignore
+        start = end
 
 
 class Idle(torch.optim.Optimizer):

@@ -28,6 +28,7 @@ from data_prep.model.geometry import Size
 from losses.batch import Condition
 from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
 from train.model.denoiser import Denoiser, build_dit
+from train.model.execution import Execution, Keep
 from train.optim import Optimizer
 
 META = torch.device("meta")
@@ -106,7 +107,7 @@ class Transformer:
             self.dit = build_dit(config)
         self.num_layers = len(self.dit.transformer_blocks)
         self.linear = {name: m for name, m in self.dit.named_modules() if isinstance(m, nn.Linear)}
-        self.activation_bytes = functools.cache(self._activation_bytes)
+        self._peak = functools.cache(self._peak)
 
     @property
     def num_parameters(self) -> int:
@@ -132,22 +133,30 @@ class Transformer:
                 shapes[name].append((linear.out_features,))
         return shapes
 
-    def _activation_bytes(self, bucket: Bucket, batch_size: int, checkpointing: bool, lora: LoraSizes) -> int:
+    def activation_bytes(self, bucket: Bucket, batch_size: int, execution: Execution, lora: LoraSizes) -> int:
         """The peak of a forward and backward pass beyond weights and gradients, for one batch of this bucket.
 
-        Blocks are alike but for the last one, so two small models tell what each further block adds.
+        Blocks are alike but for the last one, so two small models tell what each further block adds. Where the first blocks
+        keep less than the others, the peak is either at them, when what the others kept is gone, or before.
         """
-        few, more = (self._dry_run(n, bucket, batch_size, checkpointing, lora).peak for n in (2, 3))
-        return few + (self.num_layers - 2) * (more - few)
+        kept = execution.kept(self.num_layers)
+        peaks: dict[Keep, tuple[int, int]] = {keep: self._peak(bucket, batch_size, keep, lora) for keep in kept}
+        total = sum(peaks[keep][1] for keep in kept)
+        first = [peaks[keep][1] for keep in kept if keep == kept[0]]
+        return max(peaks[kept[-1]][0] + total, peaks[kept[0]][0] + sum(first))
 
-    def _dry_run(
-        self, num_layers: int, bucket: Bucket, batch_size: int, checkpointing: bool, lora: LoraSizes
-    ) -> LiveBytes:
+    def _peak(self, bucket: Bucket, batch_size: int, keep: Keep, lora: LoraSizes) -> tuple[int, int]:
+        """What does not depend on the number of blocks, and what each adds."""
+        few, more = (self._dry_run(n, bucket, batch_size, keep, lora).peak for n in (2, 3))
+        return few - 2 * (more - few), more - few
+
+    def _dry_run(self, num_layers: int, bucket: Bucket, batch_size: int, keep: Keep, lora: LoraSizes) -> LiveBytes:
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
-        denoiser = Denoiser(dit, self.zero_cond_t, checkpointing)
+        denoiser = Denoiser(dit, self.zero_cond_t, Execution(keep))
         with META:
             adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
+        adapter.copy_for_products(dit.transformer_blocks, self.dtype)  # as all strategies but ZeRO-2 do
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)  # as when gradients accumulate
         latents, *references = (
@@ -161,15 +170,16 @@ class Transformer:
             velocity.square().mean().backward()
         return live
 
-    def flops(self, bucket: Bucket, lora: LoraSizes, checkpointing: bool) -> int:
+    def flops(self, bucket: Bucket, lora: LoraSizes, execution: Execution) -> int:
         """Of a forward and backward pass of one sample.
 
         A product of m x k and k x n costs 2mkn. Backward, a frozen layer needs its input's gradient only, LoRA its
         weights' too, and flash attention computes five products for the forward's two.
         """
         frozen, adapter, attention = self.forward_flops(bucket, lora)
-        forward = frozen + adapter + attention
-        return 2 * frozen + 3 * adapter + attention * 7 // 2 + (forward if checkpointing else 0)
+        again = {"all": 0, "products": 0, "attention": frozen + adapter, "nothing": frozen + adapter + attention}
+        recomputed = sum(again[keep] for keep in execution.kept(self.num_layers)) // self.num_layers
+        return 2 * frozen + 3 * adapter + attention * 7 // 2 + recomputed
 
     def forward_flops(self, bucket: Bucket, lora: LoraSizes) -> tuple[int, int, int]:
         """Of one sample: frozen linear layers, LoRA, attention."""
@@ -181,7 +191,9 @@ class Transformer:
             for name, (a, b, *_) in self.lora_shapes(lora).items()
         )
         width = self.dit.img_in.out_features
-        queries = self.num_layers * bucket.length - bucket.text_tokens  # none of text in the last block
+        queries = (self.num_layers - 1) * bucket.length + num_tokens(
+            bucket.target
+        )  # the last block: of the output alone
         return frozen, adapter, 4 * queries * bucket.length * width
 
     def _tokens(self, name: str, bucket: Bucket) -> int:
@@ -192,7 +204,8 @@ class Transformer:
             return 1
         if any(part in name for part in ("txt_", "add_")):
             return bucket.text_tokens
-        return num_tokens(bucket.target) if name == "proj_out" else bucket.image_tokens
+        last = name.startswith(f"transformer_blocks.{self.num_layers - 1}.") and not name.endswith(("to_k", "to_v"))
+        return num_tokens(bucket.target) if last or name == "proj_out" else bucket.image_tokens
 
 
 def optimizer_bytes(shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer]) -> int:

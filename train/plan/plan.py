@@ -13,11 +13,12 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.rows.rows import Row, read_rows
 from train.config import Config
+from train.model.execution import Execution
 from train.plan.gpus import Gpu
 from train.plan.planner import FLOAT, GIB, BuildOptimizer, Memory, Planner, forwards_per_sample, geometry_of, lora_sizes
 
-UTILISATION = 0.40
-"""Share of the GPU's bf16 peak that training is assumed to reach, LoRA's float32 products included."""
+UTILISATION = {"compiled": 0.47, "plain": 0.34}
+"""Share of the GPU's bf16 peak that training reaches: measured on one H200 (docs/performance.md), assumed of other GPUs."""
 SHOWN_BUCKETS = 5
 
 
@@ -45,6 +46,10 @@ class Plan:
     checkpoint_bytes: int
     """Of one."""
     num_checkpoints: int
+    gradient_checkpointing: str | int
+    """As configured, or what `auto` comes to."""
+    compiled: bool
+    """Whether blocks are compiled on a GPU."""
     samples_per_step: int
     """On one rank."""
     flops_per_step: int
@@ -63,7 +68,12 @@ class Plan:
         """At the assumed utilisation; None where no speed is known: of another GPU, or with other weights than bfloat16."""
         if self.gpu.tflops is None or self.dtype != "bfloat16":
             return None
-        return self.flops_per_step / (self.gpu.tflops * 1e12 * UTILISATION)
+        return self.flops_per_step / (self.gpu.tflops * 1e12 * self.utilisation)
+
+    @property
+    def utilisation(self) -> float:
+        """The assumed one."""
+        return UTILISATION["compiled" if self.compiled else "plain"]
 
     def render(self) -> str:
         """A screen of text."""
@@ -102,7 +112,7 @@ class Plan:
         if self.seconds_per_step is None or self.seconds_per_step < 0.1:  # too little for a peak to say anything
             return work
         return (
-            f"{work}: about {_duration(self.seconds_per_step)} at {UTILISATION:.0%} of peak, "
+            f"{work}: about {_duration(self.seconds_per_step)} at {self.utilisation:.0%} of peak, "
             f"{_duration(self.seconds_per_step * self.num_steps)} for {self.num_steps} steps"
         )
 
@@ -143,14 +153,15 @@ def make_plan(
         InputError: `config.json` is missing or contradicts the configuration, or a LoRA target does not exist.
     """
     planner = Planner(config, model, data, build_optimizer)
+    config = planner.without_auto(config, world_size, gpu)
     memory, cache_phase = planner.training(config, world_size), planner.caching(config)
     settings, lora = config.train, lora_sizes(config)
     shapes = planner.transformer.lora_shapes(lora)
     trainable = sum(math.prod(shape) for group in shapes.values() for shape in group)
     buckets = data.buckets(geometry_of(config))
     samples = settings.micro_batch_size * settings.grad_accum_steps
-    checkpointing = settings.gradient_checkpointing == "full"
-    flops = sum(bucket.share * planner.transformer.flops(bucket, lora, checkpointing) for bucket in buckets)
+    execution = Execution.of(settings.gradient_checkpointing)
+    flops = sum(bucket.share * planner.transformer.flops(bucket, lora, execution) for bucket in buckets)
     plan = Plan(
         name=config.name,
         gpu=gpu,
@@ -167,6 +178,8 @@ def make_plan(
         cache_bytes=planner.cache_bytes(config),
         checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        compiled=settings.compile != "off",
         samples_per_step=samples,
         flops_per_step=round(flops * samples * forwards_per_sample(config)),
         num_steps=settings.num_steps,

@@ -1,5 +1,6 @@
 """What a configuration needs on one rank, by part, and the settings that need less: a function of plain sizes."""
 
+import bisect
 import importlib.util
 import itertools
 import math
@@ -15,6 +16,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
 from train.config import Config
 from train.model.denoiser import resolve_zero_cond_t
+from train.model.execution import Execution
 from train.optim import Optimizer
 from train.plan.gpus import Gpu
 from train.plan.memory import EncoderSizes, LoraSizes, Transformer, optimizer_bytes
@@ -68,10 +70,12 @@ class Planner:
         zero, num_frozen, num_lora = config.parallel.stage, self.transformer.num_parameters, self.num_lora(config)
         lora, optimizer = FLOAT * num_lora, self.optimizer_bytes(config)
         frozen, offloaded = num_frozen * self.dtype.itemsize, config.parallel.offload
-        buffer = FLOAT * config.parallel.bucket_size * (2 if zero == 2 and config.parallel.overlap_comm else 1)
+        buffer = FLOAT * config.parallel.bucket_size * (2 if config.parallel.overlap_comm else 1)
         if not config.parallel.contiguous_gradients:
             buffer = min(buffer, lora)  # as gradients come, instead of one buffer from the start
-        between = lora * (2 if zero else 1)  # the optimizer's temporaries or averaged weights; under ZeRO gradients too
+        between = lora * (
+            2 if zero == 2 else 1
+        )  # the optimizer's temporaries or averaged weights; ZeRO-2: gradients too
         backward, pixels = self.backward_bytes(config), self.pixel_bytes(config)
         between += self.validation_bytes(config)
         gpu = {"frozen weights" + (f", 1/{world_size} of them" if zero == 3 else ""): frozen}
@@ -79,15 +83,16 @@ class Planner:
             gpu = {next(iter(gpu)): 0 if offloaded else -(-frozen // world_size)}
             gathered = 0 if world_size == 1 and not offloaded else min(num_frozen, MAX_LIVE_PARAMETERS)
             gpu["gathered weights"] = gathered * self.dtype.itemsize  # one rank alone has nothing to gather
-        gpu["LoRA weights"] = lora if not zero else lora // (world_size if zero == 3 else 1)
-        gpu["LoRA gradients"] = lora if not zero else lora // world_size
-        if zero:
+        gpu["LoRA weights"] = lora
+        gpu["LoRA gradients"] = lora // world_size if zero == 2 else lora
+        if zero == 2:
             gpu["DeepSpeed's copy of LoRA"] = lora // world_size
             gpu["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
-            gpu["LoRA masters, on every rank"] = 0 if offloaded else lora
+            gpu["LoRA masters, on every rank"] = lora
+        else:
+            gpu["LoRA weights for products"] = num_lora * self.dtype.itemsize
         gpu["optimizer state"] = 0 if offloaded else optimizer
-        checkpointing = f"gradient_checkpointing={config.train.gradient_checkpointing}"
-        gpu[f"activations of {config.train.micro_batch_size} at the longest sequence, {checkpointing}"] = backward
+        gpu[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
         if pixels:
             gpu["pixel loss through the VAE (LPIPS not counted)"] = pixels
         gpu["between steps, beyond activations"] = max(0, between - backward - pixels)
@@ -112,8 +117,36 @@ class Planner:
     def backward_bytes(self, config: Config) -> int:
         """Activations of one micro-batch of the longest sequence."""
         batch_size = config.train.micro_batch_size * forwards_per_sample(config)
-        checkpointing = config.train.gradient_checkpointing == "full"
-        return self.transformer.activation_bytes(self.longest(config), batch_size, checkpointing, lora_sizes(config))
+        execution = Execution.of(config.train.gradient_checkpointing)
+        return self.transformer.activation_bytes(self.longest(config), batch_size, execution, lora_sizes(config))
+
+    def kept(self, config: Config) -> str:
+        """What the backward pass finds, in words."""
+        kept = Execution.of(config.train.gradient_checkpointing).kept(self.transformer.num_layers)
+        words = {
+            "all": "everything",
+            "products": "products and attention",
+            "attention": "attention",
+            "nothing": "nothing",
+        }
+        counts = {keep: kept.count(keep) for keep in words if keep in kept}
+        return "; ".join(f"{words[keep]} kept in {count} of {len(kept)} blocks" for keep, count in counts.items())
+
+    def without_auto(self, config: Config, world_size: int, gpu: Gpu) -> Config:
+        """The configuration with the fastest `train.gradient_checkpointing` that fits in place of `auto`.
+
+        If none fits, it is `full`.
+        """
+        if config.train.gradient_checkpointing != "auto":
+            return config
+        settings = ["off", "selective", *range(1, self.transformer.num_layers + 1), "full"]
+
+        def fits(setting: str | int) -> bool:
+            changed = apply(config, {"train.gradient_checkpointing": setting})
+            return self.training(changed, world_size).total <= gpu.memory_gib * GIB
+
+        first = bisect.bisect_left(settings[:-1], True, key=fits)  # each needs less than the one before it
+        return apply(config, {"train.gradient_checkpointing": settings[first]})
 
     def pixel_bytes(self, config: Config) -> int:
         """Of a loss that decodes its prediction."""
@@ -187,12 +220,12 @@ Change = dict[str, Any]
 def harmless_changes(config: Config) -> Iterator[Change]:
     """What costs time and changes no result."""
     settings = config.train
-    if settings.gradient_checkpointing == "off":
+    if settings.gradient_checkpointing != "full":
         yield {"train.gradient_checkpointing": "full"}
     if settings.micro_batch_size > 1:
         accumulated = settings.micro_batch_size * settings.grad_accum_steps
         yield {"train.micro_batch_size": 1, "train.grad_accum_steps": accumulated}
-    if config.parallel.stage and config.parallel.bucket_size > SMALL_BUCKET:
+    if config.parallel.stage == 2 and config.parallel.bucket_size > SMALL_BUCKET:
         yield {"parallel.bucket_size": SMALL_BUCKET}
 
 
@@ -200,8 +233,7 @@ def further_changes(config: Config, world_size: int) -> Iterator[list[tuple[Chan
     """What needs more GPUs or changes the result, by family; within one, the smaller change first."""
     if config.optim["_target_"] == "train.optim.AdamW" and importlib.util.find_spec("bitsandbytes"):
         yield [({"optim": {**config.optim, "bits": 8}}, world_size)]
-    small = {"parallel.bucket_size": SMALL_BUCKET}
-    sharded = {"parallel.strategy": "zero3", "parallel.offload": False, **small}
+    sharded = {"parallel.strategy": "zero3", "parallel.offload": False}
     if not config.adapter.dora:
         counts = sorted({world_size, *(n for n in (2, 4, 8) if n > world_size)} - {1})
         yield [(sharded, count) for count in counts]

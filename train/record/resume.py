@@ -16,6 +16,8 @@ MAY_CHANGE = (
     *("data.on_error", "data.validation", "train.num_steps", "train.save_every", "train.validate_every"),
     *("train.log_every", "train.keep_last", "train.device", "train.micro_batch_size", "train.grad_accum_steps"),
     "train.gradient_checkpointing",
+    "train.attention",
+    "train.compile",
 )
 """What a continued run may do otherwise; the global batch, a product, is compared by itself."""
 

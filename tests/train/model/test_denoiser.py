@@ -9,6 +9,7 @@ from data_prep.model.directory import ModelDirectory
 from losses.batch import Condition
 from losses.patches import patchify, unpatchify
 from train.model.denoiser import Denoiser, load_denoiser
+from train.model.execution import Execution
 
 # Both sides compute the same operations in float32; attention masks and the order of sums may differ in the last bits.
 TOLERANCE = 2e-5
@@ -114,12 +115,12 @@ def test_every_timestep_is_distinct_in_bf16(tiny_model_dir):
     assert len(seen[0][:1000].unique()) == 1000
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_model_dir):
+@pytest.mark.parametrize("setting", ["selective", "full", 1])
+def test_gradient_checkpointing_changes_no_gradient(tiny_model_dir, setting):
     gradients = []
-    for checkpointing in (False, True):
-        denoiser = load_denoiser(
-            ModelDirectory.resolve(tiny_model_dir), dtype=torch.float32, gradient_checkpointing=checkpointing
-        )
+    for each in ("off", setting):
+        directory = ModelDirectory.resolve(tiny_model_dir)
+        denoiser = load_denoiser(directory, dtype=torch.float32, execution=Execution.of(each))
         denoiser.requires_grad_(True)
         condition = make_condition([5, 9], [(4, 4)], denoiser.dit.txt_in.in_features)
         latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))

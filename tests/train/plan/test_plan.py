@@ -23,6 +23,7 @@ from scripts.gpu_smoke import TRANSFORMER, write_model
 from train.config import DEFAULT_TARGETS, Config, compose
 from train.model.adapter import attach_lora
 from train.model.denoiser import Denoiser, build_dit, load_denoiser
+from train.model.execution import Execution
 from train.optim import AdamW, Optimizer, Prodigy
 from train.plan.gpus import GPUS, find_gpu
 from train.plan.memory import LiveBytes, LoraSizes, Transformer, flash_attention, optimizer_bytes
@@ -114,7 +115,10 @@ def test_advice_is_the_smallest_change(real_model):
 
 def test_ranks_share_what_zero_shares(real_model):
     totals = {
-        (strategy, n): plan_real(real_model, "H100", f"parallel={strategy}", world_size=n).memory.total / GIB
+        (strategy, n): plan_real(
+            real_model, "H100", f"parallel={strategy}", "train.gradient_checkpointing=full", world_size=n
+        ).memory.total
+        / GIB
         for strategy, n in [("ddp", 2), ("ddp", 8), ("zero2", 8), ("zero3", 2), ("zero3", 8), ("zero3_offload", 2)]
     }
     assert totals["ddp", 2] == totals["ddp", 8]
@@ -122,11 +126,15 @@ def test_ranks_share_what_zero_shares(real_model):
     assert totals["zero3_offload", 2] < totals["zero3", 8] < totals["zero2", 8]
 
 
-def run_small(checkpointing: bool, bucket: Bucket, device: str, num_layers: int, batch_size: int = 2):
+def executed(setting: str | int) -> Execution:
+    return Execution.of(setting)
+
+
+def run_small(setting: str | int, bucket: Bucket, device: str, num_layers: int, batch_size: int = 2):
     """A forward and backward pass; returns what is to be called."""
     with torch.device(device):
         dit = build_dit(SMALL | {"num_layers": num_layers}).to(torch.bfloat16).requires_grad_(False)
-    denoiser = Denoiser(dit, True, checkpointing)
+    denoiser = Denoiser(dit, True, executed(setting))
     adapter = attach_lora(denoiser, LORA.rank, LORA.rank, LORA.target_modules)
     for parameter in adapter.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -140,7 +148,7 @@ def run_small(checkpointing: bool, bucket: Bucket, device: str, num_layers: int,
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_activations_are_what_autograd_saves(bucket):
     """Kept blocks: the sum of the distinct tensors that a real forward pass in bf16 saves, weights left out."""
-    denoiser, forward = run_small(False, bucket, "cpu", SMALL["num_layers"])
+    denoiser, forward = run_small("off", bucket, "cpu", SMALL["num_layers"])
     weights = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -152,44 +160,44 @@ def test_activations_are_what_autograd_saves(bucket):
         loss = forward()
     measured = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights)
     loss.backward()
-    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, False, LORA)
+    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, executed("off"), LORA)
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("setting", ["off", "selective", 2, "full"])
 @pytest.mark.parametrize("bucket", BUCKETS)
-def test_activations_are_the_peak_of_a_real_run(bucket, checkpointing):
+def test_activations_are_the_peak_of_a_real_run(bucket, setting):
     """All layers with real numbers on the CPU, with PyTorch's own choice of attention."""
-    _, forward = run_small(checkpointing, bucket, "cpu", SMALL["num_layers"])
+    _, forward = run_small(setting, bucket, "cpu", SMALL["num_layers"])
     with LiveBytes() as live:
         forward().backward()
-    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, checkpointing, LORA)
+    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, executed(setting), LORA)
     assert predicted == pytest.approx(live.peak, rel=0.1)  # CPU kernels differ
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_the_peak_of_a_gpu(checkpointing):
+@pytest.mark.parametrize("setting", ["off", "selective", 2, "full"])
+def test_activations_are_the_peak_of_a_gpu(setting):
     bucket = Bucket(Size(1024, 1024), (Size(1024, 1024),), 200, 1.0)
-    _, forward = run_small(checkpointing, bucket, "cuda", SMALL["num_layers"])
+    _, forward = run_small(setting, bucket, "cuda", SMALL["num_layers"])
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     forward().backward()
-    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, checkpointing, LORA)
+    predicted = Transformer(SMALL, torch.bfloat16, True).activation_bytes(bucket, 2, executed(setting), LORA)
     assert predicted == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("setting", ["off", "selective", 2, "full"])
 @pytest.mark.parametrize("bucket", BUCKETS)
-def test_counts_the_operations_of_the_real_code(bucket, checkpointing):
+def test_counts_the_operations_of_the_real_code(bucket, setting):
     transformer = Transformer(SMALL, torch.bfloat16, True)
-    _, forward = run_small(checkpointing, bucket, "meta", SMALL["num_layers"], batch_size=1)
+    _, forward = run_small(setting, bucket, "meta", SMALL["num_layers"], batch_size=1)
     with flash_attention(), FlopCounterMode(display=False) as counter:
         loss = forward()
         assert sum(transformer.forward_flops(bucket, LORA)) == pytest.approx(counter.get_total_flops(), rel=0.02)
         loss.backward()
-    assert transformer.flops(bucket, LORA, checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert transformer.flops(bucket, LORA, executed(setting)) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("dora", [False, True])

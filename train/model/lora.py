@@ -1,0 +1,271 @@
+"""A frozen linear layer with its low-rank branch as one operation: products in the model's dtype, gradients in float32.
+
+PEFT computes the branch in float32 beside a bf16 layer: the casts and sums cost as much as the frozen product. Here the
+branch is added into the frozen product's output, and layers that read the same input read it once.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+
+class WorkingCopies(NamedTuple):
+    """A layer's LoRA weights in the model's dtype, detached."""
+
+    down: Tensor
+    """(rank, in), a part of `stack`."""
+    up: Tensor
+    """(out, rank)."""
+    stack: Tensor
+    """The downs of all layers that read the same input, one below the other, (sum of ranks, in)."""
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA layer with products in the input's dtype; weights, configuration and files are PEFT's.
+
+    PEFT's forward is used for what it alone can do: DoRA, dropout, several or disabled adapters.
+
+    Attributes:
+        copies: what to multiply by instead of a cast of the weights; whoever sets them keeps them up to date.
+    """
+
+    copies: WorkingCopies | None = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(…, in) -> (…, out)."""
+        return linear(x, self)[0] if is_plain(self) else super().forward(x, *args, **kwargs)
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is a LoRA layer that computes `base(x) + scale * up(down(x))` and nothing else."""
+    return (
+        isinstance(layer, LoraLinear)
+        and not layer.disable_adapters
+        and not layer.merged_adapters
+        and layer.active_adapters == ["default"]
+        and not layer.lora_variant
+        and isinstance(layer.lora_dropout["default"], nn.Identity)
+    )
+
+
+def has_its_weights(layer: Any) -> bool:
+    """Whether the frozen layer can be multiplied without being called: nothing quantised, no hook that waits for a call."""
+    return type(layer.base_layer) is nn.Linear and not hasattr(layer.base_layer, "_diffusers_hook")
+
+
+def linear(x: Tensor, *layers: Any) -> list[Tensor]:
+    """The outputs of linear layers, with or without LoRA, that read the same input (…, in): each (…, out)."""
+    if not all(is_plain(layer) and has_its_weights(layer) for layer in layers):
+        return [_beside(x, layer) if is_plain(layer) else layer(x) for layer in layers]
+    downs = [layer.lora_A["default"].weight for layer in layers]
+    ups = [layer.lora_B["default"].weight for layer in layers]
+    copies = [layer.copies for layer in layers if layer.copies is not None]
+    shared = len(copies) == len(layers) and all(copy.stack is copies[0].stack for copy in copies)
+    if shared and len(copies[0].stack) == sum(len(copy.down) for copy in copies):
+        stack, work_ups = copies[0].stack, [copy.up for copy in copies]
+    else:
+        stack = torch.cat([down.detach() for down in downs]).to(x.dtype)
+        work_ups = [up.detach().to(x.dtype) for up in ups]
+    *outputs, _ = low_rank_linear(
+        x,
+        [layer.base_layer.weight for layer in layers],
+        [layer.base_layer.bias for layer in layers],
+        downs,
+        ups,
+        [float(layer.scaling["default"]) for layer in layers],
+        stack,
+        work_ups,
+    )
+    return outputs
+
+
+def _beside(x: Tensor, layer: Any) -> Tensor:
+    """The branch beside a frozen layer that must be called."""
+    down, up = layer.lora_A["default"].weight.to(x.dtype), layer.lora_B["default"].weight.to(x.dtype)
+    return layer.base_layer(x) + layer.scaling["default"] * F.linear(F.linear(x, down), up)
+
+
+def give_copies(groups: Iterable[Sequence[Any]], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Gives layers working copies, which are empty.
+
+    Args:
+        groups: layers that read the same input stand together.
+
+    Returns:
+        The copies, and the weights that must be copied into them.
+    """
+    copies, weights = [], []
+    for group in groups:
+        downs = [layer.lora_A["default"].weight for layer in group]
+        stack = torch.empty(sum(map(len, downs)), downs[0].shape[1], dtype=dtype, device=downs[0].device)
+        for layer, down in zip(group, stack.split([len(down) for down in downs]), strict=True):
+            up = torch.empty_like(layer.lora_B["default"].weight, dtype=dtype, requires_grad=False)
+            layer.copies = WorkingCopies(down, up, stack)
+            copies += [down, up]
+            weights += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    return copies, weights
+
+
+@torch.library.custom_op("qwen_edit::low_rank_linear", mutates_args=())
+def low_rank_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    stack: Tensor,
+    work_ups: Sequence[Tensor],
+) -> list[Tensor]:
+    """y_i = x @ weight_i' + bias_i + scale_i * (x @ down_i') @ up_i', in x's dtype.
+
+    Args:
+        x: (…, in).
+        weights, biases: frozen, (out_i, in) and (out_i,) or None, in x's dtype.
+        downs, ups: trained, (rank_i, in) and (out_i, rank_i), float32; known as A and B. They only receive the gradients.
+        scales: alpha / rank.
+        stack: all down_i in x's dtype, one below the other, (sum of ranks, in).
+        work_ups: all up_i in x's dtype.
+
+    Returns:
+        Each y_i, (…, out_i), and x @ stack', (tokens, sum of ranks), which the backward pass needs.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    hidden = flat @ stack.t()
+    outputs = []
+    for weight, bias, up, scale, part in zip(weights, biases, work_ups, scales, _parts(hidden, downs), strict=True):
+        outputs.append(x.new_empty(*x.shape[:-1], len(weight)))
+        output = outputs[-1].view(-1, len(weight))
+        if bias is None:
+            torch.mm(flat, weight.t(), out=output)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=output)
+        output.addmm_(part, up.t(), alpha=scale)
+    return [*outputs, hidden]
+
+
+@low_rank_linear.register_fake
+def _(x, weights, biases, downs, ups, scales, stack, work_ups):
+    tokens = x.numel() // x.shape[-1]
+    return [*(x.new_empty(*x.shape[:-1], len(weight)) for weight in weights), x.new_empty(tokens, len(stack))]
+
+
+@torch.library.custom_op("qwen_edit::low_rank_linear_backward", mutates_args=())
+def low_rank_linear_backward(
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    stack: Tensor,
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    input_gradient: bool,
+) -> list[Tensor]:
+    """The gradients of `low_rank_linear`'s trained weights, summed over tokens in float32, and of its input.
+
+    Args:
+        gradients: of each y_i, (…, out_i).
+        ups: in x's dtype.
+        input_gradient: whether the gradient of x is wanted.
+
+    Returns:
+        Of all down_i, one below the other (sum of ranks, in), of each up_i (out_i, rank_i), float32, and, if wanted, of x.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    flats = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+    behind = torch.empty_like(hidden)  # the gradient of hidden
+    d_ups = []
+    for gradient, up, scale, part, slot in zip(
+        flats, ups, scales, _columns(hidden, ups), _columns(behind, ups), strict=True
+    ):
+        torch.addmm(slot, gradient, up, beta=0, alpha=scale, out=slot)
+        d_up = _float_product(gradient.t(), part)
+        d_ups.append(d_up if scale == 1 else d_up.mul_(scale))
+    results = [_float_product(behind.t(), flat), *d_ups]
+    if input_gradient:
+        results.append(x.new_empty(x.shape))
+        d_x = results[-1].view(flat.shape)
+        torch.mm(behind, stack, out=d_x)
+        for gradient, weight in zip(flats, weights, strict=True):
+            d_x.addmm_(gradient, weight)
+    return results
+
+
+@low_rank_linear_backward.register_fake
+def _(gradients, x, hidden, weights, stack, ups, scales, input_gradient):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first = x.new_empty(len(stack), x.shape[-1], dtype=wide)
+    return [
+        first,
+        *(torch.empty_like(up, dtype=wide) for up in ups),
+        *([x.new_empty(x.shape)] if input_gradient else []),
+    ]
+
+
+def _parts(hidden: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return hidden.split([len(down) for down in downs], dim=1)
+
+
+def _columns(hidden: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    return hidden.split([up.shape[1] for up in ups], dim=1)
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, at least in float32, which is what matrix units sum in anyway."""
+    if a.dtype.itemsize >= 4:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weights, biases, downs, _, scales, stack, work_ups = inputs
+    ctx.save_for_backward(x, output[-1], stack, *weights, *work_ups)
+    ctx.scales, ctx.ranks = scales, [len(down) for down in downs]
+    ctx.no_biases = None if any(bias is None for bias in biases) else [None] * len(biases)  # as autograd wants lists
+
+
+def _backward(ctx, gradients):
+    x, hidden, stack, *rest = ctx.saved_tensors
+    count, wanted = len(ctx.scales), ctx.needs_input_grad[0]
+    weights, ups = rest[:count], rest[count:]
+    outputs = [
+        x.new_zeros(*x.shape[:-1], len(weight)) if gradient is None else gradient.contiguous()
+        for gradient, weight in zip(gradients[:-1], weights, strict=True)
+    ]
+    d_stack, *d_ups = low_rank_linear_backward(outputs, x, hidden, weights, stack, ups, ctx.scales, wanted)
+    d_x = d_ups.pop() if wanted else None
+    none = [None] * count
+    return d_x, none, ctx.no_biases, list(d_stack.split(ctx.ranks)), d_ups, None, None, none
+
+
+low_rank_linear.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.qwen_edit.low_rank_linear)
+def _forward_flops(x, weights, biases, downs, ups, scales, stack, work_ups, *args, out_val=None, **kwargs) -> int:
+    """2mkn for each product of m x k and k x n."""
+    return 2 * _rows(x) * sum(_size(each) for each in (stack, *weights, *work_ups))
+
+
+@register_flop_formula(torch.ops.qwen_edit.low_rank_linear_backward)
+def _backward_flops(gradients, x, hidden, weights, stack, ups, scales, input_gradient, *args, **kwargs) -> int:
+    """The same products for the input, and one more for each trained weight's own gradient."""
+    trained = 2 * _size(stack) + 2 * sum(map(_size, ups))
+    frozen = sum(map(_size, weights))
+    return 2 * _rows(x) * (trained + frozen if input_gradient else trained - _size(stack))
+
+
+def _rows(shape: Sequence[int]) -> int:
+    return math.prod(shape[:-1])
+
+
+def _size(shape: Sequence[int]) -> int:
+    return math.prod(shape)
