@@ -1,22 +1,34 @@
-"""Trains a transformer of the real size, with random weights on random data, and compares its memory with the plan.
+"""Trains a transformer of the real size, with random weights on random data, and compares memory and time with the plan.
 
     accelerate launch scripts/gpu_smoke.py --out runs/gpu_smoke
     accelerate launch scripts/gpu_smoke.py --out runs/gpu_smoke_zero2 parallel=zero2 train.num_steps=5
+    python scripts/gpu_smoke.py --out runs/gpu_smoke_all train.num_steps=6 \\
+        --vary parallel=single,zero3 --vary train.gradient_checkpointing=full,auto
     python scripts/gpu_smoke.py --size tiny --out runs/cpu_smoke
 
 Everything of phase 2 is what a run uses; nothing is downloaded, and no weights are on the disk. The first is the
-production recipe at 1024 x 1024 with one reference. Prints a table and writes OUT/smoke.json.
+production recipe at 1024 x 1024 with one reference. Every combination of the values of all `--vary` is a run of its own, one
+after the other in this process, and what one held is freed before the next. Prints a table and writes OUT/smoke.json, whole
+after each run. The first step of a run, which compiles and fills caches, is shown by itself; all other seconds are medians of
+the later ones. Checkpoints are removed: nobody wants these weights.
 """
 
 import argparse
+import contextlib
+import gc
+import io
+import itertools
 import json
 import math
 import platform
+import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -28,6 +40,7 @@ from torch import Tensor
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError, exit_codes
+from data_prep.files import write_text
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import LATENT_CELL, Geometry
 from data_prep.rows.rows import read_rows
@@ -35,7 +48,9 @@ from train.config import Config, compose
 from train.model.denoiser import build_dit
 from train.parallel.processes import Processes
 from train.phases import ENCODERS, plan_run, train_phase
+from train.plan.plan import Plan
 from train.plan.planner import GIB, geometry_of
+from train.record.run_files import CHECKPOINTS
 
 SHIPPED = Path(__file__).parent / "tiny"
 TRANSFORMER = {
@@ -50,17 +65,26 @@ SIZES = {
 }
 
 
-def write_model(folder: Path, size: str) -> None:
+Figures = dict[str, str | float]
+"""Of a run, by name."""
+PARTS = ("data", "forward", "backward", "optimizer")
+"""Of a step."""
+TABLE = ("s/step", *PARTS, "first step", "planned s", "planned GiB", "measured GiB", "GiB before")
+
+
+def write_model(folder: Path, size: str, num_layers: int | None = None) -> None:
     """The `config.json` files of a model directory, at the real sizes (`full`) or the tiny model's; no weights."""
     parts = {name: json.loads((SHIPPED / f"{name}_config.json").read_text()) for name in ("vae", "text_encoder")}
     transformer = json.loads((SHIPPED / "transformer_config.json").read_text())
     if size == "full":
-        transformer = TRANSFORMER
+        transformer = dict(TRANSFORMER)
         parts["vae"] |= {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
         text = parts["text_encoder"]
         text["text_config"] |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
         text["text_config"] |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
         text["vision_config"] |= {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+    if num_layers:
+        transformer["num_layers"] = num_layers
     for component, config in ({"transformer": transformer} | parts).items():
         (folder / component).mkdir(parents=True, exist_ok=True)
         (folder / component / "config.json").write_text(json.dumps(config))
@@ -125,53 +149,143 @@ def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folde
     )
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Writes the model's sizes and the data, plans, trains, and compares."""
+def variations(vary: list[str]) -> list[list[str]]:
+    """Every combination of one value of each `key=value,value`, as overrides.
+
+    Raises:
+        InputError: it is not written so.
+    """
+    choices = []
+    for each in vary:
+        key, equals, values = each.partition("=")
+        if not (key and equals and all(values.split(","))):
+            raise InputError(f"--vary takes key=value,value, got {each!r}")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def main(arguments: argparse.Namespace) -> bool:
+    """Writes the model's sizes, and plans, trains and compares for each combination. True if every run ended well."""
     out: Path = arguments.out
-    if (out / "run").exists():
-        raise InputError(f"{out}/run exists: name another --out, or remove it")
+    if (out / "runs").exists():
+        raise InputError(f"{out}/runs exists: name another --out, or remove it")
     defaults = [*SIZES[arguments.size], "train.num_steps=20", "train.save_every=20", "logger=none", "validate=none"]
-    paths = [f"model.path={out}/model", f"data.dataset={out}/rows.json", f"run_dir={out}/run", f"cache.dir={out}/cache"]
-    config = compose(["+exp=lbm_2511", *defaults, *paths, *arguments.overrides])
-    processes = Processes.start(config.train.device)
+    paths = [f"model.path={out}/model", f"data.dataset={out}/rows.json", f"cache.dir={out}/cache"]
+    combinations = variations(arguments.vary)
+    configs = [
+        compose(["+exp=lbm_2511", *defaults, *paths, f"run_dir={out}/runs/{number}", *arguments.overrides, *varied])
+        for number, varied in enumerate(combinations)
+    ]
+    processes = Processes.start(configs[0].train.device)
     if processes.is_main:
         write_model(out / "model", arguments.size)
     processes.barrier()
     model = RandomModel(out / "model", processes.device)
+    results: list[Figures] = []
+    for config, varied in zip(configs, combinations, strict=True):
+        figures: Figures = {"varied": " ".join(varied) or "as configured", "parallel": config.parallel.name}
+        figures |= attempt(config, model, processes)
+        results.append(figures)
+        if processes.is_main:
+            write_text(out / "smoke.json", json.dumps(results, indent=1) + "\n")
+            print("\n".join(f"{name:28} {value}" for name, value in figures.items()), flush=True)
+    if processes.is_main:
+        print(table(results))
+    processes.stop()
+    return not any("failed" in figures for figures in results)
+
+
+def attempt(config: Config, model: RandomModel, processes: Processes) -> Figures:
+    """The figures of one run; where there is one process, a run that fails does not take the others with it."""
+    figures: Figures = free()
+    try:
+        return figures | train_once(config, model, processes)
+    except Exception as error:
+        if processes.world_size > 1:  # where the others wait for this one
+            raise
+        return figures | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+
+def free() -> Figures:
+    """Gives back what the run before held, and says what it did not."""
+    gc.collect()
+    if deepspeed := sys.modules.get("deepspeed"):
+        for held in gc.get_objects():
+            if issubclass(type(held), deepspeed.DeepSpeedEngine) and "module" in vars(held):
+                strip(held)
+        gc.collect()
+    torch._dynamo.reset()  # each run compiles for itself, as if it were the only one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return {"GiB before": torch.cuda.memory_allocated() / GIB}
+    tensors = (held for held in gc.get_objects() if issubclass(type(held), torch.Tensor))
+    return {"GiB before": sum(tensor.nbytes for tensor in tensors) / GIB}
+
+
+def strip(engine: Any) -> None:
+    """Takes all tensors from a DeepSpeed engine, which its hooks on autograd's nodes keep alive for ever."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data, tensor.grad = tensor.data.new_empty(0), None
+    for part in (engine.optimizer, engine):
+        vars(part).clear()
+
+
+def train_once(config: Config, model: RandomModel, processes: Processes) -> Figures:
+    """Plans, trains and compares."""
     geometry = geometry_of(config)
     if processes.is_main:
-        write_cache(config, model, geometry, out)
+        write_cache(config, model, geometry, Path(config.cache.dir).parent)
     processes.barrier()
     plan = plan_run(config, model, processes.world_size)
     processes.say(plan.render())
-    train_phase(config, model, geometry, processes)
-    if processes.is_main:
-        figures = measure(config, plan.memory.total)
-        (out / "smoke.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print("\n".join(f"{name:28} {value}" for name, value in figures.items()))
-    processes.stop()
+    train_phase(config, model, geometry, processes, plan)
+    if not processes.is_main:
+        return {}
+    shutil.rmtree(Path(config.run_dir) / CHECKPOINTS)
+    return measure(config, plan)
 
 
-def measure(config: Config, planned: int) -> dict[str, str | float]:
-    """Figures of the run; memory only where it is a GPU's."""
+def measure(config: Config, plan: Plan) -> Figures:
+    """Figures of the run; memory only where it is a GPU's, time only where the plan knows its speed."""
     steps = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    seconds = sorted(step["seconds/step"] for step in steps[1:])
-    figures: dict[str, str | float] = {
+    later = steps[1:] or steps
+    figures: Figures = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-        "parallel": config.parallel.name,
+        "torch": torch.__version__,
+        "checkpointing": str(plan.gradient_checkpointing),
         "steps": len(steps),
         "first loss": steps[0]["loss"],
         "last loss": steps[-1]["loss"],
-        "median seconds per step": seconds[len(seconds) // 2],
-        "planned GiB": planned / GIB,
+        "first step": steps[0]["seconds/step"],
+        "s/step": statistics.median(step["seconds/step"] for step in later),
     }
+    figures |= {part: statistics.median(step[f"seconds/{part}"] for step in later) for part in PARTS}
+    if plan.seconds_per_step is not None:
+        figures |= {"planned s": plan.seconds_per_step}
+        figures |= {"measured / planned s": float(figures["s/step"]) / plan.seconds_per_step}
+    figures["planned GiB"] = plan.memory.total / GIB
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         outside = total - free - torch.cuda.memory_reserved()  # the context, and what libraries take for themselves
         peak = torch.cuda.max_memory_allocated() + outside
-        figures |= {"measured GiB": peak / GIB, "measured / planned": peak / planned}
+        figures |= {"measured GiB": peak / GIB, "measured / planned": peak / plan.memory.total}
     return figures
+
+
+def table(results: list[Figures]) -> str:
+    """A line for each run."""
+    width = max(len(str(figures["varied"])) for figures in results)
+    lines = [" " * width + "".join(f"{name:>13}" for name in TABLE)]
+    for figures in results:
+        cells = [figures.get(name, "") for name in TABLE]
+        text = "".join(f"{cell:13.3f}" if isinstance(cell, float) else f"{cell:>13}" for cell in cells)
+        lines.append(f"{figures['varied']:{width}}{figures.get('failed') or text}")
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -181,10 +295,17 @@ def parse_arguments() -> argparse.Namespace:
         "--size", choices=SIZES, default="full", help="of the transformer and the images (default full)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="key=value,…",
+        help="a run for each value; several times: for each combination",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of train/run.py")
     return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":
     with exit_codes():
-        main(parse_arguments())
+        sys.exit(0 if main(parse_arguments()) else 1)

@@ -20,7 +20,7 @@ from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
 from eval.qwen.weights.quantization import ScaledLinear, round_rows
 from eval.request.placement import Placement, make_placement
 from eval.request.request import AdapterUse
-from scripts import bench_memory as bench
+from scripts.bench import memory as bench
 from tests.eval.qwen.weights.test_adapters import velocity
 from tests.train.model.test_adapter import close, fresh, trained
 from train.model.denoiser import Denoiser

@@ -1,7 +1,7 @@
 """What each way of saving memory saves and costs, against full weights in the same run.
 
-    python scripts/bench_memory.py --model models/tiny
-    python scripts/bench_memory.py --model models/tiny --grow 7 --size 512 --device cuda
+    python scripts/bench/memory.py --model models/tiny
+    python scripts/bench/memory.py --model models/tiny --grow 7 --size 512 --device cuda
 
 Each option edits one picture in a process of its own, several times; the first is not timed. Measured: bytes of the
 transformer's weights, and how many of them are on the device between edits; the most memory that loading and editing took
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 import gguf

@@ -1,10 +1,10 @@
-"""`scripts/bench_data_prep.py` runs, and its verdict is that of its numbers."""
+"""`scripts/bench/data_prep.py` runs, and its verdict is that of its numbers."""
 
 import re
 
 from tests.commands import run_script
 
-BENCH = "scripts/bench_data_prep.py"
+BENCH = "scripts/bench/data_prep.py"
 
 
 def test_speed_of_both_commands():

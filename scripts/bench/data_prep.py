@@ -1,7 +1,7 @@
 """How fast `pairs` and `check` are, and whether memory stays where it is when a dataset grows.
 
-    python scripts/bench_data_prep.py
-    python scripts/bench_data_prep.py --pairs 500 --rows 10000,100000 --only memory
+    python scripts/bench/data_prep.py
+    python scripts/bench/data_prep.py --pairs 500 --rows 10000,100000 --only memory
 
 Speed: rows per second of both commands, as a user runs them, start included, on made pairs (pieces of photographs, JPEG of
 quality 90), for each number of processes. Memory: the most that a process held after reading dataset files of two lengths,
@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 import numpy as np
