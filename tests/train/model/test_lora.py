@@ -261,6 +261,37 @@ def test_layers_that_must_be_called_are_called():
     assert called == [1]
 
 
+def test_offloaded_modules_are_called():
+    """All weights of the blocks are rubbish, but while diffusers' hooks have brought them."""
+    denoiser, _ = small(torch.float32)
+    latents, sigma, condition = condition_of(SMALL, [5, 9])
+    arguments = latents.float(), sigma, condition.to(dtype=torch.float32)
+    with torch.no_grad():
+        expected = denoiser(*arguments)
+        for name, module in denoiser.dit.transformer_blocks.named_modules():
+            if (own := dict(module.named_parameters(recurse=False))) and ".lora_" not in name:
+                bring(module, own)
+        assert torch.allclose(denoiser(*arguments), expected, rtol=1e-4, atol=1e-5)
+
+
+def bring(module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+    """Hides a module's weights except during its forward pass, as group offloading does."""
+    kept = {name: parameter.data.clone() for name, parameter in own.items()}
+
+    def show(*_):
+        for name, parameter in own.items():
+            parameter.data.copy_(kept[name])
+
+    def hide(*_):
+        for parameter in own.values():
+            parameter.data.fill_(torch.nan)
+
+    module._diffusers_hook = object()
+    module.register_forward_pre_hook(show)
+    module.register_forward_hook(hide)
+    hide()
+
+
 def test_dora_is_pefts(monkeypatch):
     with torch.device("meta"):
         dit = build_dit(SMALL)
