@@ -73,10 +73,13 @@ def build_model(
     processes.say(f"attention: {name}")
     options = {"compiled": compiled, "attention": attention, "say": processes.say}
     execution = Execution.of(gradient_checkpointing, **options)
-    zero = None
-    if spread.strategy.startswith("zero"):
+    zero, stage = None, spread.stage
+    if stage == 3 and processes.world_size == 1 and not spread.offload:
+        processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
+        stage = 0
+    if stage:
         zero = zero_settings(
-            spread.stage,
+            stage,
             spread.offload,
             spread.bucket_size,
             spread.overlap_comm,
@@ -88,13 +91,13 @@ def build_model(
         )
     if dtype == torch.bfloat16:  # LoRA's float32 products: rounded to 11 bits, 3 more than what they are added to
         torch.backends.cuda.matmul.allow_tf32 = True
-    place = shard(zero, processes) if zero and spread.stage == 3 else None
+    place = shard(zero, processes) if zero and stage == 3 else None
     read = processes.is_main or place is None  # `place` sends what rank 0 reads
     denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, execution, place, read)
     adapter = attach_lora(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )
-    if zero and spread.stage == 3:
+    if zero and stage == 3:
         return adapter, Zero3(denoiser, adapter, processes, settings.grad_accum_steps, zero, spread.offload)
     if zero:
         return adapter, Zero2(denoiser, adapter, processes, zero)

@@ -130,6 +130,11 @@ class TrainConfig:
             value = getattr(self, item.name)
             if type(value) is int:
                 require(value >= 1, f"train.{item.name} must be at least 1, got {value}")
+        require(
+            self.attention == "auto" or self.gradient_checkpointing in ("off", "full"),
+            f"train.attention={self.attention} needs train.gradient_checkpointing=off or full, got "
+            f"{self.gradient_checkpointing}: its output cannot be kept by itself",
+        )
         require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")
@@ -338,6 +343,10 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
         if value is None and type(None) in options:
             return None
         if type(value) in options:
+            return value
+        if int in options and (words := [w for option in options for w in typing.get_args(option)]):
+            if value not in words:
+                raise InputError(f"{key} must be one of {', '.join(words)}, or a whole number, got {value!r}")
             return value
         return _checked(value, next(option for option in options if option is not type(None)), key)
     if origin is Literal:

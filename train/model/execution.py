@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.fx.experimental._config as symbolic_shapes
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -19,9 +20,10 @@ Keep = Literal["all", "products", "attention", "nothing"]
 """What a block keeps for its backward pass: all that autograd wants; the outputs of matrix products and attention, from
 which the rest is computed again cheaply; attention's output, the dearest a byte; or nothing but its input."""
 
-MAX_GRAPHS = 16
-"""Compilations of one kind of block. A training needs two (the last block is another), and two more for each of: batches of
-several samples, texts of different lengths in one, no references; a validation as many again."""
+MAX_GRAPHS = 64
+"""Compilations of one way of keeping; what would need another is computed as it is. Two (the last block is another) for each
+kind of batch: one sample, several with texts of one length, each number of samples with texts of different lengths; all
+that again without references, and again without gradients (validation)."""
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -139,6 +141,7 @@ class Compiled:
         symbolic_shapes.use_duck_shape = False  # sizes that happen to be equal stay independent
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
         self.function, self.say, self.failed = function, say, False
+        self.say_once = functools.cache(say)
         self.compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 
     def __call__(self, block: Block, *args: Any) -> Outputs:
@@ -149,10 +152,14 @@ class Compiled:
             return self._compiled(block, *args)
         except torch.OutOfMemoryError:
             raise
+        except FailOnRecompileLimitHit:  # the graphs that there are stay in use
+            self.say_once(f"a kind of batch is computed without torch.compile: {MAX_GRAPHS} graphs are made already")
+            return self.function(block, *args)
         except Exception as error:  # whatever a compiler raises; an error of the function itself is raised again here
             outputs = self.function(block, *args)
             self.failed = True
-            self.say(f"continuing without torch.compile, which failed: {' '.join(str(error).split())[:300]}")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.say(f"continuing without torch.compile, which failed: {reason}")
             return outputs
 
     def _compiled(self, block: Block, *args: Any) -> Outputs:

@@ -67,6 +67,8 @@ def has_its_weights(layer: Any) -> bool:
 def linear(x: Tensor, *layers: Any) -> list[Tensor]:
     """The outputs of linear layers, with or without LoRA, that read the same input (…, in): each (…, out)."""
     if not all(is_plain(layer) and has_its_weights(layer) for layer in layers):
+        if len(layers) > 1:
+            return [linear(x, layer)[0] for layer in layers]
         return [_beside(x, layer) if is_plain(layer) else layer(x) for layer in layers]
     downs = [layer.lora_A["default"].weight for layer in layers]
     ups = [layer.lora_B["default"].weight for layer in layers]

@@ -122,11 +122,12 @@ class Zero2:
         settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
     """
 
-    def __init__(self, denoiser: nn.Module, adapter: Adapter, processes: Processes, settings: dict[str, Any]):
+    def __init__(self, denoiser: Denoiser, adapter: Adapter, processes: Processes, settings: dict[str, Any]):
         join(processes)
         import deepspeed
 
-        self.shards = adapter.parameters()
+        adapter.copy_for_products(denoiser.dit.transformer_blocks, denoiser.dit.img_in.weight.dtype)
+        self.adapter, self.shards = adapter, adapter.parameters()
         adapter.detach(processes.device)
         self.masters = adapter.parameters()
         idle = Idle(self.shards)
@@ -144,10 +145,9 @@ class Zero2:
                 master.grad = gradient.to(master.device)
         self.denoiser.step()  # updates nothing: counts micro-batches, and clears the gradients after the last
 
-    @torch.no_grad()
     def publish(self) -> None:
         """As `Parallel.publish`."""
-        torch._foreach_copy_([shard.data for shard in self.shards], [master.data for master in self.masters])  # pyright: ignore
+        self.adapter.refresh()
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ class Transformer:
         denoiser = Denoiser(dit, self.zero_cond_t, Execution(keep))
         with META:
             adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
-        adapter.copy_for_products(dit.transformer_blocks, self.dtype)  # as all strategies but ZeRO-2 do
+        adapter.copy_for_products(dit.transformer_blocks, self.dtype)  # as in a run
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)  # as when gradients accumulate
         latents, *references = (

@@ -89,7 +89,7 @@ class Planner:
             gpu["DeepSpeed's copy of LoRA"] = lora // world_size
             gpu["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
             gpu["LoRA masters, on every rank"] = lora
-        else:
+        if not config.adapter.dora:
             gpu["LoRA weights for products"] = num_lora * self.dtype.itemsize
         gpu["optimizer state"] = 0 if offloaded else optimizer
         gpu[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward

@@ -92,6 +92,23 @@ def test_a_failing_compiler_is_named_and_left_aside(said, backend):
     assert "no compiler here" in line
 
 
+@pytest.mark.slow
+def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkeypatch):
+    """And the graphs that there are stay in use."""
+    monkeypatch.setattr("train.model.execution.MAX_GRAPHS", 2)
+    denoiser, adapter = small(torch.float32)
+    cases = [ONE[0], SEVERAL[1], ONE[1], SEVERAL[1]]
+    expected = results(denoiser, adapter, cases)
+    run_with(denoiser, Compiled(RUNS["nothing"], said.append, backend="aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    actual = results(denoiser, adapter, cases)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert [line for line in said if "without torch.compile" in line] == [
+        "a kind of batch is computed without torch.compile: 2 graphs are made already"
+    ]
+
+
 def test_our_own_errors_are_not_the_compilers(said):
     def run(block, *args):
         raise ValueError("ours")

@@ -261,6 +261,17 @@ def test_layers_that_must_be_called_are_called():
     assert called == [1]
 
 
+def test_layers_without_lora_beside_those_with(monkeypatch):
+    """Each by itself, through the one operation."""
+    denoiser, _ = small(torch.float32)
+    attn = denoiser.dit.transformer_blocks[0].attn
+    x = drawn(1, 3, 128, seed=1, dtype=torch.float32)
+    monkeypatch.setattr("train.model.lora._beside", None)
+    with_lora, without, _ = linear(x, attn.to_q, attn.to_k.base_layer, attn.to_v)
+    assert torch.equal(without, attn.to_k.base_layer(x))
+    assert torch.equal(with_lora, linear(x, attn.to_q)[0])
+
+
 def test_offloaded_modules_are_called():
     """All weights of the blocks are rubbish, but while diffusers' hooks have brought them."""
     denoiser, _ = small(torch.float32)

@@ -126,6 +126,24 @@ def test_ranks_share_what_zero_shares(real_model):
     assert totals["zero3_offload", 2] < totals["zero3", 8] < totals["zero2", 8]
 
 
+def test_auto_keeps_as_much_as_fits(real_model):
+    """Each setting needs less than the one before it, and `auto` is the first that fits."""
+
+    def planned(setting: str | int, gpu: str = "H100", micro_batch_size: int = 1):
+        overrides = [f"train.gradient_checkpointing={setting}", f"train.micro_batch_size={micro_batch_size}"]
+        return plan_real(real_model, gpu, *overrides, "parallel=single")
+
+    totals = [planned(setting).memory.total for setting in ("off", "selective", 1, 20, 40, 60, "full")]
+    assert totals == sorted({*totals}, reverse=True)
+    assert planned("auto", "H200").gradient_checkpointing == "off"
+    assert planned("auto", "A100 40GB").gradient_checkpointing == "full"
+    assert not planned("auto", "A100 40GB").fits
+    chosen = planned("auto", micro_batch_size=2).gradient_checkpointing
+    assert isinstance(chosen, int)
+    assert planned(chosen, micro_batch_size=2).fits
+    assert not planned(chosen - 1 or "selective", micro_batch_size=2).fits
+
+
 def executed(setting: str | int) -> Execution:
     return Execution.of(setting)
 
