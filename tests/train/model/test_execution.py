@@ -100,8 +100,8 @@ def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkey
     cases = [ONE[0], SEVERAL[1], ONE[1], SEVERAL[1]]
     expected = results(denoiser, adapter, cases)
     run_with(denoiser, Compiled(RUNS["nothing"], said.append, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    actual = results(denoiser, adapter, cases)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        actual = results(denoiser, adapter, cases)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     assert counters["stats"]["unique_graphs"] == 2
     assert [line for line in said if "without torch.compile" in line] == [
