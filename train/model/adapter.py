@@ -71,7 +71,7 @@ class Adapter:
         Args:
             blocks: of the transformer (`Block`); they say which layers read the same input.
         """
-        plain = {layer: None for layer in self.layers.values() if isinstance(layer, LoraLinear) and is_plain(layer)}
+        plain = {layer: None for layer in self.layers.values() if is_plain(layer)}
         groups = [group for block in blocks for group in block.inputs if all(layer in plain for layer in group)]
         grouped = {layer for group in groups for layer in group}
         self.copies = give_copies([*groups, *([layer] for layer in plain if layer not in grouped)], dtype)
@@ -86,8 +86,9 @@ class Adapter:
 
     def take_gradients(self) -> None:
         """Moves the layers' gradients to the masters, where there are such."""
-        for name, parameter in self.layer_parameters().items() if self.masters is not None else ():
-            assert self.masters is not None
+        if self.masters is None:
+            return
+        for name, parameter in self.layer_parameters().items():
             master = self.masters[name]
             master.grad = None if parameter.grad is None else parameter.grad.to(master.device)
             parameter.grad = None

@@ -69,7 +69,8 @@ def linear(x: Tensor, *layers: Any) -> list[Tensor]:
     if not all(is_plain(layer) and has_its_weights(layer) for layer in layers):
         if len(layers) > 1:
             return [linear(x, layer)[0] for layer in layers]
-        return [_beside(x, layer) if is_plain(layer) else layer(x) for layer in layers]
+        layer = layers[0]
+        return [_beside(x, layer) if is_plain(layer) else layer(x)]
     downs = [layer.lora_A["default"].weight for layer in layers]
     ups = [layer.lora_B["default"].weight for layer in layers]
     copies = [layer.copies for layer in layers if layer.copies is not None]
@@ -146,7 +147,9 @@ def low_rank_linear(
     flat = x.reshape(-1, x.shape[-1])
     hidden = flat @ stack.t()
     outputs = []
-    for weight, bias, up, scale, part in zip(weights, biases, work_ups, scales, _parts(hidden, downs), strict=True):
+    for weight, bias, up, scale, part in zip(
+        weights, biases, work_ups, scales, _columns(hidden, work_ups), strict=True
+    ):
         outputs.append(x.new_empty(*x.shape[:-1], len(weight)))
         output = outputs[-1].view(-1, len(weight))
         if bias is None:
@@ -215,11 +218,8 @@ def _(gradients, x, hidden, weights, stack, ups, scales, input_gradient):
     ]
 
 
-def _parts(hidden: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
-    return hidden.split([len(down) for down in downs], dim=1)
-
-
 def _columns(hidden: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Each layer's part of (tokens, sum of ranks)."""
     return hidden.split([up.shape[1] for up in ups], dim=1)
 
 
