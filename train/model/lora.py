@@ -67,7 +67,7 @@ def has_its_weights(layer: Any) -> bool:
 def linear(x: Tensor, *layers: Any) -> list[Tensor]:
     """The outputs of linear layers, with or without LoRA, that read the same input (…, in): each (…, out)."""
     if not all(is_plain(layer) and has_its_weights(layer) for layer in layers):
-        if len(layers) > 1:
+        if len(layers) != 1:
             return [linear(x, layer)[0] for layer in layers]
         layer = layers[0]
         return [_beside(x, layer) if is_plain(layer) else layer(x)]
