@@ -1,4 +1,4 @@
-"""Prints what a rank holds of a transformer that was loaded for ZeRO-3, as JSON. The argument is the model's folder."""
+"""Prints what each rank holds of a transformer that was loaded for ZeRO-3, as JSON. The argument is the model's folder."""
 
 import json
 import sys
@@ -32,5 +32,7 @@ if __name__ == "__main__":
         own = expected.flatten()[processes.rank * p.ds_tensor.numel() :][: p.ds_tensor.numel()]
         equal &= torch.equal(p.ds_tensor[: len(own)], own)
     largest = max(part / total for part, total in parts if total % processes.world_size == 0)
-    print(json.dumps({"whole": whole, "largest_part": largest, "equal": equal}), flush=True)
+    everyone = processes.gather({"whole": whole, "largest_part": largest, "equal": equal})
+    if processes.is_main:
+        print(json.dumps(everyone), flush=True)
     processes.stop()

@@ -157,8 +157,8 @@ def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Ten
 
 def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: list[list[str]]) -> None:
     """Raises `TrainingDiverged` unless every loss and the gradient are finite. Asked once a step: the GPU must be waited for."""
-    losses = [terms.loss.detach().isfinite().all() for terms in collected]
-    finite = torch.stack([*losses, grad_norm.isfinite().to(losses[0].device)]).tolist()  # masters may be on the CPU
+    asked = [*(terms.loss.detach().isfinite().all() for terms in collected), grad_norm.isfinite()]
+    finite = torch.stack([each.to(asked[0].device) for each in asked]).tolist()  # masters may be on the CPU
     if all(finite):
         return
     first = finite.index(False)
