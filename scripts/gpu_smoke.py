@@ -59,9 +59,10 @@ TRANSFORMER = {
 }
 """Of Qwen-Image-Edit-2511: 20.43 B parameters."""
 PROMPT_TOKENS = 250
+ONE_FORWARD = ("train.global_batch_size=null", "train.grad_accum_steps=1")
 SIZES = {
-    "full": ["data.max_pixels=1048576", "adapter.rank=64", "train.grad_accum_steps=1"],
-    "tiny": ["data.max_pixels=4096", "adapter.rank=4", "train.grad_accum_steps=1", "model.dtype=float32"],
+    "full": ["data.max_pixels=1048576", "adapter.rank=64", *ONE_FORWARD],
+    "tiny": ["data.max_pixels=4096", "adapter.rank=4", *ONE_FORWARD, "model.dtype=float32"],
 }
 
 
@@ -257,7 +258,7 @@ def measure(config: Config, plan: Plan) -> Figures:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "torch": torch.__version__,
-        "checkpointing": str(plan.gradient_checkpointing),
+        "checkpointing": str(plan.decided["train.gradient_checkpointing"]),
         "steps": len(steps),
         "first loss": steps[0]["loss"],
         "last loss": steps[-1]["loss"],

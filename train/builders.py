@@ -52,19 +52,18 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     if "train" not in config.phases:
         return  # the other phases take any launch
     check_launch(spread.strategy, config.model.dtype, os.environ)
+    settings, world_size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
+    settings.accumulation(world_size)
     if launched := launched_settings(os.environ):
-        settings, world_size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
-        batch = settings.micro_batch_size, settings.grad_accum_steps, world_size
+        batch = settings.micro_batch_size, settings.accumulation(world_size), world_size
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
 
 
-def build_model(
-    config: Config, model: ModelDirectory, processes: Processes, gradient_checkpointing: str | int
-) -> tuple[Adapter, Parallel]:
+def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
     """The denoiser with LoRA, spread as `parallel` says. Under ZeRO-3 no rank ever holds the whole transformer.
 
     Args:
-        gradient_checkpointing: of the plan, which knows what `auto` comes to.
+        config: with what the plan decided in place of every `auto` that is about memory.
     """
     settings, spread, lora = config.train, config.parallel, config.adapter
     dtype = getattr(torch, config.model.dtype)
@@ -72,7 +71,8 @@ def build_model(
     attention, name = find_attention(settings.attention, processes.device, dtype)
     processes.say(f"attention: {name}")
     options = {"compiled": compiled, "attention": attention, "say": processes.say}
-    execution = Execution.of(gradient_checkpointing, **options)
+    execution = Execution.of(settings.gradient_checkpointing, **options)
+    accumulation = settings.accumulation(processes.world_size)
     zero, stage = None, spread.stage
     if stage == 3 and processes.world_size == 1 and not spread.offload:
         processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
@@ -86,7 +86,7 @@ def build_model(
             spread.contiguous_gradients,
             spread.zero_options,
             settings.micro_batch_size,
-            settings.grad_accum_steps,
+            accumulation,
             launched_settings(os.environ),
         )
     if dtype == torch.bfloat16:  # LoRA's float32 products: rounded to 11 bits, 3 more than what they are added to
@@ -98,10 +98,10 @@ def build_model(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )
     if zero and stage == 3:
-        return adapter, Zero3(denoiser, adapter, processes, settings.grad_accum_steps, zero, spread.offload)
+        return adapter, Zero3(denoiser, adapter, processes, accumulation, zero, spread.offload)
     if zero:
         return adapter, Zero2(denoiser, adapter, processes, zero)
-    return adapter, Replicas(denoiser, adapter, processes, settings.grad_accum_steps)
+    return adapter, Replicas(denoiser, adapter, processes, accumulation)
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -102,8 +102,10 @@ class TrainConfig:
     """Optimizer steps."""
     micro_batch_size: int = 1
     """Samples per forward on one device."""
-    grad_accum_steps: int = 1
-    """Forwards per optimizer step."""
+    grad_accum_steps: int | None = None
+    """Forwards per optimizer step on one device; null: 1, or as many as `global_batch_size` asks for."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all devices, in place of `grad_accum_steps`: the same training on any number of GPUs."""
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     validate_every: int = 500
@@ -135,9 +137,30 @@ class TrainConfig:
             f"train.attention={self.attention} needs train.gradient_checkpointing=off or full, got "
             f"{self.gradient_checkpointing}: its output cannot be kept by itself",
         )
+        require(
+            self.grad_accum_steps is None or self.global_batch_size is None,
+            f"train.grad_accum_steps={self.grad_accum_steps} and train.global_batch_size={self.global_batch_size} both say "
+            "how many forwards make a step: set one of them to null",
+        )
         require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")
+
+    def accumulation(self, world_size: int) -> int:
+        """Forwards per optimizer step on each of this many devices.
+
+        Raises:
+            InputError: `global_batch_size` is no multiple of what the devices take at once.
+        """
+        if self.global_batch_size is None:
+            return self.grad_accum_steps or 1
+        at_once = self.micro_batch_size * world_size
+        if self.global_batch_size % at_once:
+            raise InputError(
+                f"train.global_batch_size={self.global_batch_size} is no multiple of train.micro_batch_size x processes = "
+                f"{self.micro_batch_size} x {world_size} = {at_once}: choose a multiple, or another number of processes"
+            )
+        return self.global_batch_size // at_once
 
 
 @dataclass
@@ -165,8 +188,9 @@ class AdapterConfig:
 class ParallelConfig:
     """How training is spread over processes. Phase 1 takes any number of them under every strategy."""
 
-    strategy: Literal["single", "ddp", "zero2", "zero3"] = "single"
-    """One process; replicas; gradients sharded; or gradients and frozen weights sharded (DeepSpeed ZeRO)."""
+    strategy: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"
+    """`single`: one process. `ddp`: a replica on each. `zero2`: gradients sharded too. `zero3`: frozen weights sharded
+    (DeepSpeed ZeRO). `auto`: single on one process; on several ddp if the model fits into each GPU, else zero3."""
     offload: bool = False
     """zero3: frozen weights, LoRA masters and optimizer in CPU memory."""
     bucket_size: int = 500_000_000

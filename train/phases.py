@@ -32,7 +32,7 @@ from train.loop import Every, train
 from train.parallel.processes import Processes
 from train.plan.gpus import find_gpu
 from train.plan.plan import Plan, dataset_sizes, make_plan
-from train.plan.planner import geometry_of
+from train.plan.planner import apply, geometry_of
 from train.record.checkpoint import Checkpoints
 from train.record.loggers import Loggers
 from train.record.provenance import provenance
@@ -104,10 +104,11 @@ def train_phase(
     fingerprint = model.fingerprint(*ENCODERS)
     reader = CacheReader(Path(config.cache.dir) / "train", fingerprint=fingerprint, geometry=geometry)
     settings = config.train
+    accumulation = settings.accumulation(processes.world_size)
     stream = BatchStream(
         reader,
         seed=config.seed,
-        global_batch_size=settings.micro_batch_size * settings.grad_accum_steps * processes.world_size,
+        global_batch_size=settings.micro_batch_size * accumulation * processes.world_size,
         micro_batch_size=settings.micro_batch_size,
         rank=processes.rank,
         world_size=processes.world_size,
@@ -127,7 +128,8 @@ def train_phase(
         processes.say(f"{run_dir} has its {settings.num_steps} steps: nothing to train")
         return
 
-    adapter, parallel = build_model(config, model, processes, processes.gather(plan and plan.gradient_checkpointing)[0])
+    decided = processes.gather(plan and plan.decided)[0]
+    adapter, parallel = build_model(apply(config, decided), model, processes)
     optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
     if checkpoint:
         checkpoint.restore(adapter, optimizer)

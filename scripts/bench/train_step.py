@@ -182,7 +182,7 @@ class Race:
         planner = Planner(config, self.model, data, lambda node, params: build(node, "optim", params, num_steps=1))
         gpu = find_gpu()
         spare = type(gpu)(gpu.name, gpu.memory_gib - self.theirs.held / GIB, gpu.tflops)
-        return planner.without_auto(config, 1, spare).train.gradient_checkpointing
+        return planner.checkpointing(config, 1, spare)
 
     def measure(self, name: str) -> dict[str, Any]:
         """The row's numbers."""

@@ -45,7 +45,8 @@ def test_every_experiment_begins_with_its_command(name):
 def test_production_values():
     config = compose(overrides("lbm_2511"))
     assert config.adapter.rank == 64
-    assert config.train.grad_accum_steps == 16
+    assert config.train.accumulation(1) == 16
+    assert config.train.accumulation(8) == 2
     assert config.data.max_pixels == 1024**2
     assert config.train.max_grad_norm is None
     assert "Prodigy" in config.optim["_target_"]

@@ -15,7 +15,18 @@ from data_prep.rows.rows import Row, read_rows
 from train.config import Config
 from train.model.execution import Execution
 from train.plan.gpus import Gpu
-from train.plan.planner import FLOAT, GIB, BuildOptimizer, Memory, Planner, forwards_per_sample, geometry_of, lora_sizes
+from train.plan.planner import (
+    FLOAT,
+    GIB,
+    BuildOptimizer,
+    Change,
+    Memory,
+    Planner,
+    apply,
+    forwards_per_sample,
+    geometry_of,
+    lora_sizes,
+)
 
 UTILISATION = {"compiled": 0.47, "plain": 0.34}
 """Share of the GPU's bf16 peak that training reaches: measured on one H200 (docs/performance.md), assumed of other GPUs."""
@@ -46,8 +57,8 @@ class Plan:
     checkpoint_bytes: int
     """Of one."""
     num_checkpoints: int
-    gradient_checkpointing: str | int
-    """As configured, or what `auto` comes to."""
+    decided: Change
+    """What every `auto` about memory comes to, by full key."""
     compiled: bool
     """Whether blocks are compiled on a GPU."""
     samples_per_step: int
@@ -153,13 +164,14 @@ def make_plan(
         InputError: `config.json` is missing or contradicts the configuration, or a LoRA target does not exist.
     """
     planner = Planner(config, model, data, build_optimizer)
-    config = planner.without_auto(config, world_size, gpu)
+    decided = planner.decide(config, world_size, gpu)
+    config = apply(config, decided)
     memory, cache_phase = planner.training(config, world_size), planner.caching(config)
     settings, lora = config.train, lora_sizes(config)
     shapes = planner.transformer.lora_shapes(lora)
     trainable = sum(math.prod(shape) for group in shapes.values() for shape in group)
     buckets = data.buckets(geometry_of(config))
-    samples = settings.micro_batch_size * settings.grad_accum_steps
+    samples = settings.micro_batch_size * settings.accumulation(world_size)
     execution = Execution.of(settings.gradient_checkpointing)
     flops = sum(bucket.share * planner.transformer.flops(bucket, lora, execution) for bucket in buckets)
     plan = Plan(
@@ -178,7 +190,7 @@ def make_plan(
         cache_bytes=planner.cache_bytes(config),
         checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
-        gradient_checkpointing=settings.gradient_checkpointing,
+        decided=decided,
         compiled=settings.compile != "off",
         samples_per_step=samples,
         flops_per_step=round(flops * samples * forwards_per_sample(config)),

@@ -29,6 +29,9 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 SMALL_BUCKET = 50_000_000
 FLOAT = 4
 
+Change = dict[str, Any]
+"""Full key -> value; a group's name -> its keys."""
+
 BuildOptimizer = Callable[[dict[str, Any], list[nn.Parameter]], Optimizer]
 """The config's `optim` node and parameters -> the optimizer."""
 
@@ -132,21 +135,36 @@ class Planner:
         counts = {keep: kept.count(keep) for keep in words if keep in kept}
         return "; ".join(f"{words[keep]} kept in {count} of {len(kept)} blocks" for keep, count in counts.items())
 
-    def without_auto(self, config: Config, world_size: int, gpu: Gpu) -> Config:
-        """The configuration with the fastest `train.gradient_checkpointing` that fits in place of `auto`.
+    def decide(self, config: Config, world_size: int, gpu: Gpu) -> Change:
+        """What every `auto` about memory comes to, by full key."""
+        strategy = {"parallel.strategy": self.strategy(config, world_size, gpu)}
+        return strategy | {"train.gradient_checkpointing": self.checkpointing(apply(config, strategy), world_size, gpu)}
 
-        If none fits, it is `full`.
-        """
+    def strategy(self, config: Config, world_size: int, gpu: Gpu) -> str:
+        """`parallel.strategy`, with `auto` decided: the fastest that fits."""
+        if config.parallel.strategy != "auto":
+            return config.parallel.strategy
+        if world_size == 1:
+            return "single"
+        replicas = apply(config, {"parallel.strategy": "ddp"})
+        replicas = apply(replicas, {"train.gradient_checkpointing": self.checkpointing(replicas, world_size, gpu)})
+        return "ddp" if config.adapter.dora or self.fits(replicas, world_size, gpu) else "zero3"
+
+    def fits(self, config: Config, world_size: int, gpu: Gpu) -> bool:
+        """Whether training finds enough memory on each GPU."""
+        return self.training(config, world_size).total <= gpu.memory_gib * GIB
+
+    def checkpointing(self, config: Config, world_size: int, gpu: Gpu) -> str | int:
+        """`train.gradient_checkpointing`, with `auto` decided: the fastest that fits; `full` if none does."""
         if config.train.gradient_checkpointing != "auto":
-            return config
+            return config.train.gradient_checkpointing
         settings = ["off", "selective", *range(1, self.transformer.num_layers + 1), "full"]
 
         def fits(setting: str | int) -> bool:
-            changed = apply(config, {"train.gradient_checkpointing": setting})
-            return self.training(changed, world_size).total <= gpu.memory_gib * GIB
+            return self.fits(apply(config, {"train.gradient_checkpointing": setting}), world_size, gpu)
 
         first = bisect.bisect_left(settings[:-1], True, key=fits)  # each needs less than the one before it
-        return apply(config, {"train.gradient_checkpointing": settings[first]})
+        return settings[first]
 
     def pixel_bytes(self, config: Config) -> int:
         """Of a loss that decodes its prediction."""
@@ -213,18 +231,15 @@ class Planner:
         return found
 
 
-Change = dict[str, Any]
-"""Full key -> value; a group's name -> its keys."""
-
-
 def harmless_changes(config: Config) -> Iterator[Change]:
     """What costs time and changes no result."""
     settings = config.train
     if settings.gradient_checkpointing != "full":
         yield {"train.gradient_checkpointing": "full"}
     if settings.micro_batch_size > 1:
-        accumulated = settings.micro_batch_size * settings.grad_accum_steps
-        yield {"train.micro_batch_size": 1, "train.grad_accum_steps": accumulated}
+        accumulated = settings.micro_batch_size * (settings.grad_accum_steps or 1)
+        kept = {} if settings.global_batch_size else {"train.grad_accum_steps": accumulated}
+        yield {"train.micro_batch_size": 1, **kept}
     if config.parallel.stage == 2 and config.parallel.bucket_size > SMALL_BUCKET:
         yield {"parallel.bucket_size": SMALL_BUCKET}
 

@@ -15,7 +15,7 @@ MAY_CHANGE = (
     *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel", "plan"),
     *("data.on_error", "data.validation", "train.num_steps", "train.save_every", "train.validate_every"),
     *("train.log_every", "train.keep_last", "train.device", "train.micro_batch_size", "train.grad_accum_steps"),
-    "train.gradient_checkpointing",
+    *("train.global_batch_size", "train.gradient_checkpointing"),
     "train.attention",
     "train.compile",
 )

@@ -142,7 +142,7 @@ def test_launches_that_agree_are_taken():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.offload=true", "parallel.offload=true needs parallel.strategy=zero3, got single"),
+        ("parallel.offload=true", "parallel.offload=true needs parallel.strategy=zero3, got auto"),
         ("parallel.bucket_size=0", "parallel.bucket_size must be at least 1, got 0"),
         (
             "parallel.zero_options={x:2}",
@@ -157,6 +157,13 @@ def test_wrong_parallel_settings(override, message):
     with pytest.raises(InputError) as caught:
         compose(["+exp=tiny_lbm", "data.dataset=x", override])
     assert message in str(caught.value)
+
+
+def test_accumulation_and_global_batch_contradict_each_other():
+    with pytest.raises(
+        InputError, match=r"grad_accum_steps=4 and train\.global_batch_size=16 both say how many forwards"
+    ):
+        compose(["+exp=lbm_2511", "data.dataset=x", "train.grad_accum_steps=4"])
 
 
 def test_dora_needs_whole_weights():
@@ -177,7 +184,7 @@ def test_caching_takes_any_launch(monkeypatch, tiny_model_dir):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     arguments = ["+exp=tiny_lbm", "data.dataset=x", f"model.path={tiny_model_dir}"]
     check_nodes(compose([*arguments, "phases=[cache]"]), ModelDirectory(tiny_model_dir))
-    with pytest.raises(InputError, match="launched with DeepSpeed, but parallel=single"):
+    with pytest.raises(InputError, match="launched with DeepSpeed, but parallel=auto"):
         check_nodes(compose(arguments), ModelDirectory(tiny_model_dir))
 
 

@@ -31,6 +31,7 @@ CASES = [
 VARIANTS = {
     "released": ["train.gradient_checkpointing=full"],
     "sum": ["loss=lbm", "loss.combine=sum", "train.gradient_checkpointing=full"],
+    "compiled": ["train.compile=on"],
     "bf16": ["model.dtype=bfloat16"],
     "validated": [*OPTIMS["prodigy"], "validate=tiny_lbm", "validate.num_rows=3", "train.validate_every=2"],
     "unvalidated": [*OPTIMS["prodigy"]],
@@ -153,6 +154,9 @@ class TestVariants:
     def test_weights_that_are_released_and_gathered_again(self, runs, strategy):
         assert_same_training(runs / f"{strategy}-released", runs / "single-released", 6, rel=1e-6)
 
+    def test_compiled_blocks(self, runs, strategy):
+        assert_same_training(runs / f"{strategy}-compiled", runs / "single-compiled", 6, rel=1e-6)
+
     def test_bf16_within_its_rounding(self, runs, strategy):
         """8 bits: 0.4 % a value. The batch of a forward pass differs, and with it the order of sums."""
         assert losses(runs / f"{strategy}-bf16") == pytest.approx(losses(runs / "single-bf16"), rel=0.02)
@@ -233,7 +237,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_message(settings, tmp_path)
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_mistake_that_all_ranks_see_is_said_once(settings, tmp_path):
-    done = launch(2, "train/run.py", *settings, f"run_dir={tmp_path}", check=False)
+    done = launch(2, "train/run.py", *settings, "parallel=single", f"run_dir={tmp_path}", check=False)
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1
     assert errors[0].startswith("rank 0: error: parallel=single trains on one process, but 2 were launched")
@@ -246,6 +250,32 @@ def test_no_rank_holds_more_than_its_part(shallow_model_dir):
     done = launch(2, "tests/load_shards.py", shallow_model_dir)
     everyone = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert everyone == [{"whole": 0, "largest_part": 0.5, "equal": True}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero3_sends_whole_blocks(settings, shallow_model_dir, tmp_path):
+    """The calls of a step follow the number of blocks, not of their layers, and each weight is sent once for the forward and
+    once for the backward pass. Two runs that differ by two steps tell what a step sends once DeepSpeed knows the blocks."""
+    micro_batches, steps = 2, (3, 5)
+    common = [*settings, *RELEASED, *cut_settings((1, micro_batches)), "parallel=zero3", "data.validation=null"]
+    jobs = [[*common, f"train.num_steps={n}", f"run_dir={tmp_path}/{n}"] for n in steps]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = launch(2, "tests/count_collectives.py", tmp_path / "jobs.json")
+    few, more = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    calls, sent = (
+        {name: (more[what][name] - few[what][name]) / 2 for name in more[what]} for what in ("calls", "bytes")
+    )
+
+    (file,) = (shallow_model_dir / "transformer").glob("*.safetensors")
+    blocks = {name: weight for name, weight in load_file(file).items() if name.startswith("transformer_blocks.")}
+    num_blocks = len({name.split(".")[1] for name in blocks})
+    assert sum(calls.values()) <= 4 * num_blocks * micro_batches + 10
+    gathered = 2 * micro_batches * 4 * sum(weight.numel() for weight in blocks.values())
+    assert gathered <= sent["_allgather_base_"] < 1.01 * gathered  # what a step logs is sent too
+    run = tmp_path / "5" / "checkpoints" / "step-000005" / "training_lora.safetensors"
+    assert (calls["allreduce_"], sent["allreduce_"]) == (1, sum(weight.nbytes for weight in load_file(run).values()))
+    assert calls["broadcast_"] == 0
 
 
 @pytest.mark.slow

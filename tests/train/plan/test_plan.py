@@ -90,7 +90,7 @@ def test_is_a_screen_of_text(real_model):
     ("gpu", "world_size", "overrides"),
     [
         ("H100", 1, ["train.gradient_checkpointing=off"]),
-        ("H100", 1, ["train.micro_batch_size=32"]),
+        ("H100", 1, ["train.micro_batch_size=32", "train.global_batch_size=32"]),
         ("H100", 1, ["train.micro_batch_size=8", "train.gradient_checkpointing=off"]),
         ("A100 40GB", 1, []),
         ("RTX 4090", 2, ["parallel=zero2", "optim=adamw", "adapter.rank=128"]),
@@ -126,6 +126,30 @@ def test_ranks_share_what_zero_shares(real_model):
     assert totals["zero3_offload", 2] < totals["zero3", 8] < totals["zero2", 8]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "world_size", "overrides", "strategy"),
+    [
+        ("H100", 1, [], "single"),
+        ("A100 40GB", 1, [], "single"),
+        ("H100", 2, [], "ddp"),
+        ("A100 40GB", 4, [], "zero3"),
+        ("A100 40GB", 4, ["adapter.dora=true"], "ddp"),
+        ("H100", 2, ["parallel=zero2"], "zero2"),
+    ],
+)
+def test_auto_shares_out_only_what_does_not_fit(real_model, gpu, world_size, overrides, strategy):
+    chosen = [] if overrides[:1] == ["parallel=zero2"] else ["parallel=auto"]
+    plan = plan_real(real_model, gpu, *chosen, *overrides, world_size=world_size)
+    assert plan.decided["parallel.strategy"] == strategy
+
+
+def test_one_gpu_and_eight_train_the_same_batch(real_model):
+    samples = {n: plan_real(real_model, "H100", "parallel=ddp", world_size=n).samples_per_step for n in (2, 8)}
+    assert samples == {2: 8, 8: 2}
+    with pytest.raises(InputError, match=r"global_batch_size=16 is no multiple of .* 1 x 3 = 3: choose a multiple"):
+        plan_real(real_model, "H100", "parallel=ddp", world_size=3)
+
+
 def test_auto_keeps_as_much_as_fits(real_model):
     """Each setting needs less than the one before it, and `auto` is the first that fits."""
 
@@ -135,10 +159,10 @@ def test_auto_keeps_as_much_as_fits(real_model):
 
     totals = [planned(setting).memory.total for setting in ("off", "selective", 1, 20, 40, 60, "full")]
     assert totals == sorted({*totals}, reverse=True)
-    assert planned("auto", "H200").gradient_checkpointing == "off"
-    assert planned("auto", "A100 40GB").gradient_checkpointing == "full"
+    assert planned("auto", "H200").decided["train.gradient_checkpointing"] == "off"
+    assert planned("auto", "A100 40GB").decided["train.gradient_checkpointing"] == "full"
     assert not planned("auto", "A100 40GB").fits
-    chosen = planned("auto", micro_batch_size=2).gradient_checkpointing
+    chosen = planned("auto", micro_batch_size=2).decided["train.gradient_checkpointing"]
     assert isinstance(chosen, int)
     assert planned(chosen, micro_batch_size=2).fits
     assert not planned(chosen - 1 or "selective", micro_batch_size=2).fits
