@@ -36,7 +36,8 @@ def exit_codes() -> Iterator[None]:
         if not several:
             raise
         traceback.print_exc()
-        print(f"rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        print(f"rank {rank} failed: {type(error).__name__}: {error}{notes}", file=sys.stderr, flush=True)
         _leave(1, several)
 
 

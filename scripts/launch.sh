@@ -8,6 +8,11 @@
 # ACCELERATE_CONFIG         your own accelerate file: it then decides everything but what is set here
 # NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT   for several machines; scripts/slurm_multinode.sh sets them
 #
+# SHUTDOWN_SECONDS          how long a training that was asked to stop may take to save; by default 600
+#
+# SIGTERM, SIGUSR1 and Ctrl-C ask the training to save its last complete step and to stop; a second one kills it. The exit code
+# is then 128 and the signal's number, and the same command continues.
+#
 # Paths mean what they mean in the folder you are in. The environment is the active one, else the repository's .venv,
 # else whichever has an `accelerate`, else the one that uv makes.
 set -euo pipefail
@@ -68,5 +73,42 @@ elif ((total > 1)); then
   options+=(--main_process_port "${MASTER_PORT:-0}") # 0: a free one, so that two runs can share a machine
 fi
 
+# accelerate does not pass signals on to its processes, or kills them soon after: they are asked through a file instead, and
+# accelerate runs in a process group of its own, which Ctrl-C does not reach.
+LAUNCH_FOLDER=$(mktemp -d)
+export LAUNCH_FOLDER TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_SECONDS:-600}
+trap 'rm -rf "$LAUNCH_FOLDER"' EXIT
+asked=
+
+ask_to_stop() { # signal's number
+  if [ -n "$asked" ] || ! compgen -G "$LAUNCH_FOLDER/pid-*" >/dev/null; then
+    kill -TERM -- "-$launched" 2>/dev/null || true # nothing trains yet, or somebody is impatient
+  fi
+  asked=$1
+  touch "$LAUNCH_FOLDER/stop"
+}
+trap 'ask_to_stop 2' INT
+trap 'ask_to_stop 10' USR1
+trap 'ask_to_stop 15' TERM
+
+training() { # whether a process that trains is still there, when accelerate may be gone
+  local file
+  for file in "$LAUNCH_FOLDER"/pid-*; do
+    kill -0 "${file##*-}" 2>/dev/null && return
+  done
+  return 1
+}
+
+set -m
 # --quiet: a mistake in the configuration is one sentence, without accelerate's own traceback behind it
-exec "${accelerate[@]}" launch --quiet "${options[@]}" "$repo/train/run.py" "$@"
+"${accelerate[@]}" launch --quiet "${options[@]}" "$repo/train/run.py" "$@" &
+launched=$!
+set +m
+while true; do
+  code=0
+  wait "$launched" || code=$?
+  kill -0 "$launched" 2>/dev/null || break # still there: a signal has ended the waiting
+done
+while training; do sleep 0.2; done
+[ -z "$asked" ] || code=$((128 + asked))
+exit "$code"

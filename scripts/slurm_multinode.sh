@@ -8,15 +8,16 @@
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@600
 #
 # One run over several machines of a Slurm cluster. Options of sbatch go before the script, overrides after it:
 #
 #   sbatch --nodes=4 --partition=gpu scripts/slurm_multinode.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine
 #
-# run_dir, the data, the model and this repository must be on a disk that all machines share. Two minutes before the time
-# limit the job goes back into the queue; started again, as after a failed machine or a preemption, it continues from the
-# newest checkpoint, because that is what the same command does. NPROC, WANDB_* and more: scripts/launch.sh
+# run_dir, the data, the model and this repository must be on a disk that all machines share. Ten minutes before the time
+# limit the training saves its last complete step, and the job goes back into the queue; started again, as after a failed
+# machine or a preemption, it continues from the newest checkpoint, because that is what the same command does. NPROC, WANDB_*
+# and more: scripts/launch.sh
 set -euo pipefail
 : "${SLURM_JOB_ID:?start this with sbatch}" "${SLURM_JOB_NODELIST:?}" "${SLURM_NNODES:?}"
 
@@ -36,12 +37,14 @@ export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
 unset MACHINE_RANK                                  # every machine takes SLURM_NODEID
 
+requeue=
 # shellcheck disable=SC2329
-requeue() {
-  echo "the time limit is near: back into the queue" >&2
-  scontrol requeue "$SLURM_JOB_ID"
+save() {
+  echo "the time limit is near: saving, then back into the queue" >&2
+  requeue=yes
+  scancel --signal=USR1 "$SLURM_JOB_ID" # to launch.sh on every machine, not to this script
 }
-trap requeue USR1
+trap save USR1
 
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   bash "$repo/scripts/launch.sh" "$@" &
@@ -51,4 +54,7 @@ while true; do
   wait "$step" || code=$?
   kill -0 "$step" 2>/dev/null || break # still there: a signal has ended the waiting, not the step
 done
+if [ -n "$requeue" ] && [ "$code" != 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

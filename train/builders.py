@@ -27,7 +27,9 @@ from train.model.execution import Execution
 from train.parallel.processes import Processes, check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
 from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
+from train.record.checkpoint import Checkpoints
 from train.record.loggers import JsonLines, Loggers, Terminal
+from train.record.run_files import CHECKPOINTS
 
 
 def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any) -> Any:
@@ -117,6 +119,18 @@ def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype)
 def build_loss(config: Config, decode: Callable[[Tensor], Tensor]) -> Any:
     """The loss; it is given the decoder if it has pixel terms."""
     return build(config.loss, "loss", **({"decode": decode} if config.loss.get("pixel") else {}))
+
+
+def build_checkpoints(config: Config, metadata: dict[str, str]) -> Checkpoints:
+    """The run's checkpoints.
+
+    Args:
+        metadata: of the exported adapters.
+    """
+    settings, folder = config.train, Path(config.run_dir) / CHECKPOINTS
+    dtype = getattr(torch, config.model.dtype)
+    kept = settings.keep_last, metadata, to_yaml(config), dtype, settings.keep_every, settings.best_by
+    return Checkpoints(folder, *kept)
 
 
 def build_validation(

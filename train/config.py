@@ -109,11 +109,19 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     validate_every: int = 500
-    """Steps between validations; the last step is always validated."""
+    """Steps between validations, each after a checkpoint; the untrained model and the last step are always validated."""
     log_every: int = 10
-    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    """Steps between lines in the log, which also gets one a minute; metrics.jsonl has every step."""
+    save_minutes: float = 20.0
+    """The longest time between checkpoints, in minutes."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints that stay whole, to continue from. Of older ones the best stays, and every `keep_every`-th, without what only
+    continuing needs."""
+    keep_every: int | None = None
+    """Keep the adapter of every checkpoint whose step is a multiple of this."""
+    best_by: str | None = "auto"
+    """The validation's number that decides which checkpoint is best and stays, such as validation/steps_4/ssim. `auto`: PSNR at
+    the most steps; null: none."""
     gradient_checkpointing: Literal["auto", "off", "selective", "full"] | int = "auto"
     """What the backward pass computes again: nothing (`off`), what is cheap (`selective`: the outputs of matrix products and
     attention are kept), or everything (`full`). A number of blocks: of the first so many everything but attention, the others
@@ -142,6 +150,7 @@ class TrainConfig:
             f"train.grad_accum_steps={self.grad_accum_steps} and train.global_batch_size={self.global_batch_size} both say "
             "how many forwards make a step: set one of them to null",
         )
+        require(self.save_minutes > 0, f"train.save_minutes must be positive, got {self.save_minutes}")
         require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")

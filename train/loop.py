@@ -1,10 +1,11 @@
 """The training loop."""
 
+import math
 import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,12 +38,53 @@ class TrainingDiverged(RuntimeError):
     """A loss or a gradient is not finite. The last checkpoint is from before."""
 
 
+class ValidationFailed(RuntimeError):
+    """A validation failed and left the ranks in step with each other: training can go on."""
+
+
 @dataclass
-class Every:
-    """Steps between events; each also happens at the end."""
+class Intervals:
+    """How often a run saves and validates; it also does both at its end, and saves what it validates."""
 
     save: int
+    """Steps between checkpoints."""
     validate: int
+    """Steps between validations."""
+    save_minutes: float = math.inf
+    """The longest time between checkpoints."""
+
+
+@dataclass
+class Training:
+    """A run that trains: its parts, and how far it is.
+
+    Attributes:
+        identity: saved with each checkpoint, to find out whether a continued run still has the same data.
+        stop: whether this process was asked to stop.
+        step: steps done.
+        saved: steps done at the newest checkpoint.
+        ids: the records of the step that is being computed.
+    """
+
+    processes: Processes
+    parallel: Parallel
+    adapter: Adapter
+    loss: Loss
+    optimizer: Optimizer
+    stream: BatchStream
+    checkpoints: Checkpoints
+    loggers: Loggers
+    validate: Callable[[nn.Module, int], ValidationResult] | None
+    intervals: Intervals
+    num_steps: int
+    seed: int
+    identity: dict[str, Any]
+    max_grad_norm: float | None = None
+    stop: Callable[[], bool] = bool
+    step: int = 0
+    saved: int = 0
+    ids: list[str] = field(default_factory=list)
+    last_save: float = field(default_factory=time.monotonic)
 
 
 class Stopwatch:
@@ -79,72 +121,90 @@ def _now() -> Any:
     return event
 
 
-def train(
-    processes: Processes,
-    parallel: Parallel,
-    adapter: Adapter,
-    loss: Loss,
-    optimizer: Optimizer,
-    stream: BatchStream,
-    checkpoints: Checkpoints,
-    loggers: Loggers,
-    validate: Callable[[nn.Module, int], ValidationResult] | None,
-    every: Every,
-    first_step: int,
-    num_steps: int,
-    seed: int,
-    identity: dict[str, Any],
-    max_grad_norm: float | None = None,
-) -> None:
-    """Trains from `first_step` (steps done) to `num_steps`, logging every step.
+def train(run: Training) -> bool:
+    """Trains from `run.step` to `run.num_steps`, logging every step. True if it got there, False if it was asked to stop.
 
-    Every rank calls this; what is logged is of all of them, and only rank 0 writes. `identity` is saved with each
-    checkpoint, to find out whether a continued run still has the same data.
+    Every rank calls this; what is logged is of all of them, and only rank 0 writes. A run that is asked to stop does so before
+    the next micro-batch: it drops the unfinished step and saves the last complete one.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite; names step, records and terms. Nothing is saved.
     """
-    parameters = adapter.parameters()
-    parallel.publish()
-    for step in range(first_step, num_steps):
+    processes, parameters = run.processes, run.adapter.parameters()
+    run.parallel.publish()
+    if run.step == 0:
+        validate(run)  # the untrained model; and whatever is wrong with the validation is found in the first minute
+    while run.step < run.num_steps:
         watch = Stopwatch()
         with watch.part("data"):
-            micro_batches = stream.micro_batches(step)
+            micro_batches = run.stream.micro_batches(run.step)
+        run.ids = [name for micro in micro_batches for name in micro.batch.ids]
         collected: list[LossTerms] = []
         for micro in micro_batches:
+            if processes.any(run.stop()):
+                save(run)
+                return False
             with watch.part("data"):
                 batch = micro.batch.to(processes.device)
             with watch.part("forward"):
-                terms = loss(parallel.denoiser, batch, SampleRandom(seed, micro.numbers))
+                terms = run.loss(run.parallel.denoiser, batch, SampleRandom(run.seed, micro.numbers))
             with watch.part("backward"):
-                parallel.backward(terms.loss.mean(), last=micro is micro_batches[-1])
+                run.parallel.backward(terms.loss.mean(), last=micro is micro_batches[-1])
             collected.append(terms)
         with watch.part("optimizer"):
-            grad_norm = gradient_norm(parameters, max_grad_norm)
-            check_finite(collected, grad_norm, step, [micro.batch.ids for micro in micro_batches])
-            optimizer.step(step)
-            parallel.publish()
+            grad_norm = gradient_norm(parameters, run.max_grad_norm)
+            check_finite(collected, grad_norm, run.step, [micro.batch.ids for micro in micro_batches])
+            run.optimizer.step(run.step)
+            run.parallel.publish()
+        run.step += 1
 
-        done = step + 1
         numbers = over_ranks(
             processes,
             sums(collected) | {f"seconds/{name}": (value, 1) for name, value in watch.read().items()},
             memory(),
         )
-        numbers["samples_per_s"] = stream.global_batch_size / numbers["seconds/step"]
-        loggers.log(done, numbers | {"grad_norm": grad_norm.item()} | optimizer.numbers())
-        if validate and (done % every.validate == 0 or done == num_steps):
-            with optimizer.averaged():
-                parallel.publish()
-                result = validate(parallel.denoiser, done)
-            parallel.publish()
-            loggers.log(done, {f"validation/{name}": value for name, value in result.numbers.items()})
-            loggers.images(done, result.images)
-        if done % every.save == 0 or done == num_steps:
-            check_agreement(processes, done, adapter, optimizer)
-            if processes.is_main:
-                folder = checkpoints.save(done, adapter, optimizer, identity | {"loggers": loggers.state()})
-                loggers.artifact(done, folder)
+        numbers["samples_per_s"] = run.stream.global_batch_size / numbers["seconds/step"]
+        run.loggers.log(run.step, numbers | {"grad_norm": grad_norm.item()} | run.optimizer.numbers())
+        ends = run.step == run.num_steps
+        validates = run.validate is not None and (ends or run.step % run.intervals.validate == 0)
+        late = time.monotonic() - run.last_save > 60 * run.intervals.save_minutes
+        if processes.any(ends or validates or late or run.step % run.intervals.save == 0):
+            save(run)
+        if validates:
+            validate(run)
+    return True
+
+
+def save(run: Training) -> None:
+    """Writes a checkpoint of the last complete step, unless there is one."""
+    if run.saved == run.step:
+        return
+    check_agreement(run.processes, run.step, run.adapter, run.optimizer)
+    if run.processes.is_main:
+        identity = run.identity | {"loggers": run.loggers.state()}
+        run.loggers.artifact(run.step, run.checkpoints.save(run.step, run.adapter, run.optimizer, identity))
+    run.saved, run.last_save = run.step, time.monotonic()
+
+
+def validate(run: Training) -> None:
+    """Validates with the averaged weights. Once training has begun, a failure is shown and the run goes on."""
+    if run.validate is None:
+        return
+    with run.optimizer.averaged():
+        run.parallel.publish()
+        try:
+            result = run.validate(run.parallel.denoiser, run.step)
+        except Exception as error:
+            if run.step == 0 or not (isinstance(error, ValidationFailed) or run.processes.world_size == 1):
+                raise  # among several, a rank that failed by itself is out of step with the others
+            result = None
+            run.loggers.problem(f"the validation after step {run.step} failed: {type(error).__name__}: {error}")
+    run.parallel.publish()
+    if result is not None:
+        run.loggers.log(run.step, {f"validation/{name}": value for name, value in result.numbers.items()})
+        run.loggers.images(run.step, result.images)
+        if run.processes.is_main:
+            run.checkpoints.judge(run.step, {f"validation/{name}": value for name, value in result.numbers.items()})
 
 
 def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

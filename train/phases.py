@@ -1,12 +1,15 @@
 """The phases of a run: planning, caching, training. What `train/run.py` does once the configuration is known."""
 
+import os
+import shlex
 import sys
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.cache.batches import BatchStream
 from data_prep.cache.encoding import Encoders
@@ -20,6 +23,7 @@ from data_prep.rows.rows import RejectedRow, Row, read_rows
 from train.builders import (
     adapter_metadata,
     build,
+    build_checkpoints,
     build_loggers,
     build_loss,
     build_model,
@@ -28,15 +32,23 @@ from train.builders import (
     lazy_decode,
 )
 from train.config import Config, to_yaml
-from train.loop import Every, train
+from train.loop import Intervals, Training, train
 from train.parallel.processes import Processes
+from train.parallel.stopping import StopRequest
 from train.plan.gpus import find_gpu
 from train.plan.plan import Plan, dataset_sizes, make_plan
 from train.plan.planner import apply, geometry_of
-from train.record.checkpoint import Checkpoints
-from train.record.loggers import Loggers
+from train.record.lock import locked
+from train.record.loggers import STOPPED, Loggers
 from train.record.provenance import provenance
-from train.record.resume import check_continuation, continued_states, data_identity, find_checkpoint
+from train.record.resume import (
+    check_identity,
+    check_settings,
+    continued_states,
+    data_identity,
+    find_checkpoint,
+    newest_checkpoint,
+)
 from train.record.run_files import CHECKPOINTS
 
 ENCODERS = ("vae", "text_encoder", "processor")
@@ -98,56 +110,56 @@ def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:
 
 def train_phase(
     config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, plan: Plan | None
-) -> None:
-    """Phase 2. Every rank runs it; rank 0 speaks and writes, and has the plan."""
-    run_dir, device, dtype = Path(config.run_dir), processes.device, getattr(torch, config.model.dtype)
+) -> int:
+    """Phase 2. Every rank runs it; rank 0 speaks and writes, and has the plan.
+
+    Returns:
+        The exit code: 0 if the training is complete, 1 if something beside it failed, else what `StopRequest` says.
+    """
+    run_dir, dtype, settings = Path(config.run_dir), getattr(torch, config.model.dtype), config.train
     fingerprint = model.fingerprint(*ENCODERS)
     reader = CacheReader(Path(config.cache.dir) / "train", fingerprint=fingerprint, geometry=geometry)
-    settings = config.train
-    accumulation = settings.accumulation(processes.world_size)
     stream = BatchStream(
         reader,
         seed=config.seed,
-        global_batch_size=settings.micro_batch_size * accumulation * processes.world_size,
+        global_batch_size=settings.micro_batch_size
+        * settings.accumulation(processes.world_size)
+        * processes.world_size,
         micro_batch_size=settings.micro_batch_size,
         rank=processes.rank,
         world_size=processes.world_size,
         caption_dropout=config.data.caption_dropout,
     )
-    decode = lazy_decode(model, device, dtype)
+    decode = lazy_decode(model, processes.device, dtype)
     loss = build_loss(config, decode)
-    checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS, settings.keep_last, adapter_metadata(config, loss, geometry), to_yaml(config), dtype
-    )
+    checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry))
     checkpoint = find_checkpoint(checkpoints, config.resume, processes)
     identity = {"data": data_identity(reader), "global_batch_size": stream.global_batch_size}
+    identity["model"] = model.fingerprint("transformer")
     if checkpoint:
-        check_continuation(config, checkpoint.path, checkpoint.run, identity)
+        check_settings(config, checkpoint.path)
+        check_identity(checkpoint.path, checkpoint.run, identity)
     first_step = checkpoint.step if checkpoint else 0
     if first_step >= settings.num_steps:
         processes.say(f"{run_dir} has its {settings.num_steps} steps: nothing to train")
-        return
+        return 0
 
-    decided = processes.gather(plan and plan.decided)[0]
-    adapter, parallel = build_model(apply(config, decided), model, processes)
-    optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
-    if checkpoint:
-        checkpoint.restore(adapter, optimizer)
-        processes.say(f"continuing from {checkpoint.path}")
-    validate = None
-    if config.validate and read_split(config)[1]:
-        held_out = CacheReader(Path(config.cache.dir) / "validation", fingerprint=fingerprint, geometry=geometry)
-        validate = build_validation(config, held_out, decode, processes)
-    elif config.validate:
-        processes.say("no validation: data.validation is not set and no row has split=validation")
+    # whatever may fail in a second comes before the weights are read
+    validate = held_out_validation(config, fingerprint, geometry, decode, processes)
     if processes.is_main:
         write_text(run_dir / "config.yaml", to_yaml(config))
     record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
     states = continued_states(checkpoint, checkpoints)
-    checkpoint = None  # its tensors are in the optimizer now
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
-    with closing(stream), loggers:
-        train(
+    with StopRequest() as request, closing(stream), loggers:
+        decided = processes.gather(plan and plan.decided)[0]
+        adapter, parallel = build_model(apply(config, decided), model, processes)
+        optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
+        if checkpoint:
+            checkpoint.restore(adapter, optimizer)
+            processes.say(f"continuing from {checkpoint.path}")
+        checkpoint = None  # its tensors are in the optimizer now
+        run = Training(
             processes,
             parallel,
             adapter,
@@ -157,17 +169,62 @@ def train_phase(
             checkpoints,
             loggers,
             validate,
-            Every(settings.save_every, settings.validate_every),
-            first_step,
+            Intervals(settings.save_every, settings.validate_every, settings.save_minutes),
             settings.num_steps,
             config.seed,
             identity,
             settings.max_grad_norm,
+            lambda: bool(request.reason),
+            step=first_step,
+            saved=first_step,
         )
+        try:
+            complete = train(run)
+            loggers.exit_code = 0 if complete else STOPPED
+        except Exception as error:
+            error.add_note(f"This was in {where(run, run_dir)}")
+            raise
+    if not complete:
+        processes.say(
+            f"stopped by {request.reason or 'another rank'} after step {run.step}: {to_continue(run, run_dir)}"
+        )
+        return request.exit_code
+    for problem in loggers.problems:
+        processes.say(f"the training is complete, but {problem}")
+    return 1 if loggers.problems else 0
 
 
-def run(config: Config) -> None:
+def held_out_validation(
+    config: Config, fingerprint: str, geometry: Geometry, decode: Callable[[Tensor], Tensor], processes: Processes
+) -> Any:
+    """The validation, or None where there is none or nothing to validate on."""
+    if not config.validate:
+        return None
+    if not read_split(config)[1]:
+        processes.say("no validation: data.validation is not set and no row has split=validation")
+        return None
+    held_out = CacheReader(Path(config.cache.dir) / "validation", fingerprint=fingerprint, geometry=geometry)
+    return build_validation(config, held_out, decode, processes)
+
+
+def where(run: Training, run_dir: Path) -> str:
+    """The step, its records, and how to go on, for whoever reads of a failure."""
+    records = ", ".join(run.ids[:8]) + (f" and {len(run.ids) - 8} more" if len(run.ids) > 8 else "")
+    return f"step {run.step + 1} with the records {records or '(none yet)'}: {to_continue(run, run_dir)}"
+
+
+def to_continue(run: Training, run_dir: Path) -> str:
+    """From what, and with which command."""
+    start = f"from {run_dir / CHECKPOINTS}/step-{run.saved:06d}" if run.saved else "from the beginning"
+    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    return f"the same command continues {start}: {launcher} {shlex.join(sys.argv)}"
+
+
+def run(config: Config) -> int:
     """All phases.
+
+    Returns:
+        The exit code.
 
     Raises:
         InputError: the configuration or the input is wrong.
@@ -175,16 +232,21 @@ def run(config: Config) -> None:
     model = ModelDirectory.resolve(config.model.path, weights=config.phases != ["plan"])
     geometry = geometry_of(config)
     check_nodes(config, model)
+    if "train" in config.phases and (newest := newest_checkpoint(config)):
+        check_settings(config, newest)  # before an hour of caching
     processes = Processes.start(config.train.device)
     plan = None
     if processes.is_main and config.phases != ["cache"]:
         plan = plan_run(config, model, processes.world_size)
         print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
-    if "cache" in config.phases:
-        cache_phase(config, model, geometry, processes)
-    if "train" in config.phases:
-        if torch.cuda.is_available():  # what phase 1 needed is free again
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        train_phase(config, model, geometry, processes, plan)
+    exit_code = 0
+    with locked(Path(config.run_dir)) if "train" in config.phases and processes.is_main else nullcontext():
+        if "cache" in config.phases:
+            cache_phase(config, model, geometry, processes)
+        if "train" in config.phases:
+            if torch.cuda.is_available():  # what phase 1 needed is free again
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            exit_code = train_phase(config, model, geometry, processes, plan)
     processes.stop()
+    return exit_code

@@ -56,4 +56,4 @@ if __name__ == "__main__":
             config = compose(arguments.overrides)
             from train.phases import run  # heavy: after the configuration, so that a typo is answered at once
 
-            run(config)
+            sys.exit(run(config))

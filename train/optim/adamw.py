@@ -15,7 +15,8 @@ class AdamW:
     Args:
         lr: the peak.
         warmup_steps: linear rise from 0.
-        schedule: "constant", or "cosine" down to 0 at `num_steps`.
+        schedule: "constant", or "cosine" down to 0 at `schedule_steps`, where it stays.
+        schedule_steps: where the cosine ends; None: at `num_steps`.
         bits: of the two moments; 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) with bitsandbytes.
         num_steps: length of the run, given by it.
 
@@ -33,6 +34,7 @@ class AdamW:
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "constant",
         bits: Literal[8, 32] = 32,
+        schedule_steps: int | None = None,
         num_steps: int = 1,
     ):
         if lr <= 0:
@@ -45,14 +47,15 @@ class AdamW:
         options: dict[str, Any] = {"fused": True} if bits == 32 and all(p.is_cuda for p in params) else {}
         options |= {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
         self.torch_optimizer = kind(params, **options)
-        self.peak, self.warmup_steps, self.schedule, self.num_steps = lr, warmup_steps, schedule, num_steps
+        self.peak, self.warmup_steps, self.schedule = lr, warmup_steps, schedule
+        self.schedule_steps = schedule_steps or num_steps
 
     def lr_at(self, step: int) -> float:
         """A pure function of the step, so that resuming needs no scheduler state."""
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.schedule == "constant":
             return self.peak * warmup
-        progress = max(0.0, step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        progress = max(0.0, step - self.warmup_steps) / max(1, self.schedule_steps - self.warmup_steps)
         return self.peak * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, step: int) -> None:

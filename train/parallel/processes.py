@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -22,6 +23,8 @@ class Processes:
     """This process among those that run together. Nothing of DeepSpeed is active here, so that phase 1 can use it."""
 
     state: PartialState
+    control: Any = None
+    """A group of the same processes that talks over the CPU, so that a question does not wait for the GPU; None on one."""
 
     @classmethod
     def start(cls, device: str | None) -> "Processes":
@@ -35,7 +38,10 @@ class Processes:
         cpu = device == "cpu" or not torch.cuda.is_available()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         backend = {"backend": "gloo"} if cpu and several else {}
-        return cls(PartialState(cpu=cpu, timeout=PATIENCE, **backend))
+        state = PartialState(cpu=cpu, timeout=PATIENCE, **backend)
+        if state.num_processes == 1:
+            return cls(state)
+        return cls(state, dist.group.WORLD if cpu else dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def rank(self) -> int:
@@ -66,6 +72,14 @@ class Processes:
         """What every process passed, by rank, on every process."""
         return gather_object([value])
 
+    def any(self, answer: bool) -> bool:
+        """Whether some process says yes. The same on every process."""
+        if self.world_size == 1:
+            return answer
+        answers = torch.tensor([answer], dtype=torch.int32)
+        dist.all_reduce(answers, dist.ReduceOp.MAX, group=self.control)
+        return bool(answers.item())
+
     def say(self, text: str) -> None:
         """Prints once, whatever the number of processes."""
         if self.is_main:
@@ -74,8 +88,8 @@ class Processes:
     def stop(self) -> None:
         """Leaves together: a process that exits while another still talks to it may abort."""
         self.barrier()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def check_launch(strategy: str, dtype: str, environment: Mapping[str, str]) -> None:

@@ -2,7 +2,8 @@
 
 `run_dir/checkpoints/step-000500/` holds the exported adapter (averaged weights), the LoRA and optimizer state that
 training continues from, the step and the configuration; nothing frozen, and no pickle. Randomness needs no state: it
-belongs to the sample number. `checkpoints/latest` is a file with the newest checkpoint's name.
+belongs to the sample number. `checkpoints/latest` is a file with the newest checkpoint's name, `checkpoints/best.json` says
+which one validated best. Older checkpoints that stay are reduced to the adapter, which is a fraction of their size.
 """
 
 import json
@@ -21,11 +22,13 @@ from torch import Tensor
 from data_prep.errors import InputError
 from data_prep.files import sync, write_text
 from train.model.adapter import Adapter
+from train.model.adapter_files import WEIGHTS_FILE
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
 from train.record.run_files import LATEST
+from train.record.run_summary import is_better
 
 LORA, OPTIMIZER = "training_lora.safetensors", "optimizer.safetensors"
-STATE, CONFIG = "state.json", "config.yaml"
+STATE, CONFIG, BEST = "state.json", "config.yaml", "best.json"
 
 
 @dataclass
@@ -61,20 +64,31 @@ class Checkpoints:
 
     Args:
         folder: `run_dir/checkpoints`.
-        keep_last: how many stay.
+        keep_last: how many stay whole.
+        keep_every: every so many steps the adapter stays; None for none but the best.
+        best_by: the validation's number that decides which one is best; `auto`: PSNR at the most steps; None: none is.
         metadata: goes into the exported adapter's header.
         config: text of the resolved configuration.
         dtype: of the exported adapter.
     """
 
     def __init__(
-        self, folder: Path, keep_last: int, metadata: dict[str, str], config: str, dtype: torch.dtype = torch.float32
+        self,
+        folder: Path,
+        keep_last: int,
+        metadata: dict[str, str],
+        config: str,
+        dtype: torch.dtype = torch.float32,
+        keep_every: int | None = None,
+        best_by: str | None = None,
     ):
         self.folder = folder
         self.keep_last = keep_last
         self.metadata = metadata
         self.config = config
         self.dtype = dtype
+        self.keep_every = keep_every
+        self.best_by = best_by
 
     def save(self, step: int, adapter: Adapter, optimizer: Optimizer, run: dict[str, Any]) -> Path:
         """Writes under a temporary name, flushes to disk, renames, then drops what is too old.
@@ -98,8 +112,39 @@ class Checkpoints:
         write_text(self.folder / LATEST, final.name + "\n")
         done = [path for path in self.all() if _step(path) <= step]  # a later one is damaged, or was gone back from
         for old in done[: -self.keep_last]:
-            shutil.rmtree(old)
+            self._reduce(old)
         return final
+
+    def _reduce(self, old: Path) -> None:
+        """Leaves the adapter of a checkpoint that is to stay, and nothing of another."""
+        best = self.best()
+        if (best and best["step"] == _step(old)) or (self.keep_every and _step(old) % self.keep_every == 0):
+            for name in (OPTIMIZER, LORA):
+                (old / name).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(old)
+
+    def judge(self, step: int, numbers: dict[str, float]) -> None:
+        """Notes whether the checkpoint of this step validated better than all before. Step 0 has none, and shows the numbers.
+
+        Raises:
+            InputError: `best_by` is not among the numbers.
+        """
+        name = _most_steps(numbers) if self.best_by == "auto" else self.best_by
+        if name is None:
+            return
+        if name not in numbers:
+            raise InputError(
+                f"train.best_by={name} is no number of the validation: it has {', '.join(sorted(numbers))}"
+            )
+        best = self.best()
+        if step and (not best or best["name"] != name or is_better(name, numbers[name], best["value"])):
+            text = json.dumps({"step": step, "name": name, "value": numbers[name]})
+            write_text(self.folder / BEST, text + "\n")
+
+    def best(self) -> dict[str, Any] | None:
+        """`step`, `name` and `value` of the checkpoint that validated best."""
+        return json.loads((self.folder / BEST).read_text()) if (self.folder / BEST).exists() else None
 
     def _write(self, folder: Path, step: int, adapter: Adapter, optimizer: Optimizer, run: dict[str, Any]) -> None:
         with optimizer.averaged():
@@ -114,6 +159,10 @@ class Checkpoints:
         for file in folder.iterdir():
             sync(file)
         sync(folder)
+
+    def resumable(self) -> list[Path]:
+        """Checkpoints that are not reduced to the adapter, oldest first."""
+        return [path for path in self.all() if (path / OPTIMIZER).exists() or not (path / WEIGHTS_FILE).exists()]
 
     def all(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -136,7 +185,7 @@ class Checkpoints:
             return None
         if resume != "auto":
             return read_checkpoint(Path(resume))
-        for path in reversed(self.all()):
+        for path in reversed(self.resumable()):
             try:
                 return read_checkpoint(path)
             except InputError as error:
@@ -158,6 +207,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     config = _read(Path.read_text, path / CONFIG)
     state = _read(lambda file: json.loads(file.read_text()), path / STATE)
     return Checkpoint(path, state["step"], lora, tensors, state["optimizer_state"], state["run"], config)
+
+
+def _most_steps(numbers: dict[str, float]) -> str | None:
+    """The name of PSNR at the most steps."""
+    steps = [int(number) for name in numbers if (number := _between(name, "validation/steps_", "/psnr")).isdigit()]
+    return f"validation/steps_{max(steps)}/psnr" if steps else None
+
+
+def _between(text: str, before: str, after: str) -> str:
+    matches = text.startswith(before) and text.endswith(after)
+    return text.removeprefix(before).removesuffix(after) if matches else ""
 
 
 def _step(path: Path) -> int:

@@ -1,9 +1,10 @@
 """Where a run's numbers and pictures go. metrics.jsonl is always written; the others come from the configuration."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from train.record.run_summary import summarise
 
 Numbers = Mapping[str, float]
+STOPPED = 255
+"""The exit code that loggers are told of a run that was asked to stop: it is neither complete nor failed."""
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Logger(Protocol):
         """What the whole run came to, as `train.record.run_summary.summarise` says. Comes last, before `close`."""
 
     def close(self, exit_code: int = 0) -> None:
-        """Nothing follows. `exit_code` is 0 for a run that did what it should, 255 for one stopped by Ctrl-C."""
+        """Nothing follows. `exit_code` is 0 for a run that did what it should, STOPPED for one that was stopped."""
         ...
 
 
@@ -132,12 +135,15 @@ def _as_code(text: str) -> str:
 
 
 class Terminal(Logger):
-    """A live line on a terminal; in a file, a line every `log_every` steps."""
+    """A live line on a terminal; in a file, a line of the first step and then every `log_every` steps, or every minute."""
 
     SHOWN = ("loss", "lr", "samples_per_s")
+    QUIET = 60.0
+    """Seconds without a line."""
 
     def __init__(self, num_steps: int, log_every: int, resumed_step: int = 0):
         self.num_steps, self.log_every, self.start, self.first = num_steps, log_every, time.monotonic(), resumed_step
+        self.last_line = -math.inf
         self.bar = None
         if Console(stderr=True).is_terminal:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
@@ -152,8 +158,9 @@ class Terminal(Logger):
         text = "  ".join(f"{name} {numbers[name]:.4g}" for name in self.SHOWN if name in numbers)
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
-        elif step % self.log_every == 0 or step == self.num_steps:
-            left = (time.monotonic() - self.start) / (step - self.first) * (self.num_steps - step)
+        elif step % self.log_every == 0 or step == self.num_steps or time.monotonic() - self.last_line > self.QUIET:
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.start) / (step - self.first) * (self.num_steps - step)
             clock = time.strftime("%H:%M:%S", time.gmtime(left))
             print(f"training {step}/{self.num_steps}  {text}  {clock} left", file=sys.stderr, flush=True)
 
@@ -183,6 +190,8 @@ class Terminal(Logger):
 class Loggers:
     """All of a run's loggers as one; a context that closes them and tells them whether the run failed.
 
+    A logger that fails costs no training: that is shown, and kept in `problems`.
+
     Args:
         loggers: by name.
         metrics: the `metrics.jsonl` that the summary is made of, or None for no summary.
@@ -191,33 +200,46 @@ class Loggers:
     def __init__(self, loggers: Mapping[str, Logger], metrics: Path | None = None):
         self.loggers = loggers
         self.metrics = metrics
+        self.problems: list[str] = []
+        self.exit_code = 0
 
     def log(self, step: int, numbers: Numbers) -> None:
         """To every logger."""
-        for logger in self.loggers.values():
-            logger.log(step, numbers)
+        self._each(lambda logger: logger.log(step, numbers))
 
     def images(self, step: int, images: Pictures) -> None:
         """To every logger."""
-        for logger in self.loggers.values():
-            logger.images(step, images)
+        self._each(lambda logger: logger.images(step, images))
 
     def artifact(self, step: int, folder: Path) -> None:
         """To every logger."""
-        for logger in self.loggers.values():
-            logger.artifact(step, folder)
+        self._each(lambda logger: logger.artifact(step, folder))
 
     def state(self) -> dict[str, Any]:
         """Of every logger that has one, by name."""
-        states = {name: logger.state() for name, logger in self.loggers.items()}
-        return {name: state for name, state in states.items() if state}
+        return {name: state for name, state in self._each(lambda logger: logger.state()).items() if state}
+
+    def problem(self, text: str) -> None:
+        """Shows what went wrong beside the training, once."""
+        if text not in self.problems:
+            self.problems.append(text)
+            print(f"warning: {text}; the run goes on", file=sys.stderr, flush=True)
 
     def close(self, exit_code: int = 0) -> None:
         """Sums the run up and closes every logger."""
         numbers = summarise(self.metrics) if self.metrics else {}
-        for logger in self.loggers.values():
-            logger.summary(numbers)
-            logger.close(exit_code)
+        self._each(lambda logger: logger.summary(numbers))
+        self._each(lambda logger: logger.close(exit_code))
+
+    def _each(self, call: Callable[[Logger], Any]) -> dict[str, Any]:
+        """What each logger returns, by name, without those that fail."""
+        results = {}
+        for name, logger in self.loggers.items():
+            try:
+                results[name] = call(logger)
+            except Exception as error:
+                self.problem(f"the logger {name} failed: {type(error).__name__}: {error}")
+        return results
 
     def __enter__(self) -> "Loggers":
         return self
@@ -226,4 +248,4 @@ class Loggers:
         if kind is not None:  # before closing, which may take its time over a network
             print(f"training stopped: {kind.__name__}: {error}", file=sys.stderr, flush=True)
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.close(0 if kind is None else 255 if stopped else 1)
+        self.close(self.exit_code if kind is None else STOPPED if stopped else 1)

@@ -1,25 +1,38 @@
 """Whether and from what a run continues: the checkpoint, and what must be as it was."""
 
 import hashlib
-from dataclasses import asdict
+import inspect
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from hydra.utils import get_class
 
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from train.config import Config, read_yaml
 from train.parallel.processes import Processes
-from train.record.checkpoint import Checkpoint, Checkpoints, read_checkpoint
+from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint
+from train.record.run_files import CHECKPOINTS
 
 MAY_CHANGE = (
     *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel", "plan"),
-    *("data.on_error", "data.validation", "train.num_steps", "train.save_every", "train.validate_every"),
-    *("train.log_every", "train.keep_last", "train.device", "train.micro_batch_size", "train.grad_accum_steps"),
-    *("train.global_batch_size", "train.gradient_checkpointing"),
-    "train.attention",
-    "train.compile",
+    *("data.dataset", "data.root", "data.on_error", "data.validation", "model.path"),
+    *("train.num_steps", "train.save_every", "train.save_minutes", "train.validate_every", "train.log_every"),
+    *("train.keep_last", "train.keep_every", "train.best_by", "train.device", "train.micro_batch_size"),
+    *("train.grad_accum_steps", "train.global_batch_size", "train.gradient_checkpointing", "train.attention"),
+    *("train.compile", "optim.schedule_steps"),
 )
-"""What a continued run may do otherwise; the global batch, a product, is compared by itself."""
+"""What a continued run may do otherwise. What is only named here is compared by itself: the records, whatever their file is
+called; the model's weights, whatever their folder; and the global batch, a product."""
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that the run will continue from if it is whole, as far as names tell; None if there is none."""
+    if config.resume not in ("auto", "never"):
+        return path if (path := Path(config.resume)).is_dir() else None
+    found = Checkpoints(Path(config.run_dir) / CHECKPOINTS, 1, {}, "").resumable() if config.resume == "auto" else []
+    return next((path for path in reversed(found) if (path / CONFIG).exists()), None)
 
 
 def find_checkpoint(checkpoints: Checkpoints, resume: str, processes: Processes) -> Checkpoint | None:
@@ -43,28 +56,74 @@ def data_identity(reader: CacheReader) -> str:
     return digest.hexdigest()
 
 
-def check_continuation(config: Config, checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuses to continue a run whose settings or data have changed in what its steps depend on.
+def check_settings(config: Config, checkpoint: Path) -> None:
+    """Refuses to continue a run with settings that would train otherwise. Reads nothing but the checkpoint's configuration.
 
     Raises:
-        InputError: names the keys that differ.
+        InputError: names each key with its old and its new value.
     """
-    before = _flat(read_yaml(checkpoint / "config.yaml"))
-    now = _flat(asdict(config))
-    differing = [
-        key
+    before, now = _flat(read_yaml(checkpoint / CONFIG)), _flat(asdict(config))
+    defaults = _defaults(config)
+    changed = [
+        f"{key} was {_shown(before, key, defaults)} and is {_shown(now, key, defaults)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+        if _value(before, key, defaults) != _value(now, key, defaults)
+        and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
-    if not differing and saved["global_batch_size"] != identity["global_batch_size"]:
-        differing = [f"a global batch of {saved['global_batch_size']} and not {identity['global_batch_size']}"]
-    if not differing and saved["data"] != identity["data"]:
-        differing = ["the training data"]
-    if differing:
+    steps = before["train.num_steps"], config.train.num_steps
+    if config.optim.get("schedule") == "cosine" and not config.optim.get("schedule_steps") and steps[0] != steps[1]:
+        changed.append(
+            f"train.num_steps was {steps[0]} and is {steps[1]}, over which optim.schedule=cosine falls: choose with "
+            f"+optim.schedule_steps={steps[0]} (stay at the end of the old curve) or ={steps[1]} (jump to the longer one)"
+        )
+    _refuse(checkpoint, changed)
+
+
+def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuses to continue a run with other records, another model or another global batch.
+
+    Args:
+        saved, identity: `data`, `model` and `global_batch_size`, then and now.
+
+    Raises:
+        InputError: names what differs.
+    """
+    words = {"data": "the training data", "model": "the model's weights", "global_batch_size": "the global batch"}
+    differing = [key for key in words if saved.get(key, identity[key]) != identity[key]]
+    _refuse(checkpoint, [f"{words[key]} was {saved[key]} and is {identity[key]}" for key in differing])
+
+
+def _refuse(checkpoint: Path, changed: list[str]) -> None:
+    if changed:
+        more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise InputError(
-            f"{checkpoint} was made with other settings ({', '.join(differing[:4])}): give the same command to continue, "
+            f"{checkpoint} was made with other settings: {'; '.join(changed[:4])}{more}. Give the same command to continue, "
             "or another run_dir to start anew"
         )
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Of keys that one of two configurations may not have: the sections' fields, and arguments of the open nodes' classes."""
+    values: dict[str, Any] = {}
+    for item in fields(config):
+        part = getattr(config, item.name)
+        if is_dataclass(part) and not isinstance(part, type):
+            values |= _flat(asdict(type(part)()), f"{item.name}.")
+    for name in ("loss", "optim"):
+        target = get_class(getattr(config, name)["_target_"])
+        arguments = inspect.signature(target).parameters.values()
+        values |= {f"{name}.{each.name}": each.default for each in arguments if each.default is not each.empty}
+    return values
+
+
+def _value(flat: dict[str, Any], key: str, defaults: dict[str, Any]) -> Any:
+    value = flat.get(key, defaults.get(key))
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(flat: dict[str, Any], key: str, defaults: dict[str, Any]) -> str:
+    value = _value(flat, key, defaults)
+    return "null" if value is None else str(value)
 
 
 def continued_states(checkpoint: Checkpoint | None, checkpoints: Checkpoints) -> dict[str, Any]:

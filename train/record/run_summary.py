@@ -17,7 +17,7 @@ def summarise(metrics: Path) -> dict[str, float]:
         - `final/step`, `final/samples` (seen in training), `final/training_hours` (steps alone, without validation)
         - `final/loss` and every `final/loss/…`: the mean of the last RECENT steps that have it
         - `final/validation/…`: the last validation
-        - `best/validation/…` and `best/validation/…_step`: of PSNR and SSIM, the first of equals
+        - `best/validation/…` and `best/validation/…_step`: of PSNR and SSIM, the first of equals, once training has begun
     """
     totals: dict[str, float] = {}
     recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
@@ -37,7 +37,7 @@ def summarise(metrics: Path) -> dict[str, float]:
                     recent[f"final/{name}"].append(value)
                 elif name.startswith("validation/"):
                     last[f"final/{name}"] = value
-                    if _has_best(name) and value > best.get(f"best/{name}", float("-inf")):
+                    if step and _has_best(name) and value > best.get(f"best/{name}", float("-inf")):
                         best |= {f"best/{name}": value, f"best/{name}_step": step}
     means = {name: sum(values) / len(values) for name, values in recent.items()}
     return totals | means | last | best
@@ -49,5 +49,13 @@ def _add(totals: dict[str, float], name: str, value: float) -> None:
 
 def _has_best(name: str) -> bool:
     """`validation/steps_4/psnr_edited`: yes; `validation/source/psnr`, the untrained baseline: no."""
-    method, _, metric = name.removeprefix("validation/").rpartition("/")
-    return method != "source" and metric.split("_")[0] in HIGHER_IS_BETTER
+    return not name.startswith("validation/source/") and _rises(name)
+
+
+def is_better(name: str, value: float, other: float) -> bool:
+    """Whether a number of this name speaks for its model: PSNR and SSIM if it is higher, distances if it is lower."""
+    return value > other if _rises(name) else value < other
+
+
+def _rises(name: str) -> bool:
+    return name.rpartition("/")[2].split("_")[0] in HIGHER_IS_BETTER
