@@ -74,7 +74,7 @@ def check_settings(config: Config, checkpoint: Path) -> None:
     if config.optim.get("schedule") == "cosine" and not config.optim.get("schedule_steps") and steps[0] != steps[1]:
         changed.append(
             f"train.num_steps was {steps[0]} and is {steps[1]}, over which optim.schedule=cosine falls: choose with "
-            f"+optim.schedule_steps={steps[0]} (stay at the end of the old curve) or ={steps[1]} (jump to the longer one)"
+            f"optim.schedule_steps={steps[0]} (stay at the end of the old curve) or ={steps[1]} (jump to the longer one)"
         )
     _refuse(checkpoint, changed)
 
