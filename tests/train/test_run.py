@@ -227,7 +227,7 @@ def test_what_only_a_run_finds_gets_a_sentence_too(command, tmp_path, overrides)
 
 def test_other_settings_are_not_continued(command, tmp_path):
     run_script(*command(tmp_path, "train.num_steps=2"))
-    done = run_script(*command(tmp_path, "seed=1"), check=False)
+    done = run_script(*command(tmp_path, "seed=1", "train.num_steps=2"), check=False)
     assert done.returncode == 2
     assert "was made with other settings: seed was 0 and is 1. Give" in done.stderr
     done = run_script(*command(tmp_path, "resume=never"), check=False)
@@ -304,3 +304,47 @@ def test_caption_dropout(command, tmp_path):
     assert "12 encoded now" in done.stderr
     first, second = (metrics(tmp_path / name)[0]["loss"] for name in ("without", "with"))
     assert first != second
+
+
+FAILING = ["validate._target_=tests.failing.FailsToValidate", "validate=tiny_lbm", "train.validate_every=2"]
+
+
+def test_a_validation_that_fails_costs_no_training(command, tmp_path):
+    """It comes after the checkpoint, is shown, and the exit code says so."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_script(*command(whole))
+    done = run_script(*command(broken, *FAILING, "+validate.step=4"), check=False)
+    said = "the validation after step 4 failed: OSError: no space left for pictures"
+    assert done.returncode == 1
+    assert f"warning: {said}; the run goes on" in done.stderr
+    assert done.stderr.splitlines()[-1] == f"the training is complete, but {said}"
+    assert [line for line in metrics(broken) if "loss" in line] == metrics(whole)
+    assert [line["step"] for line in metrics(broken) if "loss" not in line] == [0, 2, 6]
+    assert json.loads((broken / "checkpoints/best.json").read_text())["step"] == 6
+
+
+def test_a_validation_that_cannot_work_is_found_before_the_first_step(command, tmp_path):
+    done = run_script(*command(tmp_path, *FAILING, "+validate.step=0"), check=False)
+    assert done.returncode == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_failure_names_step_records_checkpoint_and_command(command, tmp_path):
+    loss = ["loss=flow", "loss._target_=tests.failing.FailsOnRank", "+loss.rank=0", "+loss.step=4"]
+    done = run_script(*command(tmp_path, *loss), check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("This was in step 4 with the records train_")
+    assert f"the same command continues from {tmp_path}/checkpoints/step-000002: python " in last
+    assert last.endswith(shlex.join(command(tmp_path, *loss)[1:]))
+
+
+def test_what_is_refused_is_refused_before_caching(command, tmp_path):
+    """Other sizes would encode every image again, for nothing."""
+    run_script(*command(tmp_path))
+    cached = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    done = run_script(*command(tmp_path, "data.max_pixels=2048"), check=False)
+    assert done.returncode == 2
+    assert "data.max_pixels was 16384 and is 2048" in done.stderr
+    assert "cached" not in done.stderr
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == cached

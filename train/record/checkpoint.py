@@ -22,7 +22,6 @@ from torch import Tensor
 from data_prep.errors import InputError
 from data_prep.files import sync, write_text
 from train.model.adapter import Adapter
-from train.model.adapter_files import WEIGHTS_FILE
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
 from train.record.run_files import LATEST
 from train.record.run_summary import is_better
@@ -162,7 +161,7 @@ class Checkpoints:
 
     def resumable(self) -> list[Path]:
         """Checkpoints that are not reduced to the adapter, oldest first."""
-        return [path for path in self.all() if (path / OPTIMIZER).exists() or not (path / WEIGHTS_FILE).exists()]
+        return [path for path in self.all() if any((path / name).exists() for name in (OPTIMIZER, LORA))]
 
     def all(self) -> list[Path]:
         """Finished checkpoints, oldest first."""

@@ -218,3 +218,32 @@ def test_killed_at_any_moment(adapter, tmp_path):
         written = int((tmp_path / "latest").read_text().strip().removeprefix("step-"))
         assert newest - 1 <= written <= newest
     assert newest > 12
+
+
+def test_the_best_and_every_so_many_stay_as_adapters(adapter, tmp_path):
+    """What continuing needs goes, and with it most of the bytes; what is left is no checkpoint to continue from."""
+    checkpoints = Checkpoints(tmp_path, 1, {}, "name: test\n", keep_every=4, best_by="auto")
+    scores = {1: 20.0, 2: 23.0, 3: 22.0, 4: 21.0, 5: 20.0}
+    for step, score in scores.items():
+        checkpoints.save(step, adapter, trained(adapter, step), {})
+        checkpoints.judge(step, {"validation/steps_1/psnr": 30.0, "validation/steps_4/psnr": score})
+    assert checkpoints.best() == {"step": 2, "name": "validation/steps_4/psnr", "value": 23.0}
+    assert steps_in(tmp_path) == ["best.json", "latest", "step-000002", "step-000004", "step-000005"]
+    for step in (2, 4):
+        names = {file.name for file in (tmp_path / f"step-{step:06d}").iterdir()}
+        assert names == FILES - {"training_lora.safetensors", "optimizer.safetensors"}
+    (tmp_path / "step-000005" / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="no checkpoint"):
+        checkpoints.find("auto")
+
+
+def test_best_is_the_lowest_of_a_distance(adapter, tmp_path):
+    checkpoints = saved(tmp_path, adapter, [1, 2])
+    checkpoints.best_by = "validation/steps_4/lpips"
+    for step, score in ((0, 0.1), (1, 0.3), (2, 0.4)):
+        checkpoints.judge(step, {"validation/steps_4/lpips": score})
+    assert checkpoints.best() == {"step": 1, "name": "validation/steps_4/lpips", "value": 0.3}  # step 0 has none
+    with pytest.raises(
+        InputError, match=r"best_by=validation/steps_4/lpips is no number .* it has validation/steps_1/psnr"
+    ):
+        checkpoints.judge(0, {"validation/steps_1/psnr": 20.0})

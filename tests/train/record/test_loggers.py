@@ -32,9 +32,17 @@ def test_lines_in_a_file(capsys):
         terminal.log(step, {"loss": 0.5, "lr": 1e-4, "samples_per_s": 8.0})
     terminal.log(4, {"validation/steps_1/psnr": 20.0})
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("training 2/4  loss 0.5  lr 0.0001  samples_per_s 8")
-    assert lines[0].endswith("left")
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "4/4"]  # the first at once
+    assert lines[1].startswith("training 2/4  loss 0.5  lr 0.0001  samples_per_s 8")
+    assert lines[1].endswith("left")
+
+
+def test_a_line_at_least_every_minute(capsys, monkeypatch):
+    terminal = Terminal(num_steps=1000, log_every=500)
+    for step in (1, 2, 3):
+        monkeypatch.setattr("time.monotonic", lambda step=step: 1e6 + 61 * (step // 3))
+        terminal.log(step, {"loss": 0.5})
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/1000", "3/1000"]
 
 
 def test_the_terminal_names_the_overview_and_the_best_checkpoint(capsys):
@@ -180,6 +188,23 @@ def test_loggers_end_with_a_summary_and_know_whether_the_run_failed(tmp_path, er
     assert logger.numbers == {"final/step": 1, "final/loss": 0.5}
 
 
+class Failing(Remembering):
+    """A place that cannot be reached."""
+
+    def log(self, step, numbers):
+        raise ConnectionError("no route")
+
+
+def test_a_logger_that_fails_is_shown_once_and_costs_nothing(capsys):
+    remembering = Remembering()
+    with Loggers({"far": Failing(), "near": remembering}) as loggers:
+        loggers.log(1, {"loss": 0.5})
+        loggers.log(2, {"loss": 0.5})
+    assert loggers.problems == ["the logger far failed: ConnectionError: no route"]
+    assert capsys.readouterr().err == "warning: the logger far failed: ConnectionError: no route; the run goes on\n"
+    assert remembering.exit_code == 0
+
+
 @pytest.mark.slow
 def test_tensorboard_and_wandb_of_a_run_that_is_continued(
     tiny_model_dir, tiny_pairs, tiny_cache, tmp_path, monkeypatch
@@ -193,8 +218,8 @@ def test_tensorboard_and_wandb_of_a_run_that_is_continued(
     small = ["adapter.rank=4", "train.micro_batch_size=2", "validate.num_rows=2", "logger=all"]
     artifact = "logger.wandb.artifact=true"
     for num_steps in (2, 4):
-        steps = f"train.num_steps={num_steps}"
-        arguments = ["+exp=tiny_lbm", *data, *paths, *small, artifact, steps]
+        steps = [f"train.num_steps={num_steps}", "optim.schedule_steps=4"]
+        arguments = ["+exp=tiny_lbm", *data, *paths, *small, artifact, *steps]
         done = run_script("train/run.py", *arguments, env=dict(os.environ), timeout=300)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -202,7 +227,7 @@ def test_tensorboard_and_wandb_of_a_run_that_is_continued(
     assert "validation/grid" in events.Tags()["images"]
     before, after = (Written(folder) for folder in sorted((tmp_path / "run" / "wandb").glob("offline-run-*")))
     assert before.of("run")[0].run_id == after.of("run")[0].run_id
-    assert [row["step"] for row in before.history() + after.history()] == [1, 2, 3, 4]
+    assert [row["step"] for row in before.history() + after.history()] == [0, 1, 2, 3, 4]
     assert after.history()[-1]["validation/grid/path"]
     record = after.config()["record"]
     assert record["world_size"] == 1
@@ -221,7 +246,7 @@ def test_a_run_that_begins_from_another_runs_checkpoint_is_a_run_of_its_own(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     data = [f"data.dataset={tiny_pairs}/train.json", "validate=none", "logger=wandb"]
     paths = [f"model.path={tiny_model_dir}", f"cache.dir={tiny_cache}"]
-    small = ["adapter.rank=4", "train.micro_batch_size=2"]
+    small = ["adapter.rank=4", "train.micro_batch_size=2", "optim.schedule_steps=2"]
     first, second = tmp_path / "a", tmp_path / "b"
     run_script("train/run.py", "+exp=tiny_lbm", *data, *paths, *small, f"run_dir={first}", "train.num_steps=1")
     resume = [f"run_dir={second}", f"resume={first}/checkpoints/step-000001", "train.num_steps=2"]
