@@ -4,9 +4,8 @@ import hashlib
 import inspect
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
-
-from hydra.utils import get_class
 
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
@@ -110,7 +109,7 @@ def _defaults(config: Config) -> dict[str, Any]:
         if is_dataclass(part) and not isinstance(part, type):
             values |= _flat(asdict(type(part)()), f"{item.name}.")
     for name in ("loss", "optim"):
-        target = get_class(getattr(config, name)["_target_"])
+        target = resolve_name(getattr(config, name)["_target_"])
         arguments = inspect.signature(target).parameters.values()
         values |= {f"{name}.{each.name}": each.default for each in arguments if each.default is not each.empty}
     return values
