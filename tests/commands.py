@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.children import ROOT, kept, run
+
 QUICK_TO_START = ("data_prep/",)
 
 
@@ -25,7 +26,9 @@ def warm_python() -> list[str]:
         return [sys.executable]
     path = tempfile.mkdtemp()
     command = [sys.executable, str(ROOT / "tests/warm_server.py"), f"{path}/socket"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **quiet)
+    kept.add(server.pid)
     assert server.stdout
     atexit.register(shutil.rmtree, path)
     atexit.register(server.communicate)
@@ -58,11 +61,11 @@ def run_script(
 
     Args:
         fresh: in a process that imports its libraries itself, as a user's does.
-        options: of `subprocess.run`.
+        options: of `tests.children.run`.
     """
     words = [str(argument) for argument in arguments]
     python = [sys.executable] if fresh or words[0].startswith(QUICK_TO_START) else warm_python()
-    done = subprocess.run([*python, *words], **{"cwd": ROOT, "capture_output": True, "text": True} | options)
+    done = run([*python, *words], **options)
     assert not check or done.returncode == 0, f"{words} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -88,4 +91,4 @@ def launch(
     """
     stand_in = [] if how.get("fresh") else [ROOT / "tests/warm.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return run_script(*launcher(num_processes, *options), *stand_in, *arguments, timeout=600, env=environment, **how)
+    return run_script(*launcher(num_processes, *options), *stand_in, *arguments, env=environment, **how)

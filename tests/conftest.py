@@ -9,7 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.children import left_running, take_charge
 from tests.commands import run_script
+
+take_charge()
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None)  # an example may take its time on a busy machine
@@ -23,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         slow = sum(item.get_closest_marker(name) is not None for name in ("slow", "distributed"))
         weights[item.path] = weights.get(item.path, 0) + slow
     items.sort(key=lambda item: -weights[item.path])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_running():
+    """After each file's tests; what is left would slow all others."""
+    yield
+    assert left_running() == []
 
 
 @pytest.fixture(scope="session")

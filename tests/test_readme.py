@@ -6,13 +6,14 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from scripts import photographs
+from tests.children import PATIENCE, run, started, wait_until
 from tests.commands import ROOT, warm_programs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,21 +70,19 @@ def quick(command: str) -> str:
 
 def serve(command: str, workspace: Path, environment: dict[str, str]) -> None:
     """Starts the page, which ends when it is interrupted, and asks it for itself."""
-    server = subprocess.Popen(
-        ["bash", "-c", f"exec {command}"], cwd=workspace, env=environment, stdin=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(240):
-            assert server.poll() is None
-            try:
-                page = urllib.request.urlopen("http://127.0.0.1:7999", timeout=30).read()
-                break
-            except OSError:
-                time.sleep(0.5)
-        assert b"Edit pictures by instruction" in page
-    finally:
+    shown = []
+
+    def answers() -> bool:
+        with suppress(OSError):
+            shown.append(urllib.request.urlopen("http://127.0.0.1:7999", timeout=30).read())
+        return bool(shown)
+
+    where = {"cwd": workspace, "env": environment, "stdin": subprocess.DEVNULL}
+    with started(["bash", "-c", f"exec {command}"], **where) as server:
+        wait_until(answers, server)
+        assert b"Edit pictures by instruction" in shown[0]
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
 
 
 @pytest.mark.slow
@@ -95,9 +94,7 @@ def test_every_command_of_the_readme(workspace, tmp_path):
         if "eval/app.py" in command:
             serve(quick(command), workspace, environment)
             continue
-        done = subprocess.run(
-            ["bash", "-c", quick(command)], cwd=workspace, capture_output=True, text=True, env=environment
-        )
+        done = run(["bash", "-c", quick(command)], cwd=workspace, env=environment)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     report = (workspace / "demo" / "report.html").read_text()
     assert "LBM" in report or "Latent Bridge Matching" in report

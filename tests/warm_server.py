@@ -24,6 +24,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("losses", "data_prep", "train", "eval", "scripts", "tests")
 IMPORTED = ("train.phases", "train.sweep", "torchmetrics.functional.image", "accelerate.commands.launch")
@@ -55,11 +57,16 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 
 
 def keep(process: int, connection: socket.socket) -> None:
-    """Passes signals on to the process and its children, kills them when nobody waits any more, and sends the status."""
+    """Passes signals on to the process and its group, kills it and all that it started when nobody waits any more, and sends
+    the status."""
     ended = os.pidfd_open(process)
     while ended not in (ready := select.select([ended, connection], [], [])[0]):
         number = connection.recv(1) if ready else b""
+        family = [] if number else psutil.Process(process).children(recursive=True)
         os.killpg(process, number[0] if number else signal.SIGKILL)
+        for child in family:  # also one that has a session of its own
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         if not number:
             break
     status = os.waitpid(process, 0)[1]

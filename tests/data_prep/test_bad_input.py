@@ -5,11 +5,9 @@ Formats that are unusual but sound are used, with the right pixels. Tables have 
 
 import ctypes
 import os
-import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytest
 from PIL import Image
 
 from data_prep.rows.images import open_image
-from tests.commands import ROOT
+from tests.children import started, wait_until
 from tests.pictures import contents, dataset, picture, prepare, rejected, save
 
 SIZE = (64, 48)
@@ -121,7 +119,7 @@ def planted(tmp_path_factory):
     save(folder / "mask/wide mask.png", size=(64, 32))
     truncate(folder / "mask/broken mask.png")
     (folder / "target/round").symlink_to(folder / "target")
-    done = prepare("pairs", "--folder", folder, "--prompt", "p", check=False, timeout=120)
+    done = prepare("pairs", "--folder", folder, "--prompt", "p", check=False)
     return folder, done
 
 
@@ -242,14 +240,6 @@ def test_files_and_folders_without_permission(tmp_path):
     (tmp_path / "target/more").chmod(0o700)
 
 
-def wait_for_parts(folder: Path, count: int) -> None:
-    """Until so many parts are done."""
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob(".parts/*.jsonl"))) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_a_killed_build_continues_to_the_same_bytes(tmp_path):
     """Killed with its workers by SIGKILL, then run again with another number of processes."""
     cells = [{"bytes": save(tmp_path / f"{n}.webp", n, (192, 192)).read_bytes(), "path": None} for n in range(3)]
@@ -262,10 +252,8 @@ def test_a_killed_build_continues_to_the_same_bytes(tmp_path):
     prepare(*options, tmp_path / "whole")
     command = [sys.executable, "data_prep/run.py", *map(str, options), str(tmp_path / "cut"), "--processes", "2"]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
-    wait_for_parts(tmp_path / "cut", 3)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    with started(command, **quiet) as running:
+        wait_until(lambda: len(list(tmp_path.glob("cut/.parts/*.jsonl"))) >= 3, running)
     assert not (tmp_path / "cut/dataset.jsonl").exists()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cut/.parts/*.jsonl")}
     prepare(*options, tmp_path / "cut")

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
 from scripts.photographs import SKIMAGE_DATA
-from tests.commands import ROOT, run_script
+from tests.children import PATIENCE, started, wait_until
+from tests.commands import run_script
 
 COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "check")
 
@@ -56,12 +56,10 @@ def test_ctrl_c_is_answered_in_a_line(tmp_path):
         Image.open(SKIMAGE_DATA / name).save(tmp_path / "photos" / name)
     options = ["--images", tmp_path / "photos", "--out", tmp_path / "out", "--per-image", "900", "--processes", "2"]
     command = [sys.executable, "data_prep/run.py", "synth", *map(str, options)]
-    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/target/*.png")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-    _, errors = running.communicate(timeout=60)
+    with started(command, stderr=subprocess.PIPE, text=True) as running:
+        wait_until(lambda: list(tmp_path.glob("out/target/*.png")), running)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        _, errors = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130
     assert errors.splitlines()[-1] == "interrupted: the same command continues where it was"
     assert "Traceback" not in errors

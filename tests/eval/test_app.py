@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -24,7 +23,9 @@ from playwright.sync_api import Page, expect, sync_playwright
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.request.provenance import read_png
+from tests import children
 from tests.adapters import write_adapter
+from tests.children import started, wait_until
 from tests.commands import ROOT, run_script
 from tests.pictures import lines, picture, save
 
@@ -94,18 +95,9 @@ def serving(log: Path, *arguments: str | Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "eval/app.py", *map(str, arguments), "--port", str(port)]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-    try:
-        deadline = time.monotonic() + PATIENCE / 1000
-        while f"Open http://127.0.0.1:{port}" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with log.open("w") as file, started(command, stdout=file, stderr=file) as process:
+        wait_until(lambda: f"Open http://127.0.0.1:{port}" in log.read_text(), process)
         yield process, port
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -475,7 +467,7 @@ def test_a_taken_port_is_a_sentence_and_ctrl_c_ends_cleanly(app, tiny_model_dir,
     assert f"error: cannot serve on 127.0.0.1 port {port} (Address already in use): choose another" in done.stderr
     assert "Traceback" not in done.stderr
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(children.PATIENCE) == 0
     log = (folder / "app.log").read_text()
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log

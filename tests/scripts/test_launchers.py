@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cache.reader import CacheReader
+from tests import children
 from tests.commands import ROOT, warm_programs
 
 SCRIPTS = ROOT / "scripts"
@@ -28,7 +29,7 @@ def bash(script: Path, *arguments: str, folder: Path, **environment: str) -> sub
     """Runs a script from a folder, in an environment with nothing of ours."""
     command = ["bash", str(script), *arguments]
     environment = SYSTEM | environment
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return children.run(command, cwd=folder, env=environment)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_the_environment_that_is_used(tmp_path):
     def used(**environment: str) -> str:
         environment = {"PATH": str(bare), "CUDA_VISIBLE_DEVICES": "", **environment}
         command = [str(shutil.which("bash")), str(repo / "scripts/launch.sh")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = children.run(command, env=environment)
         return done.stdout.splitlines()[0] if done.returncode == 0 else f"{done.returncode} {done.stderr}"
 
     assert used().startswith("2 error: there is no accelerate: install with 'pip install uv'")

@@ -1,19 +1,18 @@
 """Training through the real command: it continues exactly, stops on nonsense, and says what is wrong in a sentence."""
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
-from tests.commands import ROOT, run_script, warm_python
+from tests import children
+from tests.children import started, wait_until
+from tests.commands import run_script, warm_python
 from train.config import compose
 from train.phases import read_split, run
 
@@ -69,13 +68,9 @@ def adapter_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
 
 def kill_after(command: list[str], run_dir: Path, lines: int) -> None:
     """Starts the command and kills it without mercy once metrics.jsonl has so many lines."""
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     file = run_dir / "metrics.jsonl"
-    while not file.exists() or file.read_text().count("\n") < lines:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with started(command, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: file.exists() and file.read_text().count("\n") >= lines, process)
 
 
 @pytest.mark.slow
@@ -173,7 +168,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path):
     run_script(*command(tmp_path, "train.num_steps=2"))
     more = ["train.num_steps=4", "optim.schedule_steps=2"]
     limited = f"ulimit -f 40; exec {shlex.join([*warm_python(), *command(tmp_path, *more)])}"
-    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    done = children.run(["bash", "-c", limited])
     assert done.returncode != 0
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-000002"]
     again = run_script(*command(tmp_path, *more))

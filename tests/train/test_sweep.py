@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.children import PATIENCE, descendants, started, wait_until
 from tests.commands import ROOT, run_script, warm_programs, warm_python
 from train.sweep import LONGEST_NAME, Sweep, job_name, quoted
 
@@ -30,7 +31,7 @@ def sweep_command(*overrides: str) -> list[str]:
 
 def run_sweep(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs it from a folder."""
-    return run_script(*sweep_command(*overrides), cwd=folder, env=os.environ | environment, check=False, timeout=600)
+    return run_script(*sweep_command(*overrides), cwd=folder, env=os.environ | environment, check=False)
 
 
 @pytest.fixture
@@ -153,22 +154,18 @@ def test_a_job_that_fails_leaves_the_others_alone(workspace):
 def test_a_sweep_that_is_stopped_takes_its_job_along(number, workspace):
     python = [sys.executable] if number == signal.SIGINT else warm_python()
     arguments = ["data.dataset=my pairs/train.json", "train.num_steps=100000", "adapter.rank=2,4"]
-    process = subprocess.Popen(
-        [*python, *sweep_command(*arguments)], cwd=workspace, stderr=subprocess.DEVNULL, start_new_session=True
-    )
     metrics = workspace / "runs/sweeps/tiny_lbm/adapter.rank=2/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(number)
-    assert process.wait(60) != 0
-    time.sleep(1)
-    size = metrics.stat().st_size
-    time.sleep(2)
-    assert metrics.stat().st_size == size
+    with started([*python, *sweep_command(*arguments)], cwd=workspace, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size, process)
+        process.send_signal(number)
+        assert process.wait(PATIENCE) != 0
+    wait_until(lambda: not running_in(workspace))  # 100,000 steps take hours
     assert not (workspace / "runs/sweeps/tiny_lbm/adapter.rank=4").exists()
+
+
+def running_in(folder: Path) -> list[psutil.Process]:
+    """Processes that were started from the folder."""
+    return [process for process in descendants() if process.as_dict(["cwd"])["cwd"] == str(folder)]
 
 
 @pytest.mark.slow

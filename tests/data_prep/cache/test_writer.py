@@ -4,11 +4,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -24,8 +22,7 @@ from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
 from data_prep.rows.images import open_image
 from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
-
-REPO = Path(__file__).resolve().parents[3]
+from tests.children import PATIENCE, started, wait_until
 
 
 def refuse_to_load() -> Encoders:
@@ -183,7 +180,7 @@ def test_images_of_one_size_are_encoded_together(tmp_path, tiny_model_dir):
 def test_two_ranks_write_what_one_writes(tmp_path, tiny_model_dir):
     dataset = write_dataset(tmp_path, write_rows(tmp_path, 7))
     one = cache_dataset(dataset, tmp_path / "one", tiny_model_dir)
-    barrier, summaries = threading.Barrier(2, timeout=120), {}
+    barrier, summaries = threading.Barrier(2, timeout=PATIENCE), {}
 
     def run(rank: int):
         ranks = {"rank": rank, "world_size": 2, "barrier": barrier.wait}
@@ -213,11 +210,8 @@ cache_dataset(dataset, cache, model)
 def test_a_killed_build_continues_where_it_was(tmp_path, tiny_model_dir):
     dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 40)), tmp_path / "cache"
     command = [sys.executable, "-c", CHILD, str(dataset), str(cache), str(tiny_model_dir)]
-    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
-    while len(list(cache.glob("shards/*.arrow"))) < 2 and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the build was over before it could be killed"
+    with started(command, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: len(list(cache.glob("shards/*.arrow"))) >= 2, process)
     with pytest.raises(InputError, match="no finished cache"):
         CacheReader(cache)
     num_done = len(shard_keys(cache))

@@ -17,7 +17,7 @@ from data_prep.jobs.items import Done, Item, Result, run_items
 from data_prep.rows.images import RejectedImage
 from data_prep.rows.rows import RejectedRow
 from data_prep.rows.tables import BadRow
-from tests.commands import ROOT
+from tests.children import PATIENCE, ROOT, started, wait_until
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,10 @@ for answer in run_items(items(5000, {{300: "wait"}}), Shout(folder), folder / ".
 
 def test_workers_end_with_the_main_process(tmp_path):
     command = [sys.executable, "-c", WAITING.format(root=str(ROOT)), str(tmp_path)]
-    main = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
-    waiting = tmp_path / "waiting"
-    deadline = time.monotonic() + 60
-    while not waiting.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    main.kill()
-    main.communicate(timeout=20)  # returns when all that hold its pipes are gone
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as main:
+        wait_until((tmp_path / "waiting").exists, main)
+        main.kill()
+        main.communicate(timeout=PATIENCE)  # returns when all that hold its pipes are gone
 
 
 def test_a_worker_that_is_killed_ends_the_job_and_the_next_run_continues(tmp_path):

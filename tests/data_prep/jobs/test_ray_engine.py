@@ -21,7 +21,7 @@ def test_ray_makes_what_processes_make(tmp_path):
     done = {}
     for engine in ("local", "ray"):
         arguments = ("data_prep/run.py", "synth", "--images", photos, "--out", tmp_path / engine, *SYNTH)
-        done[engine] = run_script(*arguments, "--engine", engine, check=False, timeout=180)
+        done[engine] = run_script(*arguments, "--engine", engine, check=False)
         assert done[engine].returncode == 2, done[engine].stderr
     assert done["ray"].stdout.splitlines()[0].startswith("12 rows in ")
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")

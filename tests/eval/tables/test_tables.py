@@ -2,9 +2,6 @@
 
 import csv
 import json
-import signal
-import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,8 @@ from eval.tables.runner import READERS, WAITING, run_jobs
 from eval.tables.table import Job, read_jobs
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
-from tests.commands import ROOT, launch, run_script, warm_python
+from tests.children import started, wait_until
+from tests.commands import launch, run_script, warm_python
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 
@@ -188,11 +186,8 @@ def test_a_killed_run_is_taken_up(photos, tiny_model_dir, tmp_path):
     words = ["eval/edit.py", "--model", tiny_model_dir, "--adapter", photos / "bridge", "--csv", table, "--steps", "8"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command(*words[1:], "--out", whole)
-    process = subprocess.Popen([*warm_python(), *map(str, words), "--out", str(killed)], cwd=ROOT)
-    while len(list(killed.glob("*.png"))) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    with started([*warm_python(), *words, "--out", killed]) as process:
+        wait_until(lambda: len(list(killed.glob("*.png"))) >= 2, process)
     before = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.png")}
     assert 2 <= len(before) < 8
     assert not (killed / "results.csv").exists()

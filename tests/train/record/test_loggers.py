@@ -220,7 +220,7 @@ def test_tensorboard_and_wandb_of_a_run_that_is_continued(
     for num_steps in (2, 4):
         steps = [f"train.num_steps={num_steps}", "optim.schedule_steps=4"]
         arguments = ["+exp=tiny_lbm", *data, *paths, *small, artifact, *steps]
-        done = run_script("train/run.py", *arguments, env=dict(os.environ), timeout=300)
+        done = run_script("train/run.py", *arguments, env=dict(os.environ))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_prep.errors import InputError
-from tests.commands import ROOT
+from tests import children
 from tests.wandb_log import Written
 from tests.wandb_server import WandBServer
 from train.record.loggers import Loggers, Picture
@@ -214,7 +213,7 @@ def test_a_kill_costs_a_second(tmp_path):
         "from train.record.wandb_logger import WandB; logger = WandB(Path(sys.argv[1]), 'n', {});"
         "[logger.log(step, {'loss': 1.0}) for step in range(1, 9)]; time.sleep(3); os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)
+    done = children.run([sys.executable, "-c", code, tmp_path])
     assert done.returncode == -9
     assert [row["step"] for row in only(tmp_path).history()] == [1, 2, 3, 4, 5, 6, 7]  # the eighth may still grow
 
@@ -259,7 +258,8 @@ def test_offline_and_uploaded_later_it_is_the_same_run(tmp_path, server, monkeyp
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     words = shlex.split(capsys.readouterr().err.splitlines()[-1].partition(": ")[2])
     assert words[0] == "wandb"
-    subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    done = children.run([sys.executable, "-m", *words], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     check_uploaded(server)
 
 
