@@ -92,7 +92,6 @@ def train(
     every: Every,
     first_step: int,
     num_steps: int,
-    seed: int,
     identity: dict[str, Any],
     max_grad_norm: float | None = None,
 ) -> None:
@@ -115,9 +114,9 @@ def train(
             with watch.part("data"):
                 batch = micro.batch.to(processes.device)
             with watch.part("forward"):
-                terms = loss(parallel.denoiser, batch, SampleRandom(seed, micro.numbers))
+                terms = loss(parallel.denoiser, batch, micro.random)
             with watch.part("backward"):
-                parallel.backward(terms.loss.mean(), last=micro is micro_batches[-1])
+                parallel.backward(micro.share * terms.loss.mean(), last=micro is micro_batches[-1])
             collected.append(terms)
         with watch.part("optimizer"):
             grad_norm = gradient_norm(parameters, max_grad_norm)
@@ -126,12 +125,13 @@ def train(
             parallel.publish()
 
         done = step + 1
+        counted = [terms for micro, terms in zip(micro_batches, collected, strict=True) if micro.share]
         numbers = over_ranks(
             processes,
-            sums(collected) | {f"seconds/{name}": (value, 1) for name, value in watch.read().items()},
+            sums(counted) | {f"seconds/{name}": (value, 1) for name, value in watch.read().items()},
             memory(),
         )
-        numbers["samples_per_s"] = stream.global_batch_size / numbers["seconds/step"]
+        numbers["samples_per_s"] = stream.num_samples(step) / numbers["seconds/step"]
         loggers.log(done, numbers | {"grad_norm": grad_norm.item()} | optimizer.numbers())
         if validate and (done % every.validate == 0 or done == num_steps):
             with optimizer.averaged():
@@ -173,8 +173,8 @@ def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: 
 
 def sums(collected: list[LossTerms]) -> Sums:
     """`loss`, and every term over the samples that have it (the others are NaN)."""
-    losses = torch.cat([terms.loss.detach() for terms in collected])
-    totals = {"loss": (losses.double().sum().item(), len(losses))}
+    losses = [loss for terms in collected for loss in terms.loss.detach().double().tolist()]
+    totals: Sums = {"loss": (sum(losses), len(losses))}
     for name in {name: None for terms in collected for name in terms.logged}:
         values = torch.cat([terms.logged[name] for terms in collected if name in terms.logged])
         totals[f"loss/{name}"] = values.double().nansum().item(), int((~values.isnan()).sum())

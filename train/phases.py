@@ -36,7 +36,7 @@ from train.plan.planner import apply, geometry_of
 from train.record.checkpoint import Checkpoints
 from train.record.loggers import Loggers
 from train.record.provenance import provenance
-from train.record.resume import check_continuation, continued_states, data_identity, find_checkpoint
+from train.record.resume import check_continuation, continued_states, find_checkpoint, run_identity
 from train.record.run_files import CHECKPOINTS
 
 ENCODERS = ("vae", "text_encoder", "processor")
@@ -110,17 +110,19 @@ def train_phase(
         seed=config.seed,
         global_batch_size=settings.micro_batch_size * accumulation * processes.world_size,
         micro_batch_size=settings.micro_batch_size,
+        group_size=settings.group_size,
         rank=processes.rank,
         world_size=processes.world_size,
         caption_dropout=config.data.caption_dropout,
     )
+    processes.say(f"batches: {stream}")
     decode = lazy_decode(model, device, dtype)
     loss = build_loss(config, decode)
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS, settings.keep_last, adapter_metadata(config, loss, geometry), to_yaml(config), dtype
     )
     checkpoint = find_checkpoint(checkpoints, config.resume, processes)
-    identity = {"data": data_identity(reader), "global_batch_size": stream.global_batch_size}
+    identity = run_identity(stream)
     if checkpoint:
         check_continuation(config, checkpoint.path, checkpoint.run, identity)
     first_step = checkpoint.step if checkpoint else 0
@@ -160,7 +162,6 @@ def train_phase(
             Every(settings.save_every, settings.validate_every),
             first_step,
             settings.num_steps,
-            config.seed,
             identity,
             settings.max_grad_norm,
         )
