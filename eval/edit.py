@@ -235,6 +235,8 @@ def edit_image(
     request = EditRequest(images=images, mask=opened, **values)
     editor = base.open(placement)
     editor.check(request)
+    for note in editor.notes(request):
+        print(f"note: {note}", file=sys.stderr)
     if made:
         made.check_models(editor.identity(request), editor.folder)
     try:

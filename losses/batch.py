@@ -36,6 +36,11 @@ class Condition(_Record):
     prompt_emb_mask: Tensor
     edit_latents: list[Tensor]
 
+    def take(self, places: Tensor) -> "Condition":
+        """The condition of the samples at these places of the batch, (B',)."""
+        latents = [each[places] for each in self.edit_latents]
+        return Condition(self.prompt_emb[places], self.prompt_emb_mask[places], latents)
+
 
 @dataclass
 class Edit(_Record):

@@ -6,27 +6,45 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses.batch import Batch
+from losses.batch import Batch, Condition
 from losses.errors import squared_error
 from losses.flow_matching import Denoiser
-from losses.paths import BridgePath, Prediction, predict_target
+from losses.paths import BridgePath, PathSample, Prediction, per_sample, predict_target
 from losses.pixel import Decode, PixelTerm
 from losses.randomness import SampleRandom
 from losses.sigmas import DiscreteSigma, SigmaSampler
-from losses.terms import LossTerms
+from losses.terms import LossTerms, by_sigma
 
 DISTANCE_FLOOR = 0.05
 """Smallest mean squared distance that a stream is normalised by, in normalised latents (whose variance is about 1), so
 that pairs which hardly differ do not dominate."""
 
 
+SIGMA_PROBABILITIES = (0.55, 0.15, 0.15, 0.15)
+"""Of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is all there is when editing in one step."""
+
+
 class LatentBridgeMatchingLoss:
     """Bridge matching in latent space (Chadebec et al. 2025, arXiv 2503.07535, equations 4 to 7), with two streams.
 
-    The main stream starts at `source_latents`, the sub stream at `sub_noise` (white).
+    The main stream starts at `source_latents`, the sub stream at `sub_noise` (white). What is minimised, in expectation, is
+
+        main_weight * (loss of the main stream) + sub_weight * (loss of the sub stream)
+
+    whatever `sub_prob` is, which only decides how it is estimated. Stream and sigma are stratified over the samples of a step.
+
+    Rollout: states of a true bridge give the target away at sigma < 1, where a sampler meets states of its own making. With
+    a = start and v the denoiser, a sample that is drawn for it takes the sampler's state in place of the bridge's,
+
+        x = a - (1 - sigma) v(a, 1)        computed without gradient
+        velocity = (x - target) / sigma
+
+    so that later steps learn to correct the first one. A perfect first step gives the bridge without noise. An error of the
+    first step enters (1 - sigma) / sigma times, which is meant for discrete sigmas that stay away from 0.
 
     Args:
-        sigma: where to train; {1, 0.75, 0.5, 0.25} by default, the points that four, two and one step visit.
+        sigma: where to train; {1, 0.75, 0.5, 0.25} by default, the points that four, two and one step visit, with the
+            probabilities of `SIGMA_PROBABILITIES`.
         bridge_noise: scale of the bridge's noise, 0 or more.
         prediction: what the velocity is, see `BridgePath`.
         sub_prob: probability of the sub stream with `combine="choice"`; 0 trains the main stream alone and 1 the sub stream
@@ -34,8 +52,9 @@ class LatentBridgeMatchingLoss:
         combine: "choice" draws one stream per sample and divides its loss by the probability: one forward, and the
             expectation of "sum", which runs both for every sample.
         main_weight, sub_weight: of the streams in the sum that either way estimates.
+        rollout: probability that a sample with sigma < 1 starts from the sampler's state, in [0, 1].
         normalise: divide a stream's error by the sample's own mean squared distance between start and target (at least
-            0.05): white is much farther from the target than the source is.
+            0.05), in which elements weigh as in the error: white is much farther from the target than the source is.
         mask_weight: weight of elements that `batch.mask` marks as background; edited ones weigh 1.
         pixel: terms on the decoded predicted target, added to the latent error.
         decode: needed with `pixel`.
@@ -55,13 +74,15 @@ class LatentBridgeMatchingLoss:
         combine: Literal["choice", "sum"] = "choice",
         main_weight: float = 1.0,
         sub_weight: float = 1.0,
+        rollout: float = 0.0,
         normalise: bool = True,
         mask_weight: float = 1.0,
         pixel: PixelTerm | None = None,
         decode: Decode | None = None,
     ):
-        if not 0 <= sub_prob <= 1:
-            raise ValueError(f"sub_prob must lie in [0, 1], got {sub_prob}")
+        for name, probability in (("sub_prob", sub_prob), ("rollout", rollout)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {probability}")
         if combine not in ("choice", "sum"):
             raise ValueError(f"combine must be 'choice' or 'sum', got {combine!r}")
         if not all(0 <= weight < math.inf for weight in (main_weight, sub_weight, mask_weight)):
@@ -71,14 +92,20 @@ class LatentBridgeMatchingLoss:
         if pixel is not None and decode is None:
             raise ValueError("pixel terms need decode, the VAE's decoder")
         self.path = BridgePath(bridge_noise, prediction)
-        self.sigma = sigma or DiscreteSigma()
+        self.sigma = sigma or DiscreteSigma(probabilities=SIGMA_PROBABILITIES)
         self.sub_prob = sub_prob
         self.combine = combine
         self.weights = {"main": main_weight, "sub": sub_weight}
+        self.rollout = rollout
         self.normalise = normalise
         self.mask_weight = mask_weight
         self.pixel = pixel
         self.decode = decode
+
+    @property
+    def trained_sigmas(self) -> list[float] | None:
+        """The sigmas that are trained, the largest first; None if there are more than a few."""
+        return self.sigma.drawn if isinstance(self.sigma, DiscreteSigma) else None
 
     def __call__(self, denoiser: Denoiser, batch: Batch, generator: SampleRandom) -> LossTerms:
         """The terms of a batch; every draw is the sample's own."""
@@ -93,7 +120,7 @@ class LatentBridgeMatchingLoss:
                 for name in main.logged
             }
             return LossTerms(loss, shared)
-        is_sub = (generator.uniform("stream") < self.sub_prob).to(device)
+        is_sub = (generator.stratified("stream") < self.sub_prob).to(device)
         terms = self._stream(denoiser, batch, generator, is_sub)
         return LossTerms(terms.loss * torch.where(is_sub, *self._importance(terms.loss)), terms.logged)
 
@@ -110,18 +137,54 @@ class LatentBridgeMatchingLoss:
         start = torch.where(is_sub[:, None, None, None], batch.sub_noise.float(), batch.source_latents.float())
         sigma = self.sigma(generator, target.shape[-2] * target.shape[-1] // 4).to(target.device)
         noise = generator.normal("noise", target.shape[1:]).to(target.device)
-        sample = self.path.sample(start, target, sigma, noise)
+        distance = squared_error(start, target, batch.mask, self.mask_weight)
+        sample = self.path.sample(start, target, sigma, noise, distance)
+        if self.rollout:
+            sample = self._rolled_out(denoiser, batch.condition, start, target, sigma, sample, generator)
         velocity = denoiser(sample.latents, sigma, batch.condition)
 
         latent = sample.weight * squared_error(velocity, sample.velocity, batch.mask, self.mask_weight)
         if self.normalise:
-            latent = latent / (start - target).square().flatten(1).mean(1).clamp_min(DISTANCE_FLOOR)
+            latent = latent / distance.clamp_min(DISTANCE_FLOOR)
         terms = {"latent": latent}
         if self.pixel is not None and self.decode is not None:
             terms |= self.pixel(predict_target(sample.latents, velocity, sigma), target, self.decode, generator)
-        nan = torch.full_like(latent, math.nan)
         logged = {}
         for name, value in terms.items():
-            logged[f"{name}/main"] = torch.where(is_sub, nan, value.detach())
-            logged[f"{name}/sub"] = torch.where(is_sub, value.detach(), nan)
+            logged[f"{name}/main"] = torch.where(is_sub, math.nan, value.detach())
+            logged[f"{name}/sub"] = torch.where(is_sub, value.detach(), math.nan)
+        for name in ("latent/main", "latent/sub"):
+            logged |= by_sigma(name, logged[name], sigma)
         return LossTerms(torch.stack(list(terms.values())).sum(0), logged)
+
+    def _rolled_out(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        start: Tensor,
+        target: Tensor,
+        sigma: Tensor,
+        sample: PathSample,
+        generator: SampleRandom,
+    ) -> PathSample:
+        """The sample, in which those that are drawn for it stand where the model's own first step leads.
+
+        Where a sample of any rank is drawn, every rank makes this forward, since under ZeRO-3 they need each other.
+        """
+        if not self._draw_rollout(generator.everywhere).any():
+            return sample
+        drawn = self._draw_rollout(generator).nonzero().flatten().to(target.device)
+        places = drawn if len(drawn) else drawn.new_zeros(1)
+        with torch.no_grad():
+            velocity = denoiser(start[places], torch.ones_like(sigma[places]), condition.take(places))
+        s = per_sample(sigma[drawn], target)
+        latents = start[drawn] - (1 - s) * velocity[: len(drawn)]
+        return PathSample(
+            sample.latents.index_copy(0, drawn, latents),
+            sample.velocity.index_copy(0, drawn, (latents - target[drawn]) / s),
+            sample.weight.index_fill(0, drawn, 1.0),
+        )
+
+    def _draw_rollout(self, generator: SampleRandom) -> Tensor:
+        """Which samples are rolled out, (B,) on the CPU: of those with sigma < 1, which no shift makes 1 or unmakes."""
+        return (generator.stratified("rollout") < self.rollout) & (self.sigma(generator, 1) < 1)

@@ -11,7 +11,7 @@ from losses.errors import squared_error
 from losses.paths import FlowPath
 from losses.randomness import SampleRandom
 from losses.sigmas import QwenShiftedSigma, SigmaSampler
-from losses.terms import LossTerms
+from losses.terms import LossTerms, by_sigma
 
 Denoiser = Callable[..., Tensor]
 """`velocity = denoiser(latents, sigma, condition)`."""
@@ -68,4 +68,4 @@ class FlowMatchingLoss:
         velocity = denoiser(sample.latents, sigma, batch.condition)
         error = squared_error(velocity, sample.velocity, batch.mask, self.mask_weight)
         weight = self.weighting(sigma) if self.weighting else torch.ones_like(sigma)
-        return LossTerms(weight * error, {"flow": error.detach()})
+        return LossTerms(weight * error, {"flow": error.detach(), **by_sigma("flow", error.detach(), sigma)})

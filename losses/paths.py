@@ -65,15 +65,25 @@ class BridgePath:
         self.bridge_noise = bridge_noise
         self.prediction = prediction
 
-    def sample(self, start: Tensor, target: Tensor, sigma: Tensor, noise: Tensor) -> PathSample:
-        """With "drift", sigma must be above 0."""
+    def sample(
+        self, start: Tensor, target: Tensor, sigma: Tensor, noise: Tensor, distance: Tensor | None = None
+    ) -> PathSample:
+        """A point on the bridge. With "drift", sigma must be above 0.
+
+        Args:
+            start, target, noise: (B, C, h, w).
+            sigma: (B,).
+            distance: mean squared distance of start and target, (B,), where elements are weighted as the error will be;
+                unweighted by default. alpha^2 is made of it.
+        """
         s = per_sample(sigma, target)
         displacement = start - target
         latents = s * start + (1 - s) * target + self.bridge_noise * (s * (1 - s)).sqrt() * noise
         if self.prediction == "displacement":
             return PathSample(latents, displacement, torch.ones_like(s.flatten()))
-        mean_squared_distance = displacement.square().flatten(1).mean(1).clamp_min(1e-12)
-        alpha_squared = 1 + self.bridge_noise**2 * (1 - s.flatten()) / (s.flatten() * mean_squared_distance)
+        if distance is None:
+            distance = displacement.square().flatten(1).mean(1)
+        alpha_squared = 1 + self.bridge_noise**2 * (1 - s.flatten()) / (s.flatten() * distance.clamp_min(1e-12))
         # (latents - target) / s without the difference of nearly equal numbers at a small s
         drift = displacement + self.bridge_noise * ((1 - s) / s).sqrt() * noise
         return PathSample(latents, drift, 1 / alpha_squared)

@@ -16,15 +16,40 @@ class SampleRandom:
     Args:
         seed: of the run.
         numbers: global sample numbers, B of them.
+        step_size: samples of an optimizer step; step s has the numbers from s * step_size on.
+        everywhere: the numbers that all ranks compute at the same time, these included; by default these alone.
     """
 
-    def __init__(self, seed: int, numbers: Sequence[int]):
+    def __init__(self, seed: int, numbers: Sequence[int], step_size: int = 1, everywhere: Sequence[int] | None = None):
         self.seed = seed
         self.numbers = list(numbers)
+        self.step_size = step_size
+        self._everywhere = self.numbers if everywhere is None else list(everywhere)
+
+    @property
+    def everywhere(self) -> "SampleRandom":
+        """The draws of all samples that all ranks compute at the same time, for what the ranks must do alike."""
+        return SampleRandom(self.seed, self._everywhere, self.step_size)
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """Uniform in [0, 1), (B, *shape), float32, on the CPU."""
         return torch.stack([torch.rand(tuple(shape), generator=g) for g in self._generators(purpose)])
+
+    def stratified(self, purpose: str) -> Tensor:
+        """Uniform in [0, 1), (B,), float64, on the CPU: of the N samples of a step, one in each of N equal intervals.
+
+        Which of them has which is shuffled for every step and purpose, so that each sample's draw is uniform by itself.
+        """
+        places = torch.tensor([self._stratum(number, purpose) for number in self.numbers])
+        within = torch.stack(
+            [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(f"{purpose}/within")]
+        )
+        return ((places + within) / self.step_size).clamp_max(1 - 2**-53)  # the sum may round up to a whole number
+
+    def _stratum(self, number: int, purpose: str) -> int:
+        step, place = divmod(number, self.step_size)
+        generator = torch.Generator().manual_seed(self._hash(step, f"{purpose}/strata"))
+        return int(torch.randperm(self.step_size, generator=generator)[place])
 
     def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """Standard normal, (B, *shape), float32, on the CPU."""

@@ -1,4 +1,7 @@
-"""Where on the path a training sample lies. Every sampler is called as `sigma = sampler(generator, num_tokens)`, (B,)."""
+"""Where on the path a training sample lies. Every sampler is called as `sigma = sampler(generator, num_tokens)`, (B,).
+
+Draws are stratified over the samples of a step: a step has each part of a distribution in its proportion.
+"""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ class UniformSigma:
 
     def __call__(self, generator: SampleRandom, num_tokens: int) -> Tensor:
         """(B,)."""
-        return 1 - generator.uniform(PURPOSE)
+        return (1 - generator.stratified(PURPOSE)).float()
 
 
 class LogitNormalSigma:
@@ -39,7 +42,8 @@ class LogitNormalSigma:
 
     def __call__(self, generator: SampleRandom, num_tokens: int) -> Tensor:
         """(B,)."""
-        return torch.sigmoid(self.mean + self.std * generator.normal(PURPOSE))
+        normal = torch.special.ndtri(generator.stratified(PURPOSE).clamp_min(2**-53))
+        return torch.sigmoid(self.mean + self.std * normal).float()
 
 
 class DiscreteSigma:
@@ -57,12 +61,14 @@ class DiscreteSigma:
         if len(weights) != len(values) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"probabilities must be {len(values)} numbers of 0 or more, not all 0, got {weights}")
         self.values = torch.tensor(list(values))
+        self.drawn = sorted({value for value, weight in zip(values, weights, strict=True) if weight > 0}, reverse=True)
+        """Those that may be drawn, the largest first."""
         self.probabilities = torch.tensor(weights, dtype=torch.float64) / sum(weights)
 
     def __call__(self, generator: SampleRandom, num_tokens: int) -> Tensor:
         """(B,)."""
         edges = self.probabilities.cumsum(0)[:-1]
-        return self.values[torch.searchsorted(edges, generator.uniform(PURPOSE).double(), right=True)]
+        return self.values[torch.searchsorted(edges, generator.stratified(PURPOSE), right=True)]
 
 
 class QwenShiftedSigma:

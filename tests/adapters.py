@@ -13,13 +13,18 @@ from train.model.denoiser import load_denoiser
 
 
 def write_adapter(folder: Path, model_dir: Path, objective: str, geometry: Geometry, **loss: object) -> Path:
-    """An adapter that changes what the tiny model does, with the metadata that training writes. Returns the folder."""
+    """An adapter that changes what the tiny model does, with the metadata that training writes. Returns the folder.
+
+    Args:
+        loss: its arguments; `sigmas`, if given, are those that it was trained at.
+    """
+    sigmas = {"sigmas": json.dumps(loss.pop("sigmas"))} if "sigmas" in loss else {}
     denoiser = load_denoiser(ModelDirectory.resolve(model_dir), dtype=torch.float32)
     adapter = attach_lora(denoiser, 4, 4, ["to_q", "img_in", "proj_out"])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapter.named_parameters().items():
         if ".lora_B." in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    metadata = {"objective": objective, "loss": json.dumps(loss), "geometry": json.dumps(asdict(geometry))}
+    metadata = {"objective": objective, "loss": json.dumps(loss), "geometry": json.dumps(asdict(geometry)), **sigmas}
     adapter.export(folder, metadata)
     return folder

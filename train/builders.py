@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from data_prep.cache.batches import checked_group_size
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
@@ -55,9 +57,9 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
         return  # the other phases take any launch
     check_launch(spread.strategy, config.model.dtype, os.environ)
     settings, world_size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
-    settings.accumulation(world_size)
+    batch = settings.micro_batch_size, settings.accumulation(world_size), world_size
+    checked_group_size(settings.group_size, settings.micro_batch_size, math.prod(batch))
     if launched := launched_settings(os.environ):
-        batch = settings.micro_batch_size, settings.accumulation(world_size), world_size
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
 
 
@@ -100,10 +102,10 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )
     if zero and stage == 3:
-        return adapter, Zero3(denoiser, adapter, processes, accumulation, zero, spread.offload)
+        return adapter, Zero3(denoiser, adapter, processes, zero, spread.offload)
     if zero:
         return adapter, Zero2(denoiser, adapter, processes, zero)
-    return adapter, Replicas(denoiser, adapter, processes, accumulation)
+    return adapter, Replicas(denoiser, adapter, processes)
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -136,9 +138,13 @@ def build_checkpoints(config: Config, metadata: dict[str, str]) -> Checkpoints:
 def build_validation(
     config: Config, reader: CacheReader, decode: Callable[[Tensor], Tensor], processes: Processes
 ) -> Any:
-    """The validation on the held-out rows of `reader`."""
-    folder = Path(config.run_dir) / "validation"
-    return build(config.validate, "validate", reader=reader, decode=decode, folder=folder, processes=processes)
+    """The validation on the held-out rows of `reader`. A start that the loss does not train is not validated."""
+    folder, node = Path(config.run_dir) / "validation", config.validate
+    if node.get("white") and config.loss.get("sub_prob") == 0:
+        node = {**node, "white": None}
+    elif node.get("white") and config.loss.get("sub_prob") == 1:
+        node = {**node, "sampler": node["white"], "white": None}
+    return build(node, "validate", reader=reader, decode=decode, folder=folder, processes=processes)
 
 
 def build_loggers(config: Config, first_step: int, record: dict[str, Any], states: dict[str, Any]) -> Loggers:
@@ -161,12 +167,14 @@ def build_loggers(config: Config, first_step: int, record: dict[str, Any], state
 
 
 def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
-    """What an exported adapter says of itself."""
+    """What an exported adapter says of itself; `sigmas` where it was trained at a few alone."""
+    sigmas = getattr(loss, "trained_sigmas", None)  # a loss of the user's own need not have it
     return {
         "base_model": config.model.path,
         "objective": loss.objective,
         "sigma_convention": "1 = start (source, white or noise), 0 = target",
         "loss": json.dumps(config.loss),
+        **({"sigmas": json.dumps(sigmas)} if sigmas else {}),
         "geometry": json.dumps(asdict(geometry)),
         "config_hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
     }

@@ -25,6 +25,11 @@ MOVED = {
     "train.wandb_logger": "train.record.wandb_logger",
 }
 """Modules that a `_target_` may still name as they were called in older configurations, and where they are now."""
+RENAMED = {
+    "loss/lbm_main": "loss=lbm_main is called loss=lbm_mostly_source now, and weighs what it says: 0.95 of the source's stream "
+    "and 0.05 of white's, where each weighed 1 before",
+}
+"""Files of `configs/` that had another name, and what to say of them."""
 DEFAULT_TARGETS = [
     *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"),
     *("img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1", "img_in", "txt_in", "proj_out"),
@@ -103,9 +108,12 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Samples per forward on one device."""
     grad_accum_steps: int | None = None
-    """Forwards per optimizer step on one device; null: 1, or as many as `global_batch_size` asks for."""
+    """Micro-batches per optimizer step on one device; null: 1, or as many as `global_batch_size` asks for."""
     global_batch_size: int | None = None
     """Samples per optimizer step over all devices, in place of `grad_accum_steps`: the same training on any number of GPUs."""
+    group_size: int | None = None
+    """Samples of an optimizer step that are taken from one bucket together; by default a micro-batch, which must divide it. With
+    the seed and the global batch it decides the order of records: name it to keep that order with smaller micro-batches."""
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     validate_every: int = 500
@@ -416,6 +424,8 @@ def _explain(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_override(match[1])
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        if match[1] in RENAMED:
+            return RENAMED[match[1]]
         group, _, name = match[1].rpartition("/")
         valid = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
         return f"there is no configs/{group}/{name}.yaml{_nearest(name, valid, f'{group}=')}"

@@ -77,7 +77,6 @@ class Training:
     validate: Callable[[nn.Module, int], ValidationResult] | None
     intervals: Intervals
     num_steps: int
-    seed: int
     identity: dict[str, Any]
     max_grad_norm: float | None = None
     stop: Callable[[], bool] = bool
@@ -147,9 +146,9 @@ def train(run: Training) -> bool:
             with watch.part("data"):
                 batch = micro.batch.to(processes.device)
             with watch.part("forward"):
-                terms = run.loss(run.parallel.denoiser, batch, SampleRandom(run.seed, micro.numbers))
+                terms = run.loss(run.parallel.denoiser, batch, micro.random)
             with watch.part("backward"):
-                run.parallel.backward(terms.loss.mean(), last=micro is micro_batches[-1])
+                run.parallel.backward(micro.share * terms.loss.mean(), last=micro is micro_batches[-1])
             collected.append(terms)
         with watch.part("optimizer"):
             grad_norm = gradient_norm(parameters, run.max_grad_norm)
@@ -158,12 +157,13 @@ def train(run: Training) -> bool:
             run.parallel.publish()
         run.step += 1
 
+        counted = [terms for micro, terms in zip(micro_batches, collected, strict=True) if micro.share]
         numbers = over_ranks(
             processes,
-            sums(collected) | {f"seconds/{name}": (value, 1) for name, value in watch.read().items()},
+            sums(counted) | {f"seconds/{name}": (value, 1) for name, value in watch.read().items()},
             memory(),
         )
-        numbers["samples_per_s"] = run.stream.global_batch_size / numbers["seconds/step"]
+        numbers["samples_per_s"] = run.stream.num_samples(run.step - 1) / numbers["seconds/step"]
         run.loggers.log(run.step, numbers | {"grad_norm": grad_norm.item()} | run.optimizer.numbers())
         ends = run.step == run.num_steps
         validates = run.validate is not None and (ends or run.step % run.intervals.validate == 0)
@@ -233,8 +233,8 @@ def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: 
 
 def sums(collected: list[LossTerms]) -> Sums:
     """`loss`, and every term over the samples that have it (the others are NaN)."""
-    losses = torch.cat([terms.loss.detach() for terms in collected])
-    totals = {"loss": (losses.double().sum().item(), len(losses))}
+    losses = [loss for terms in collected for loss in terms.loss.detach().double().tolist()]
+    totals: Sums = {"loss": (sum(losses), len(losses))}
     for name in {name: None for terms in collected for name in terms.logged}:
         values = torch.cat([terms.logged[name] for terms in collected if name in terms.logged])
         totals[f"loss/{name}"] = values.double().nansum().item(), int((~values.isnan()).sum())

@@ -45,9 +45,9 @@ from train.record.resume import (
     check_identity,
     check_settings,
     continued_states,
-    data_identity,
     find_checkpoint,
     newest_checkpoint,
+    run_identity,
 )
 from train.record.run_files import CHECKPOINTS
 
@@ -126,16 +126,17 @@ def train_phase(
         * settings.accumulation(processes.world_size)
         * processes.world_size,
         micro_batch_size=settings.micro_batch_size,
+        group_size=settings.group_size,
         rank=processes.rank,
         world_size=processes.world_size,
         caption_dropout=config.data.caption_dropout,
     )
+    processes.say(f"batches: {stream}")
     decode = lazy_decode(model, processes.device, dtype)
     loss = build_loss(config, decode)
     checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry))
     checkpoint = find_checkpoint(checkpoints, config.resume, processes)
-    identity = {"data": data_identity(reader), "global_batch_size": stream.global_batch_size}
-    identity["model"] = model.fingerprint("transformer")
+    identity = run_identity(stream) | {"model": model.fingerprint("transformer")}
     if checkpoint:
         check_settings(config, checkpoint.path)
         check_identity(checkpoint.path, checkpoint.run, identity)
@@ -171,7 +172,6 @@ def train_phase(
             validate,
             Intervals(settings.save_every, settings.validate_every, settings.save_minutes),
             settings.num_steps,
-            config.seed,
             identity,
             settings.max_grad_norm,
             lambda: bool(request.reason),

@@ -1,53 +1,23 @@
-"""Records -> batches, in an order that is a pure function of (seed, step).
+"""Records -> batches, in the order of `data_prep.cache.order`.
 
-An epoch is a list of global batches, each from one bucket. A global batch is cut over accumulation steps, ranks and
-micro-batches by position, and the sample at position p of step s has the global number s * global_batch_size + p,
-whatever the cut. There is no loader state: to resume at a step, ask for it.
+The groups of a step are cut into micro-batches, which go round the ranks. The sample at place p of group g of step s has
+the global number s * global_batch_size + g * group_size + p, whatever the cut; places without a record have a number too,
+and nothing is computed for them. There is no loader state: to resume at a step, ask for it.
 """
 
-import functools
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from data_prep.cache.order import Order
 from data_prep.cache.reader import REBUILD, CacheReader, Record
 from data_prep.errors import InputError
 from losses.batch import Batch, Condition
 from losses.randomness import SampleRandom
-
-
-def global_batches(
-    buckets: Mapping[str, Sequence[int]], seed: int, epoch: int, global_batch_size: int
-) -> list[list[int]]:
-    """The global batches of one epoch: lists of record indices, each from one bucket.
-
-    Every record appears. What is left of a bucket at the end is completed from the beginning of the bucket's shuffled
-    order, so that a bucket smaller than a global batch repeats its records.
-
-    Args:
-        buckets: bucket -> indices of its records; the order of the mapping does not matter.
-        seed: of the run.
-        epoch: from 0.
-        global_batch_size: samples of one optimizer step, over all ranks and accumulation steps.
-    """
-    batches = []
-    for bucket in sorted(buckets):
-        order = _generator(seed, epoch, bucket).permutation(np.asarray(buckets[bucket]))
-        num_batches = -(-len(order) // global_batch_size)
-        filled = np.resize(order, num_batches * global_batch_size)  # repeats from the beginning
-        batches += filled.reshape(num_batches, global_batch_size).tolist()
-    return [batches[place] for place in _generator(seed, epoch, "order").permutation(len(batches))]
-
-
-def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    digest = hashlib.blake2b(f"{seed} {epoch} {purpose}".encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 @dataclass
@@ -55,8 +25,21 @@ class MicroBatch:
     """What one forward pass sees."""
 
     batch: Batch
-    numbers: list[int]
-    """The global sample number of each sample: the seed of its randomness."""
+    random: SampleRandom
+    """The draws of its samples, by their global numbers."""
+    share: float
+    """Of the step's loss, which is the mean over all its samples: this micro-batch's samples over those of the global batch.
+    The shares of all ranks add up to 1. It is 0 for a micro-batch that is another rank's, repeated to keep pace."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a group."""
+
+    indices: list[int]
+    """Of the records."""
+    numbers: range
+    """Of the samples."""
 
 
 class BatchStream:
@@ -69,6 +52,7 @@ class BatchStream:
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
+        group_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         caption_dropout: float = 0.0,
@@ -78,21 +62,19 @@ class BatchStream:
         Args:
             reader: the cache.
             seed: of the run.
-            global_batch_size: a multiple of `micro_batch_size * world_size`; the quotient is the accumulation.
+            global_batch_size: places of an optimizer step, over all ranks and accumulation steps.
             micro_batch_size: samples of one forward pass.
+            group_size: places that are filled from one bucket; the micro-batch by default.
             rank: this process, from 0.
             world_size: processes that train together.
             caption_dropout: probability that a sample's instruction is empty, in [0, 1).
 
         Raises:
-            ValueError: sizes that do not divide, or a probability out of range.
-            InputError: caption dropout is wanted and the cache has no empty-instruction embeddings.
+            InputError: sizes that do not divide each other; or caption dropout is wanted and the cache has no
+                empty-instruction embeddings.
+            ValueError: the probability is out of its range.
         """
-        if global_batch_size <= 0 or global_batch_size % (micro_batch_size * world_size):
-            raise ValueError(
-                f"global_batch_size must be a multiple of micro_batch_size * world_size = "
-                f"{micro_batch_size} * {world_size}, got {global_batch_size}"
-            )
+        self.group_size = checked_group_size(group_size, micro_batch_size, global_batch_size)
         if not 0.0 <= caption_dropout < 1.0:
             raise ValueError(f"caption_dropout must be in [0, 1), got {caption_dropout}")
         if caption_dropout and not reader.header.caption_dropout:
@@ -104,14 +86,25 @@ class BatchStream:
         self.rank = rank
         self.world_size = world_size
         self.caption_dropout = caption_dropout
-        self.steps_per_epoch = sum(-(-len(indices) // global_batch_size) for indices in reader.buckets.values())
-        """The same in every epoch."""
-        self._epoch = functools.lru_cache(maxsize=2)(self._order)
+        self.order = Order(reader.buckets, seed, self.group_size, global_batch_size // self.group_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
+    def __str__(self) -> str:
+        order = self.order
+        epoch = order.groups_per_epoch / order.groups_per_step
+        return (
+            f"{order.num_records} records in {len(order.names)} bucket{'s' * (len(order.names) > 1)}: {epoch:.4g} steps an "
+            f"epoch, each of {self.global_batch_size} places in groups of {self.group_size} from one bucket; "
+            f"{order.empty_share:.1%} of the places stay empty"
+        )
+
+    def num_samples(self, step: int) -> int:
+        """Records that step `step` (from 0) draws, over all ranks: at most the global batch size."""
+        return sum(len(group) for group in self.order.groups(step))
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of global batch `step` (from 0), one entry per accumulation step."""
+        """This rank's part of step `step` (from 0). Every rank has equally many, and at least one."""
         waiting, self._next = self._next, None
         result = waiting[1].result() if waiting and waiting[0] == step else self._read(step)
         self._next = step + 1, self._thread.submit(self._read, step + 1)
@@ -121,27 +114,57 @@ class BatchStream:
         """Ends the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _order(self, epoch: int) -> list[list[int]]:
-        return global_batches(self.reader.buckets, self.seed, epoch, self.global_batch_size)
-
     def _read(self, step: int) -> list[MicroBatch]:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        indices = self._epoch(epoch)[place]
-        size, stride = self.micro_batch_size, self.micro_batch_size * self.world_size
-        starts = range(self.rank * size, self.global_batch_size, stride)
-        first_number = step * self.global_batch_size
-        return [
-            self._micro_batch(indices[start : start + size], range(first_number + start, first_number + start + size))
-            for start in starts
-        ]
+        """In each round every rank computes one piece; where the last round lacks some, its last piece again, for nothing."""
+        pieces = self._pieces(step)
+        num_samples = sum(len(piece.indices) for piece in pieces)
+        found = []
+        for start in range(0, len(pieces), self.world_size):
+            together = pieces[start : start + self.world_size]
+            mine = together[min(self.rank, len(together) - 1)]
+            share = len(mine.indices) / num_samples if self.rank < len(together) else 0.0
+            everywhere = [number for piece in together for number in piece.numbers]
+            random = SampleRandom(self.seed, mine.numbers, self.global_batch_size, everywhere)
+            found.append(MicroBatch(self._batch(mine.indices, random), random, share))
+        return found
 
-    def _micro_batch(self, indices: Sequence[int], numbers: Sequence[int]) -> MicroBatch:
+    def _pieces(self, step: int) -> list[_Piece]:
+        """The micro-batches of all ranks, of at most `micro_batch_size` samples."""
+        size, pieces = self.micro_batch_size, []
+        first = step * self.global_batch_size
+        for place, group in enumerate(self.order.groups(step)):
+            for start in range(0, len(group), size):
+                indices = group[start : start + size].tolist()
+                number = first + place * self.group_size + start
+                pieces.append(_Piece(indices, range(number, number + len(indices))))
+        return pieces
+
+    def _batch(self, indices: Sequence[int], random: SampleRandom) -> Batch:
         records = [self.reader[index] for index in indices]
         if self.caption_dropout:
-            draws = SampleRandom(self.seed, numbers).uniform("caption_dropout")
-            dropped = (draws < self.caption_dropout).tolist()
+            dropped = (random.uniform("caption_dropout") < self.caption_dropout).tolist()
             records = [_without_caption(each) if drop else each for each, drop in zip(records, dropped, strict=True)]
-        return MicroBatch(collate(records), list(numbers))
+        return collate(records)
+
+
+def checked_group_size(group_size: int | None, micro_batch_size: int, global_batch_size: int) -> int:
+    """The size of a group, which is the micro-batch by default.
+
+    Raises:
+        InputError: a micro-batch does not divide it, or it does not divide the global batch.
+    """
+    size = group_size or micro_batch_size
+    if size % micro_batch_size:
+        raise InputError(
+            f"train.group_size={size} is not a multiple of train.micro_batch_size={micro_batch_size}: "
+            "a micro-batch is a part of one group"
+        )
+    if global_batch_size % size:
+        raise InputError(
+            f"train.group_size={size} does not divide the global batch of {global_batch_size} "
+            "(train.micro_batch_size x train.grad_accum_steps x processes): set one that does"
+        )
+    return size
 
 
 def _without_caption(record: Record) -> Record:

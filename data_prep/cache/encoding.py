@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data_prep.cache.reader import CacheHeader, bucket_name
 from data_prep.cache.shards import to_arrow
-from data_prep.model.geometry import Geometry, Size, fit, fit_mask, mask_to_latent, stretch, to_pixels
+from data_prep.model.geometry import Geometry, Size, background_cells, fit, fit_back_mask, stretch, to_pixels
 from data_prep.rows.images import check_mask_shape, open_image, open_mask
-from data_prep.rows.rows import Row
+from data_prep.rows.rows import EMPTY_PROMPT, Row
 
 
 class ImageEncoder(Protocol):
@@ -79,7 +79,7 @@ def _prepare_mask(row: Row, image: Image.Image, size: Size) -> Tensor:
     assert row.back_mask is not None
     mask = open_mask(row.back_mask)
     check_mask_shape(mask, image, row.back_mask)
-    return mask_to_latent(fit_mask(mask, size))
+    return background_cells(fit_back_mask(mask, size))
 
 
 @torch.no_grad()
@@ -124,9 +124,9 @@ def _to_values(
     edit_latents = [latents[id(image)] for image in prepared.references]
     prompts = {"prompt_emb": row.prompt}
     if header.caption_dropout:
-        prompts["empty_prompt_emb"] = ""
+        prompts["empty_prompt_emb"] = EMPTY_PROMPT
     if header.negative:
-        prompts["negative_prompt_emb"] = row.negative_prompt
+        prompts["negative_prompt_emb"] = row.negative_prompt or EMPTY_PROMPT
     embeddings = {prompt: prompt_encoder.encode(prompt, prepared.vision) for prompt in dict.fromkeys(prompts.values())}
     return {
         "key": prepared.key,

@@ -14,7 +14,7 @@ from data_prep.cache.reader import CacheHeader
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
 from data_prep.rows.images import RejectedImage, file_digest
-from data_prep.rows.rows import RejectedRow, Row
+from data_prep.rows.rows import EMPTY_PROMPT, RejectedRow, Row
 
 
 class Failure(NamedTuple):
@@ -81,7 +81,8 @@ def record_key(row: Row, header: CacheHeader, digest: Callable[[Path], str] = fi
     contents = {
         "header": header.to_json(),
         "prompt": row.prompt,
-        "negative_prompt": row.negative_prompt if header.negative else None,
+        "negative_prompt": (row.negative_prompt or EMPTY_PROMPT) if header.negative else None,
+        "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
         "image": digest(row.image),
         "edit_image": [digest(path) for path in row.edit_image],
         "bridge_image": row.bridge_image,

@@ -25,7 +25,7 @@ from data_prep.cache.shards import SHARD_SCHEMA, from_arrow, read_arrow, write_a
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raise it when the meaning of a stored value changes: every record is then encoded anew."""
 INDEX_SCHEMA = pa.schema(
     {

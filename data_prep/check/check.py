@@ -41,7 +41,9 @@ def command(
     max_pixels: Annotated[int, typer.Option(help="As data.max_pixels in training.")] = 1024 * 1024,
     vision_pixels: Annotated[int, typer.Option(help="As data.vision_pixels in training.")] = 384 * 384,
     reference_pixels: Annotated[int | None, typer.Option(help="As data.reference_pixels in training.")] = None,
-    micro_batch_sizes: Annotated[str, typer.Option(help="Samples of an optimizer step, to count batches.")] = "1,2,4,8",
+    micro_batch_sizes: Annotated[
+        str, typer.Option(help="Of training, or its train.group_size: counts groups.")
+    ] = "1,2,4,8",
     max_shift: Annotated[float, typer.Option(help="Pixels, at the size that is trained.")] = Limits.max_shift,
     max_zoom: Annotated[float, typer.Option(help="Per cent.")] = Limits.max_zoom,
     min_side: Annotated[int, typer.Option(help="Pixels; below it is a warning.")] = Limits.min_side,
@@ -72,7 +74,7 @@ def command(
     tokenizer = _save_tokenizer(directory, folder / PARTS_FOLDER) if directory else None
 
     with closing(Survey(folder, limits)) as found:
-        survey(found, dataset, root, Measure(tokenizer), make_engine(engine, processes, PRELOAD))
+        survey(found, dataset, root, Measure(tokenizer, geometry), make_engine(engine, processes, PRELOAD))
         layout = lay_out(found.columns, geometry, *_text_sizes(directory))
         seconds, device = None, ""
         if directory and time_caching:
@@ -80,7 +82,7 @@ def command(
 
             seconds, device = seconds_per_row(read_rows(dataset, root), time_caching, directory, geometry)
         counted_by = f"the tokenizer of {model}" if model else "estimated from bytes: --model DIR counts them"
-        facts = Facts(dataset, root, found, layout, tuple(map(layout.batches, sizes)), counted_by, seconds, device)
+        facts = Facts(dataset, root, found, layout, tuple(map(layout.groups, sizes)), counted_by, seconds, device)
         write_json(folder / "check.json", facts)
         write_page(folder / "check.html", facts)
         print_tables(facts)

@@ -25,6 +25,7 @@ WARNINGS = {
     "duplicate": "the same pictures and prompt as another row",
     "near_duplicate": "nearly the same pictures as another row with this prompt",
     "mask_black": "the mask is black all over: there is no background to preserve",
+    "mask_vanishes": "at the size that is trained the mask has no edit or no background left",
     "mask_grey": "the mask is mostly grey: is it a mask?",
     "mask_size": "the mask has another size than the target, and is resized",
     "aspect": "a very long picture",
@@ -150,6 +151,10 @@ def _judge_mask(mask: dict[str, Any], target: Size, row: Row, add: Any) -> None:
     elif None not in (changed_white, changed_black) and changed_white >= CHANGED and changed_black <= UNCHANGED:
         message = f"{changed_white:.0%} of the mask's white change, and {changed_black:.0%} of its black"
         add("mask_polarity", message, changed_white, row.back_mask)
+    elif mask["background_cells"] in (0, 1):
+        side = "background" if mask["background_cells"] == 0 else "edit"
+        message = f"no latent cell (8x8 pixels) of the trained picture is {side}"
+        add("mask_vanishes", message, path=row.back_mask)
     if Size(*mask["size"]) != target:
         height, width = mask["size"]
         add("mask_size", f"{width}x{height}, the target is {target.width}x{target.height}", path=row.back_mask)

@@ -106,9 +106,9 @@ def fit(image: Image.Image, size: Size) -> Image.Image:
 
 
 def fit_mask(mask: Image.Image, size: Size) -> Image.Image:
-    """`fit` for a mask (mode L, 255 = background): each pixel is the maximum of the pixels that it covers.
+    """`fit` for a mask (mode L, 255 = where the edit may go): each pixel is the maximum of the pixels that it covers.
 
-    A one-pixel line of background survives any reduction, where an average would dissolve it.
+    A one-pixel line survives any reduction, where an average would dissolve it.
     """
     crop_width = min(mask.width, mask.height * size.width / size.height)
     crop_height = min(mask.height, mask.width * size.height / size.width)
@@ -117,6 +117,11 @@ def fit_mask(mask: Image.Image, size: Size) -> Image.Image:
     values = torch.from_numpy(np.array(cropped, dtype=np.float32))
     pooled = functional.adaptive_max_pool2d(values[None], (size.height, size.width))[0]
     return Image.fromarray(pooled.to(torch.uint8).numpy())
+
+
+def fit_back_mask(mask: Image.Image, size: Size) -> Image.Image:
+    """`fit_mask` for a dataset's `back_mask` (mode L, 255 = background): the edit is what is kept whole."""
+    return ImageOps.invert(fit_mask(ImageOps.invert(mask), size))
 
 
 def stretch(image: Image.Image, size: Size) -> Image.Image:
@@ -137,9 +142,17 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def mask_to_latent(mask: Image.Image) -> Tensor:
-    """A mask (mode L, 255 = background, sides multiples of 8) on the latent grid: float32 (1, H/8, W/8) in [0, 1].
+    """A mask (mode L, 255 = where the edit may go, sides multiples of 8) on the latent grid: float32 (1, H/8, W/8) in [0, 1].
 
-    Max-pooled, which is the conservative way: a latent cell that touches background counts as background.
+    Max-pooled: a latent cell of which any pixel may be edited may be edited.
     """
     values = torch.from_numpy(np.array(mask, dtype=np.float32)) / 255.0
     return functional.max_pool2d(values[None], LATENT_CELL)
+
+
+def background_cells(mask: Image.Image) -> Tensor:
+    """A `back_mask` (mode L, 255 = background, sides multiples of 8) on the latent grid: float32 (1, H/8, W/8) in [0, 1].
+
+    A cell is background as far as all of its pixels are: an edit is kept whole, in a loss that weighs background down.
+    """
+    return 1 - mask_to_latent(ImageOps.invert(mask))

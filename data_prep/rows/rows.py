@@ -21,6 +21,8 @@ from data_prep.rows.tables import REQUIRED, BadRow, read_table
 
 MAX_SOURCES = 3
 """References that Qwen-Image-Edit was trained on at once."""
+EMPTY_PROMPT = " "
+"""What an empty instruction is, in training, validation and editing alike: as diffusers' and DiffSynth's pipelines have it."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import COMPONENTS, ModelDirectory
 from data_prep.model.encoders import VAE
 from data_prep.model.geometry import Geometry, Size, fit, to_image
-from data_prep.rows.rows import MAX_SOURCES
+from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 from eval.qwen.control import make_map
 from eval.qwen.depth import DepthSource
 from eval.qwen.encoding import Encoded, RequestEncoder, join_conditions, join_edits
@@ -99,6 +99,10 @@ class Editor(BaseEditor):
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
         self.prepare(request)
+
+    def notes(self, request: EditRequest) -> Sequence[str]:
+        """Of its plan."""
+        return self.prepare(request).plan.notes
 
     def prepare(self, request: EditRequest) -> Job:
         """How the request will be sampled, and the size of its pictures.
@@ -234,8 +238,8 @@ def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> E
     request = job.request
     return encoder.encode(
         request.images,
-        request.prompt,
-        request.negative_prompt if job.plan.sampler.guided else None,
+        request.prompt or EMPTY_PROMPT,
+        (request.negative_prompt or EMPTY_PROMPT) if job.plan.sampler.guided else None,
         job.size,
         edit_mask(request, job.size),
         maps,

@@ -12,6 +12,7 @@ from data_prep.cache.batches import pad_condition
 from data_prep.cache.encoding import encode_white
 from data_prep.model.encoders import VAE, PromptEncoder
 from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, stretch, to_pixels
+from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import Strengthened
 from eval.qwen.samplers import Keep, Velocity
 from losses.batch import Condition, Edit
@@ -93,7 +94,7 @@ class RequestEncoder:
             source=source,
             keep=None if mask is None else Keep(source_latents, mask_to_latent(mask)[None].to(self.device)),
             mask=mask,
-            empty=self._condition("", references) if empty else None,
+            empty=self._condition(EMPTY_PROMPT, references) if empty else None,
             strengths=strengths,
             controlled=controlled,
         )

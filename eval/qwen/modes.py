@@ -1,5 +1,6 @@
 """What each mode means for an adapter: a sampler, its steps, and the parts of the picture it may change."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +11,8 @@ from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
 from eval.qwen.inversion import InversionSampler
 from eval.qwen.masks import check_mask, focus_mask, soft_mask
-from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, walked_steps
-from eval.request.metadata import trained_bridge
+from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, linear_sigmas, walked_steps
+from eval.request.metadata import trained_bridge, trained_sigmas
 from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest, Focus, SamplerName
 
 FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
@@ -19,6 +20,7 @@ FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 BRIDGE_STEPS = 4
 LIGHTNING_STEPS = 4
 INVERSION_STEPS = 20
+MAX_SUGGESTED_STEPS = 16
 FROM_NOISE = ("img2img", "variation", "invert")
 """Modes that need the way from noise."""
 
@@ -67,6 +69,8 @@ class Plan:
     name: SamplerName
     sampler: Sampler
     steps: int
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
 
 
 def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
@@ -85,6 +89,7 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     trained = choose_sampler(metadata, request.cfg_scale)
     if isinstance(trained.sampler, BridgeSampler):
         plan = _bridge(request, trained.sampler, trained_bridge(metadata))
+        plan = replace(plan, notes=_untrained_steps(plan.steps, trained_sigmas(metadata)))
     else:
         plan = _flow(request)
     if request.count > 1 and not plan.sampler.draws:
@@ -139,6 +144,23 @@ def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any
     start = "white" if name == "bridge-white" else "source"
     sampler = replace(trained, start=start, stochastic=name == "bridge-stochastic")
     return Plan(name, sampler, request.steps or BRIDGE_STEPS)
+
+
+def _untrained_steps(num_steps: int, sigmas: list[float] | None) -> tuple[str, ...]:
+    """A note if so many steps visit other sigmas than those that were trained (None: any)."""
+    if sigmas is None:
+        return ()
+
+    def others(count: int) -> list[float]:
+        visited = linear_sigmas(count)[:-1]
+        return [s for s in visited if not any(math.isclose(s, trained, abs_tol=1e-3) for trained in sigmas)]
+
+    if not (untrained := others(num_steps)):
+        return ()
+    suited = [str(count) for count in range(1, MAX_SUGGESTED_STEPS + 1) if not others(count)]
+    instead = f"; {' or '.join(suited)} would not" if suited else ""
+    values, visited = (", ".join(f"{sigma:.3g}" for sigma in some) for some in (sigmas, untrained))
+    return (f"the adapter was trained at sigma {values}, and {num_steps} steps visit {visited} too{instead}",)
 
 
 def result_size(request: EditRequest, geometry: Geometry) -> Size:

@@ -18,7 +18,7 @@ from eval.reports.evaluation_page import CHARTED, ScoreCell, score_tables
 from eval.reports.summary import Report
 from eval.request.metadata import adapter_file, read_metadata, stored_digest
 from eval.scores.metrics.metric import Metric
-from eval.scores.recorder import steps_label
+from eval.scores.validation import steps_label
 from train.model.adapter import CONFIG_FILE
 from train.record.loggers import Picture
 

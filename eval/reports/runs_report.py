@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 from eval.reports.chart import line_chart
 from eval.scores.fidelity import MAX_PSNR
+from eval.scores.validation import method_label
 
 OBJECTIVES = {"BridgeSampler": "Latent Bridge Matching", "FlowSampler": "flow matching"}
 METRICS = {
@@ -26,6 +28,7 @@ METRICS = {
     "ssim": "SSIM",
     "seconds": "s per edit",
 }
+SCORED = re.compile(r"validation/(white/)?steps_\d+/psnr")
 MAX_PROMPTS = 12
 SOURCE = "source unchanged"
 
@@ -52,8 +55,8 @@ class RunSummary:
 
     @property
     def methods(self) -> list[str]:
-        """`steps_1`, `steps_4`, …, by number of steps."""
-        return sorted(self.metrics["seconds_per_edit"], key=lambda name: int(name.removeprefix("steps_")))
+        """`steps_1`, `steps_4`, …, by number of steps; then those from white, `white/steps_1`, …"""
+        return sorted(self.metrics["seconds_per_edit"], key=_by_start_and_steps)
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,13 @@ def table_lines(runs: Sequence[RunSummary], prompt: str | None = None) -> list[L
             lines.append(source)
         for method in run.methods:
             seconds = {"seconds": run.metrics["seconds_per_edit"][method]}
-            lines.append(Line(f"{run.name}, {steps_label(method)}", scores[method] | seconds))
+            lines.append(Line(f"{run.name}, {method_label(method)}", scores[method] | seconds))
     return lines
 
 
-def steps_label(method: str) -> str:
-    """`4 steps` for `steps_4`."""
-    steps = int(method.removeprefix("steps_"))
-    return f"{steps} step{'s' * (steps > 1)}"
+def _by_start_and_steps(method: str) -> tuple[str, int]:
+    start, _, steps = method.rpartition("/")
+    return start, int(steps.removeprefix("steps_"))
 
 
 def table_columns(lines: Sequence[Line]) -> dict[str, str]:
@@ -155,9 +157,9 @@ def curves(run: RunSummary) -> list[tuple[str, Markup]]:
     names = dict.fromkeys(name for line in run.history for name in line)
     terms = [name for name in names if name.startswith("loss/")] or [name for name in names if name == "loss"]
     charts = {f"{run.name}: loss": {name.removeprefix("loss/"): _series(run, name) for name in terms}}
-    scored = [name for name in names if name.startswith("validation/steps_") and name.endswith("/psnr")]
+    scored = [name for name in names if SCORED.fullmatch(name)]
     if scored and len(_series(run, scored[0])) > 1:
-        shown = {steps_label(name.split("/")[1]): _series(run, name) for name in scored}
+        shown = {method_label(name[len("validation/") : -len("/psnr")]): _series(run, name) for name in scored}
         shown[SOURCE] = _series(run, "validation/source/psnr")
         charts[f"{run.name}: PSNR of the validation rows, dB"] = shown
     return [(title, line_chart(series, "optimizer step")) for title, series in charts.items() if any(series.values())]

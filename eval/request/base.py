@@ -34,6 +34,10 @@ class BaseEditor(ABC):
         """
         self.abilities.check(request)
 
+    def notes(self, request: EditRequest) -> Sequence[str]:
+        """What the user should know of how a request that passed `check` will be served."""
+        return ()
+
     @abstractmethod
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """`request.count` pictures. The same request and seed give the same picture, for any count and order.

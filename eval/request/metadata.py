@@ -80,6 +80,11 @@ def trained_bridge(metadata: Mapping[str, str]) -> dict[str, Any]:
     return json.loads(metadata.get("loss", "{}"))
 
 
+def trained_sigmas(metadata: Mapping[str, str]) -> list[float] | None:
+    """The sigmas that a bridge was trained at; None where it does not say, or where they are not a few."""
+    return json.loads(metadata["sigmas"]) if "sigmas" in metadata else None
+
+
 def trained_geometry(metadata: Mapping[str, str]) -> Geometry:
     """The sizes that the adapter was trained at, `geometry` as JSON; one megapixel if it does not say."""
     return Geometry(**json.loads(metadata["geometry"])) if "geometry" in metadata else DEFAULT_GEOMETRY

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import MULTIPLE, Size
-from data_prep.rows.rows import MAX_SOURCES
+from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
@@ -100,7 +100,7 @@ class EditRequest:
     mode: ModeName = "edit"
     adapters: Sequence[AdapterUse] = ()
     """Added up. The first says how it must be sampled, and at which sizes it was trained."""
-    negative_prompt: str = " "
+    negative_prompt: str = EMPTY_PROMPT
     """Read only with classifier-free guidance."""
     mask: Image.Image | None = None
     """Mode L, of the first image's shape: 255 where the edit may go, 0 where every pixel is kept. (A dataset's `back_mask` is

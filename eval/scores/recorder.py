@@ -11,7 +11,7 @@ from data_prep.model.geometry import Geometry, to_image
 from eval.scores.metrics.catalog import Battery
 from eval.scores.metrics.metric import Example, Scores
 from eval.scores.metrics.registration import registration_scores
-from eval.scores.validation import SOURCE, TARGET
+from eval.scores.validation import SOURCE, TARGET, method_label
 
 QUALITY = 92
 Kind = Literal["edit", "source", "target"]
@@ -117,16 +117,10 @@ class Recorder:
             to_image(pixels * 2 - 1).save(temporary, format="jpeg", quality=QUALITY)
 
 
-def steps_label(steps: int) -> str:
-    """`4 steps`."""
-    return f"{steps} step{'s' * (steps > 1)}"
-
-
 def label(method: str) -> str:
     """`lbm, 4 steps` for `lbm/steps_4`; `source unchanged`."""
-    adapter, slash, steps = method.rpartition("/")
-    if slash:
-        return f"{adapter}, {steps_label(int(steps.removeprefix('steps_')))}"
+    if "/" in method:
+        return method_label(method)
     kind, _, number = method.partition("-")
     words = {SOURCE: "source unchanged", TARGET: "target"}[kind]
     return f"{words}, size {number}" if number else words

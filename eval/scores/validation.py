@@ -21,13 +21,14 @@ from data_prep.cache.reader import CacheReader, Record
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
 from data_prep.jobs.progress import progress
-from data_prep.model.geometry import LATENT_CELL, Size, fit, fit_mask, to_image, to_pixels
+from data_prep.model.geometry import LATENT_CELL, Size, fit, fit_back_mask, to_image, to_pixels
 from data_prep.rows.images import open_image, open_mask
 from eval.qwen.samplers import Sampler, describe_sampler
 from eval.scores.fidelity import compare, mean_scores
 from eval.scores.grid import GridRow, draw_grid, side_by_side
 from eval.scores.metrics.metric import Example, Scores
 from losses.randomness import SampleRandom
+from train.loop import ValidationFailed
 from train.parallel.processes import Processes
 from train.record.loggers import Picture
 
@@ -49,7 +50,7 @@ class ValidationResult:
     """What the loggers get."""
 
     numbers: dict[str, float]
-    """`source/psnr`, `steps_4/ssim`, `steps_4/seconds_per_edit`, …"""
+    """`source/psnr`, `steps_4/ssim`, `steps_4/seconds_per_edit`, `white/steps_4/psnr`, …"""
     images: dict[str, Picture]
     """`validation/grid`: the picture grid; `validation/row-0` and on: source, edit with most steps, and target of a row."""
 
@@ -73,6 +74,7 @@ class Validation:
         decode: latents (B, 16, h, w) -> pixels (B, 3, 8h, 8w) in about [-1, 1].
         folder: where `step-NNNNNN/` folders are written.
         sampler: makes the edited latents.
+        white: another one, for the second stream of a bridge; its methods are `white/steps_1` and so on.
         steps: step counts to try, each a column of the grid.
         num_rows: rows to use, chosen by `seed` and the same ever after; all of them if there are fewer.
         batch_size: rows of one bucket that are sampled together; it changes no result but by rounding.
@@ -101,6 +103,7 @@ class Validation:
         show_progress: bool = False,
         processes: Processes | None = None,
         scorer: Scorer = basic_scores,
+        white: Sampler | None = None,
     ):
         sizes = {"num_rows": num_rows, "batch_size": batch_size, "grid_rows": grid_rows, "steps": min(steps, default=0)}
         for name, value in sizes.items():
@@ -109,7 +112,13 @@ class Validation:
         if len(reader) == 0:
             raise ValueError("validation needs at least one row, the cache has none")
         self.reader, self.decode, self.folder = reader, decode, Path(folder)
-        self.sampler, self.steps, self.seed, self.batch_size = sampler, sorted(set(steps)), seed, batch_size
+        self.sampler, self.white, self.steps, self.seed, self.batch_size = (
+            sampler,
+            white,
+            sorted(set(steps)),
+            seed,
+            batch_size,
+        )
         self.show_progress, self.processes, self.scorer = show_progress, processes, scorer
         self.rows = choose_rows(len(reader), num_rows, seed)
         self.shown = set(self.rows[:grid_rows])
@@ -129,6 +138,13 @@ class Validation:
             rows, seconds = self._score(denoiser)
         if self.processes and not self.processes.is_main:
             return ValidationResult({}, {})
+        try:
+            return self._write(rows, seconds, folder)
+        except OSError as error:  # the other ranks have done their part
+            raise ValidationFailed(f"{type(error).__name__}: {error}") from error
+
+    def _write(self, rows: dict[int, RowResult], seconds: dict[str, list[float]], folder: Path) -> ValidationResult:
+        """The files, and what the loggers get."""
         results = [rows[index] for index in self.rows]
         metrics = summarise(results, seconds) | {"sampler": describe_sampler(self.sampler)}
         pictures = self._pictures(folder, [rows[index] for index in self.rows if index in self.shown])
@@ -143,7 +159,7 @@ class Validation:
         with atomic_file(folder / "grid.png") as temporary:
             self._draw(rows).save(temporary, format="png")
         pictures = {"validation/grid": Picture(folder / "grid.png")}
-        last = list(self._methods())[-1]
+        last = f"steps_{self.steps[-1]}"
         for number, row in enumerate(rows):
             file = folder / f"row-{number}.jpg"
             with atomic_file(file) as temporary:
@@ -157,43 +173,54 @@ class Validation:
             old.unlink()
         return pictures
 
-    def _methods(self) -> dict[str, int]:
-        """`steps_4` -> 4."""
-        return {f"steps_{num_steps}": num_steps for num_steps in self.steps}
+    def _methods(self) -> dict[str, tuple[Sampler, int]]:
+        """`steps_4` -> the sampler and 4; `white/steps_4` -> the one from white and 4."""
+        samplers = {"": self.sampler} | ({"white/": self.white} if self.white else {})
+        return {f"{name}steps_{n}": (sampler, n) for name, sampler in samplers.items() for n in self.steps}
 
     def _score(self, denoiser: nn.Module) -> tuple[dict[int, RowResult], dict[str, list[float]]]:
         """Results by index of the reader, and the seconds per edit of every batch by method, of all ranks.
 
         Every rank samples equally often, because under ZeRO-3 they need each other for a forward pass: a rank that has no
-        batch left samples the last one again and forgets it.
+        batch left samples the last one again and forgets it, and one that cannot read or score a row samples on.
+
+        Raises:
+            ValidationFailed: some rank could not read or score its rows. Every rank raises it.
         """
         rank, world_size = (self.processes.rank, self.processes.world_size) if self.processes else (0, 1)
         batches = list(self._batches())
         device = next(denoiser.parameters()).device
         rows: dict[int, RowResult] = {}
         seconds: dict[str, list[float]] = {method: [] for method in self._methods()}
+        failures: list[str] = []
         with progress("validating", len(self.rows), shown=self.show_progress) as advance:
             for number in range(rank, math.ceil(len(batches) / world_size) * world_size, world_size):
                 indices = batches[min(number, len(batches) - 1)]
                 records = [self.reader[index] for index in indices]
                 edit = collate(records).to(device)
                 generator = SampleRandom(self.seed, [record.row["number"] for record in records])
-                files = [
-                    _read_files(record, self.scorer, keep=index in self.shown)
-                    for index, record in zip(indices, records, strict=True)
-                ]
-                if number < len(batches):
+                files: list[_Files] = []
+                with noting(failures, world_size):
+                    files += [
+                        _read_files(record, self.scorer, keep=index in self.shown)
+                        for index, record in zip(indices, records, strict=True)
+                    ]
+                if number < len(batches) and files:
                     rows.update((index, each.result) for index, each in zip(indices, files, strict=True))
-                for method, num_steps in self._methods().items():
+                for method, (sampler, num_steps) in self._methods().items():
                     start = time.perf_counter()
-                    pixels = self.decode(self.sampler(denoiser, edit, num_steps, generator)).float().cpu()
+                    pixels = self.decode(sampler(denoiser, edit, num_steps, generator)).float().cpu()
                     seconds[method].append((time.perf_counter() - start) / len(indices))
-                    for each, prediction in zip(files, pixels, strict=True):
-                        each.score(method, prediction)
+                    with noting(failures, world_size):
+                        for each, prediction in zip(files, pixels, strict=bool(files)):
+                            each.score(method, prediction)
                 advance(len(indices))
-        parts = self.processes.gather((rows, seconds)) if self.processes else [(rows, seconds)]
-        rows = {index: row for part, _ in parts for index, row in part.items()}
-        return rows, {method: [each for _, part in parts for each in part[method]] for method in seconds}
+        part = rows, seconds, failures
+        parts = self.processes.gather(part) if self.processes else [part]
+        if failures := [failure for *_, some in parts for failure in some]:
+            raise ValidationFailed(failures[0])
+        rows = {index: row for part, *_ in parts for index, row in part.items()}
+        return rows, {method: [each for _, part, _ in parts for each in part[method]] for method in seconds}
 
     def _batches(self) -> Iterator[list[int]]:
         """Rows of one bucket, `batch_size` at a time."""
@@ -203,13 +230,36 @@ class Validation:
                 yield chosen[start : start + self.batch_size]
 
     def _draw(self, rows: list[RowResult]) -> Image.Image:
-        steps = {method: f"{n} step{'s' if n > 1 else ''}" for method, n in self._methods().items()}
+        steps = {method: method_label(method) for method in self._methods()}
         lines = []
         for row in rows:
             pictures = [row.pictures[name] for name in (SOURCE, *steps, TARGET)]
             captions = [f"{row.scores[method]['psnr']:.1f} dB" for method in (SOURCE, *steps)]
             lines.append(GridRow(row.prompt, pictures, [*captions, ""]))
         return draw_grid(["source", *steps.values(), "target"], lines)
+
+
+@contextmanager
+def noting(failures: list[str], world_size: int) -> Iterator[None]:
+    """Among several processes, notes an error instead of raising it: the others need this one for their forward passes."""
+    try:
+        yield
+    except Exception as error:
+        if world_size == 1:
+            raise
+        failures.append(f"{type(error).__name__}: {error}")
+
+
+def method_label(method: str) -> str:
+    """`4 steps` for `steps_4`, `white, 4 steps` for `white/steps_4`."""
+    start, _, steps = method.rpartition("/")
+    label = steps_label(int(steps.removeprefix("steps_")))
+    return f"{start}, {label}" if start else label
+
+
+def steps_label(steps: int) -> str:
+    """`4 steps`."""
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def choose_rows(available: int, num_rows: int, seed: int) -> list[int]:
@@ -283,7 +333,7 @@ def _read_files(record: Record, scorer: Scorer, keep: bool) -> _Files:
     source = fit(open_image(_start(row)), size)
     background = None
     if row["back_mask"]:
-        background = torch.from_numpy(np.array(fit_mask(open_mask(row["back_mask"]), size)) >= 128)
+        background = torch.from_numpy(np.array(fit_back_mask(open_mask(row["back_mask"]), size)) >= 128)
     before, truth = (to_pixels(image) for image in (source, target))
     files = _Files(RowResult(record.id, row["prompt"]), scorer, (truth + 1) / 2, (before + 1) / 2, background, keep)
     files.score(SOURCE, before)

@@ -1,6 +1,7 @@
 """Runs the jobs of a table: what is done already stays, what fails is listed, and the rest goes on."""
 
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,8 +118,11 @@ def _key_all(
     """The key of every row, or why it cannot be done, found before anything is loaded. Each rank reads its share."""
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
 
+    notes: set[str] = set()
+
     def check(job: Job) -> Job:
         editor.check(job.placeholder())
+        notes.update(editor.notes(job.placeholder()))
         return job
 
     def checked(entry: Entry) -> Job | Failed:
@@ -128,6 +132,8 @@ def _key_all(
         return entry if isinstance(entry, Failed) else _attempt(files.key, entry, entry)
 
     mine = list(_in_threads(checked, entries[rank::world_size]))
+    for note in sorted(notes) if rank == 0 else ():
+        print(f"note: {note}", file=sys.stderr)
     if any(isinstance(each, Job) for each in mine):
         _ = editor.fingerprint  # a model that has to be downloaded is, now that there is something to do with it
     share = []

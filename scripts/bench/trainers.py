@@ -57,7 +57,7 @@ class Ours:
             if "lora_B" in name:  # as if it had been trained, so that every product has numbers to multiply
                 weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.002)
         self.parameters = adapter.parameters()
-        self.parallel = Replicas(denoiser, adapter, processes, grad_accum_steps=1)
+        self.parallel = Replicas(denoiser, adapter, processes)
         self.loss, self.optimizer = FlowMatchingLoss(), AdamW(self.parameters)
         self.parallel.publish()
 

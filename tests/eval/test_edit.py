@@ -89,6 +89,19 @@ def test_the_command_writes_pngs_that_say_how_to_make_them_again(folder, tmp_pat
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "result-2.png").read_bytes()
 
 
+def test_steps_that_were_not_trained_are_named_once(folder, tiny_model_dir, tmp_path, capsys):
+    """For one edit, and for a table of two rows."""
+    adapter = write_adapter(tmp_path / "adapter", tiny_model_dir, "lbm", SMALL, sigmas=[1.0, 0.5])
+    note = "note: the adapter was trained at sigma 1, 0.5, and 3 steps visit 0.667, 0.333 too; 1 or 2 would not\n"
+    (tmp_path / "jobs.csv").write_text("image,prompt\nphoto.png,a\nother.png,b\n")
+    common = ("--model", "tiny", "--adapter", adapter, "--device", "cpu")
+    one, table = ("--image", "photo.png", "--prompt", "x"), ("--csv", tmp_path / "jobs.csv", "--root", folder)
+    for what, out in ((one, "result.png"), (table, "results")):
+        for steps in (2, 3):
+            command(*common, *what, "--steps", steps, "--out", tmp_path / f"{steps}-{out}")
+            assert capsys.readouterr().err.count(note) == (steps == 3)
+
+
 def test_other_tools_can_tell_that_a_model_made_it(folder, tmp_path):
     command(*plain(tmp_path / "result.png"))
     with Image.open(tmp_path / "result.png") as image:

@@ -255,14 +255,14 @@ def test_importance_weights_are_unbiased(sub_prob, main_weight, sub_weight):
     sub = LatentBridgeMatchingLoss(sub_prob=1.0, **options)(wrong, batch, draws(4)).loss
     assert torch.allclose(main + sub, total, rtol=1e-5)
     drawn = LatentBridgeMatchingLoss(sub_prob=sub_prob, **options)(wrong, batch, draws(4))
-    is_sub = draws(4).uniform("stream") < sub_prob
+    is_sub = draws(4).stratified("stream") < sub_prob
     expected = torch.where(is_sub, sub / sub_prob, main / (1 - sub_prob))
     assert torch.allclose(drawn.loss, expected, rtol=1e-5)
     assert torch.equal(drawn.logged["latent/main"].isnan(), is_sub)
 
 
 def test_streams_are_chosen_with_their_probability():
-    share = (draws(20_000).uniform("stream") < 0.3).float().mean().item()
+    share = (draws(20_000).stratified("stream") < 0.3).float().mean().item()
     assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 20_000))
 
 

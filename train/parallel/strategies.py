@@ -36,9 +36,10 @@ class Parallel(Protocol):
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Back-propagates the mean loss of one micro-batch.
+        """Back-propagates what one micro-batch adds to the loss of the step.
 
-        After the `last` one of a step, the adapter's gradients are those of the mean over the global batch.
+        After the `last` one of a step, the adapter's gradients are those of the sum over all micro-batches of all ranks.
+        Every rank must call it equally often.
         """
         ...
 
@@ -48,16 +49,16 @@ class Parallel(Protocol):
 
 
 class Replicas:
-    """The whole model on every process, or on the one there is; gradients are averaged once per step."""
+    """The whole model on every process, or on the one there is; gradients are added up once per step."""
 
-    def __init__(self, denoiser: Denoiser, adapter: Adapter, processes: Processes, grad_accum_steps: int):
+    def __init__(self, denoiser: Denoiser, adapter: Adapter, processes: Processes):
         self.denoiser: nn.Module = denoiser
-        self.adapter, self.world_size, self.grad_accum_steps = adapter, processes.world_size, grad_accum_steps
+        self.adapter, self.world_size = adapter, processes.world_size
         adapter.copy_for_products(denoiser.dit.transformer_blocks, denoiser.dit.img_in.weight.dtype)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """As `Parallel.backward`."""
-        (loss / self.grad_accum_steps / self.world_size).backward()
+        loss.backward()
         if last and self.world_size > 1:
             add_up([p.grad for p in self.adapter.layer_parameters().values() if p.grad is not None])
 
@@ -74,7 +75,7 @@ class Zero3(Replicas):
 
     Args:
         denoiser: with LoRA attached; its frozen weights are sharded already, by `shard`.
-        adapter, processes, grad_accum_steps: as of `Replicas`.
+        adapter, processes: as of `Replicas`.
         settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
         offload: keep masters of the LoRA weights, and so the optimizer, in CPU memory.
     """
@@ -84,7 +85,6 @@ class Zero3(Replicas):
         denoiser: Denoiser,
         adapter: Adapter,
         processes: Processes,
-        grad_accum_steps: int,
         settings: dict[str, Any],
         offload: bool,
     ):
@@ -105,7 +105,7 @@ class Zero3(Replicas):
             parameter.ds_active_sub_modules.add(IN_USE)
         for parameter in lora:
             parameter.requires_grad_(True)
-        super().__init__(denoiser, adapter, processes, grad_accum_steps)
+        super().__init__(denoiser, adapter, processes)
         if offload:
             adapter.detach("cpu")
 
@@ -136,18 +136,20 @@ class Zero2:
         self.masters = adapter.parameters()
         idle = Idle(self.shards)
         self.denoiser, *_ = deepspeed.initialize(model=denoiser, optimizer=idle, config=settings)
+        self.divisor = settings["gradient_accumulation_steps"] * processes.world_size
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """As `Parallel.backward`."""
         from deepspeed.utils import safe_get_full_grad
 
-        self.denoiser.backward(loss)  # divided by the accumulation steps and averaged over ranks
+        self.denoiser.set_gradient_accumulation_boundary(last)  # steps differ in their number of micro-batches
+        self.denoiser.backward(loss * self.divisor)  # it divides by the accumulation steps, and averages over ranks
         if last:
             for shard, master in zip(self.shards, self.masters, strict=True):
                 gradient = safe_get_full_grad(shard)
                 assert gradient is not None, "every LoRA weight takes part in every forward pass"
                 master.grad = gradient.to(master.device)
-        self.denoiser.step()  # updates nothing: counts micro-batches, and clears the gradients after the last
+        self.denoiser.step()  # updates nothing: clears the gradients after the last
 
     def publish(self) -> None:
         """As `Parallel.publish`."""

@@ -26,6 +26,7 @@ from train.plan.planner import (
     forwards_per_sample,
     geometry_of,
     lora_sizes,
+    rollout_share,
 )
 
 UTILISATION = {"compiled": 0.47, "plain": 0.34}
@@ -62,12 +63,21 @@ class Plan:
     compiled: bool
     """Whether blocks are compiled on a GPU."""
     samples_per_step: int
-    """On one rank."""
+    """Places on one rank."""
+    group_size: int
+    """Places that are filled from one bucket."""
+    empty_share: float
+    """Of all places, those that stay empty."""
     flops_per_step: int
     """On one rank."""
     num_steps: int
     advice: list[str]
     """Settings that would make it fit, the smallest change first; empty if it fits."""
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every row is drawn once."""
+        return self.data.num_rows / (1 - self.empty_share) / (self.samples_per_step * self.world_size)
 
     @property
     def fits(self) -> bool:
@@ -102,6 +112,10 @@ class Plan:
             yield f"  {label:10} {_describe(bucket)}"
         if len(self.buckets) > SHOWN_BUCKETS:
             yield f"  {'':10} and {len(self.buckets) - SHOWN_BUCKETS} shorter buckets"
+        yield (
+            f"  an epoch   {self.steps_per_epoch:.4g} steps of {self.samples_per_step * self.world_size} places, in groups of "
+            f"{self.group_size} from one bucket; {self.empty_share:.1%} of the places stay empty"
+        )
         yield "  memory per GPU, GiB"
         for part, num_bytes in self.memory.gpu.items():
             yield f"    {num_bytes / GIB:8.2f}  {part}"
@@ -173,7 +187,17 @@ def make_plan(
     buckets = data.buckets(geometry_of(config))
     samples = settings.micro_batch_size * settings.accumulation(world_size)
     execution = Execution.of(settings.gradient_checkpointing)
-    flops = sum(bucket.share * planner.transformer.flops(bucket, lora, execution) for bucket in buckets)
+    rolled = rollout_share(config)
+    flops = forwards_per_sample(config) * sum(
+        bucket.share
+        * (
+            planner.transformer.flops(bucket, lora, execution)
+            + rolled * sum(planner.transformer.forward_flops(bucket, lora))
+        )
+        for bucket in buckets
+    )
+    group_size = settings.group_size or settings.micro_batch_size
+    empty_share = _empty_share(buckets, data.num_rows, group_size)
     plan = Plan(
         name=config.name,
         gpu=gpu,
@@ -193,11 +217,19 @@ def make_plan(
         decided=decided,
         compiled=settings.compile != "off",
         samples_per_step=samples,
-        flops_per_step=round(flops * samples * forwards_per_sample(config)),
+        group_size=group_size,
+        empty_share=empty_share,
+        flops_per_step=round(flops * samples * (1 - empty_share)),
         num_steps=settings.num_steps,
         advice=[],
     )
     return plan if plan.fits else replace(plan, advice=planner.advice(config, world_size, gpu))
+
+
+def _empty_share(buckets: list[Bucket], num_rows: int, group_size: int) -> float:
+    """Of the places of all groups, those that no row fills."""
+    counts = [max(1, round(bucket.share * num_rows)) for bucket in buckets]
+    return 1 - sum(counts) / (group_size * sum(-(-count // group_size) for count in counts))
 
 
 def _count(number: int) -> str:

@@ -239,6 +239,7 @@ def harmless_changes(config: Config) -> Iterator[Change]:
     if settings.micro_batch_size > 1:
         accumulated = settings.micro_batch_size * (settings.grad_accum_steps or 1)
         kept = {} if settings.global_batch_size else {"train.grad_accum_steps": accumulated}
+        kept["train.group_size"] = settings.group_size or settings.micro_batch_size
         yield {"train.micro_batch_size": 1, **kept}
     if config.parallel.stage == 2 and config.parallel.bucket_size > SMALL_BUCKET:
         yield {"parallel.bucket_size": SMALL_BUCKET}
@@ -292,3 +293,12 @@ def forwards_per_sample(config: Config) -> int:
     """2 for a loss that runs both of its streams on every sample."""
     both = config.loss.get("combine") == "sum" and 0 < config.loss.get("sub_prob", 0.25) < 1
     return 2 if both else 1
+
+
+def rollout_share(config: Config) -> float:
+    """Of the samples, those for which a first forward without gradient is made."""
+    sigma = config.loss.get("sigma") or {}
+    values = sigma.get("values") or [0.0]  # a sampler that draws 1 never, or hardly
+    weights = sigma.get("probabilities") or [1.0] * len(values)
+    below = sum(weight for value, weight in zip(values, weights, strict=True) if value < 1) / sum(weights)
+    return config.loss.get("rollout", 0.0) * below

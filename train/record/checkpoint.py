@@ -208,6 +208,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, state["step"], lora, tensors, state["optimizer_state"], state["run"], config)
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """What `save` was given of the run; empty where that is damaged, which reading the checkpoint will tell."""
+    try:
+        return json.loads((path / STATE).read_text())["run"]
+    except (OSError, ValueError):
+        return {}
+
+
 def _most_steps(numbers: dict[str, float]) -> str | None:
     """The name of PSNR at the most steps."""
     steps = [int(number) for name in numbers if (number := _between(name, "validation/steps_", "/psnr")).isdigit()]

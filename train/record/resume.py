@@ -7,11 +7,13 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from data_prep.cache.batches import BatchStream
+from data_prep.cache.order import ORDER_VERSION
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from train.config import Config, read_yaml
 from train.parallel.processes import Processes
-from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint
+from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint, read_run
 from train.record.run_files import CHECKPOINTS
 
 MAY_CHANGE = (
@@ -20,10 +22,10 @@ MAY_CHANGE = (
     *("train.num_steps", "train.save_every", "train.save_minutes", "train.validate_every", "train.log_every"),
     *("train.keep_last", "train.keep_every", "train.best_by", "train.device", "train.micro_batch_size"),
     *("train.grad_accum_steps", "train.global_batch_size", "train.gradient_checkpointing", "train.attention"),
-    *("train.compile", "optim.schedule_steps"),
+    *("train.group_size", "train.compile", "optim.schedule_steps"),
 )
-"""What a continued run may do otherwise. What is only named here is compared by itself: the records, whatever their file is
-called; the model's weights, whatever their folder; and the global batch, a product."""
+"""What a continued run may do otherwise. Some of it is compared by itself: the records, whatever their file is called; the
+model's weights, whatever their folder; the global batch, a product; and the groups."""
 
 
 def newest_checkpoint(config: Config) -> Path | None:
@@ -45,6 +47,16 @@ def find_checkpoint(checkpoints: Checkpoints, resume: str, processes: Processes)
     return found if processes.is_main or chosen is None else read_checkpoint(chosen)
 
 
+def run_identity(stream: BatchStream) -> dict[str, Any]:
+    """What the steps of a run depend on beside its configuration, as JSON values."""
+    return {
+        "data": data_identity(stream.reader),
+        "global_batch_size": stream.global_batch_size,
+        "group_size": stream.group_size,
+        "order": ORDER_VERSION,
+    }
+
+
 def data_identity(reader: CacheReader) -> str:
     """A hash of the records and their order."""
     digest = hashlib.blake2b(digest_size=8)
@@ -56,11 +68,17 @@ def data_identity(reader: CacheReader) -> str:
 
 
 def check_settings(config: Config, checkpoint: Path) -> None:
-    """Refuses to continue a run with settings that would train otherwise. Reads nothing but the checkpoint's configuration.
+    """Refuses to continue a run with settings that would train otherwise. Reads small files of the checkpoint alone.
 
     Raises:
-        InputError: names each key with its old and its new value.
+        InputError: names each key with its old and its new value; or the checkpoint is of a version with another order.
     """
+    if (run := read_run(checkpoint)) and run.get("order", 1) != ORDER_VERSION:
+        raise InputError(
+            f"{checkpoint} was made by another version of this program, in which records came in another order and other "
+            "noise was drawn for them, so that this one cannot continue it exactly: continue it with that version, or give "
+            "another run_dir to start anew"
+        )
     before, now = _flat(read_yaml(checkpoint / CONFIG)), _flat(asdict(config))
     defaults = _defaults(config)
     changed = [
@@ -79,15 +97,16 @@ def check_settings(config: Config, checkpoint: Path) -> None:
 
 
 def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuses to continue a run with other records, another model or another global batch.
+    """Refuses to continue a run with other records, another model, another global batch or other groups.
 
     Args:
-        saved, identity: `data`, `model` and `global_batch_size`, then and now.
+        saved, identity: of `run_identity`, and `model`, then and now.
 
     Raises:
         InputError: names what differs.
     """
-    words = {"data": "the training data", "model": "the model's weights", "global_batch_size": "the global batch"}
+    words = {"data": "the training data", "model": "the model's weights"}
+    words |= {"global_batch_size": "the global batch", "group_size": "train.group_size"}
     differing = [key for key in words if saved.get(key, identity[key]) != identity[key]]
     _refuse(checkpoint, [f"{words[key]} was {saved[key]} and is {identity[key]}" for key in differing])
 

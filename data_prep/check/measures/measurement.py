@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from data_prep.check.measures.drift import measure_drift
 from data_prep.jobs.items import Item, Result
+from data_prep.model.geometry import Geometry, Size, background_cells, fit_back_mask
 from data_prep.rows.duplicates import image_hash
 from data_prep.rows.images import OpenedImage, check_mask_shape, inspect_image, inspect_mask
 from data_prep.rows.rows import Row
@@ -44,6 +45,8 @@ class Measure:
 
     tokenizer: Path | None
     """A `tokenizer.json`; without one the prompt's length is estimated."""
+    geometry: Geometry
+    """How training sizes images: what becomes of a mask depends on it."""
 
     def __call__(self, item: Item) -> Result:
         """Sizes are (height, width) in pixels, shares in [0, 1], `drift` is (x, y, zoom) as in `Drift`.
@@ -70,11 +73,15 @@ class Measure:
                 "conversions": _conversions(files, opened),
                 "same": _are_same(source, target),
                 "drift": _drift(source, target, mask),
-                "mask": mask and _mask_facts(mask, source, target),
+                "mask": mask and self._mask_facts(mask, source, target),
                 "hashes": [image_hash(image).hex() for image in (source, target)],
                 "digest": _digest(wanted["prompt"], target, *sources),
             }
         )
+
+    def _mask_facts(self, mask: Image.Image, source: Image.Image, target: Image.Image) -> dict[str, Any]:
+        cells = background_cells(fit_back_mask(mask, self.geometry.target_size(Size.of(target))))
+        return _mask_facts(mask, source, target) | {"background_cells": float((cells >= 0.5).float().mean())}
 
     def _tokens(self, prompt: str) -> int:
         if self.tokenizer is None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from data_prep.check.findings import ERRORS, KINDS, Finding
 from data_prep.check.measures.column_store import TRAINED, VALIDATED
-from data_prep.check.report.summary import Batches, Layout, quantiles, spreads
+from data_prep.check.report.summary import Groups, Layout, quantiles, spreads
 from data_prep.check.survey import Survey
 from data_prep.files import atomic_file
 from data_prep.rows.rows import Row, read_rows
@@ -33,7 +33,7 @@ class Facts:
     root: Path | None
     survey: Survey
     layout: Layout
-    batches: tuple[Batches, ...]
+    groups: tuple[Groups, ...]
     tokenizer: str
     """Where token counts are from, in words."""
     seconds_per_row: float | None = None
@@ -89,7 +89,7 @@ class Facts:
             "tokenizer": self.tokenizer,
             "spreads": {name: quantiles(values) for name, values in self.spreads.items()},
             "buckets": [{"bucket": bucket.name, "rows": bucket.rows} for bucket in self.layout.buckets],
-            "batches": [asdict(each) for each in self.batches],
+            "groups": [asdict(each) for each in self.groups],
             "cache": {
                 "bytes": self.layout.cache_bytes,
                 "seconds": self.caching_seconds,
@@ -137,7 +137,7 @@ def print_tables(facts: Facts) -> None:
         console.print(_kinds_table(facts))
         _print_findings(console, facts)
     console.print(_buckets_table(facts))
-    console.print(_batches_table(facts))
+    console.print(_groups_table(facts))
     console.print(f"prompts: {_tokens(facts)}", highlight=False)
     console.print(f"cache: {size_text(facts.layout.cache_bytes)}; caching: {caching_text(facts)}", highlight=False)
 
@@ -182,14 +182,15 @@ def _buckets_table(facts: Facts) -> Table:
     return table
 
 
-def _batches_table(facts: Facts) -> Table:
-    headings = ("batch size", "steps per epoch", "rows drawn twice to fill batches", "buckets smaller than a batch")
-    table = Table(*headings, title="Batches", title_justify="left")
+def _groups_table(facts: Facts) -> Table:
+    headings = ("group size", "groups per epoch", "empty places", "buckets smaller than a group")
+    table = Table(*headings, title="Groups of one bucket", title_justify="left")
     for column in table.columns:
         column.justify = "right"
-    for each in facts.batches:
-        share = each.repeated / max(1, facts.layout.rows)
-        table.add_row(f"{each.size}", f"{each.steps:,}", f"{each.repeated:,} ({share:.1%})", f"{each.small_buckets:,}")
+    for each in facts.groups:
+        share = each.empty_places / max(1, each.groups * each.size)
+        empty = f"{each.empty_places:,} ({share:.1%})"
+        table.add_row(f"{each.size}", f"{each.groups:,}", empty, f"{each.small_buckets:,}")
     return table
 
 

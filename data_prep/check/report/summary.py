@@ -1,4 +1,4 @@
-"""What training and caching will make of the usable rows: buckets, batches, disk; and how their values spread."""
+"""What training and caching will make of the usable rows: buckets, groups, disk; and how their values spread."""
 
 import functools
 import math
@@ -34,16 +34,16 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Batches:
-    """An epoch at one batch size."""
+class Groups:
+    """An epoch at one group size. Every row is drawn once."""
 
     size: int
-    """Samples of an optimizer step."""
-    steps: int
-    repeated: int
-    """Rows that are drawn a second time to fill their bucket's last batch. None is ever left out."""
+    """Places that are filled from one bucket: `train.group_size`, or the micro-batch."""
+    groups: int
+    empty_places: int
+    """Of the last groups of the buckets: a step that has some is a mean over fewer rows."""
     small_buckets: int
-    """Buckets with fewer rows than a batch has."""
+    """Buckets with fewer rows than a group has places."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Layout:
         """That are trained."""
         return sum(bucket.rows for bucket in self.buckets)
 
-    def batches(self, size: int) -> Batches:
-        """An epoch of `data_prep.cache.batches.global_batches`."""
+    def groups(self, size: int) -> Groups:
+        """An epoch of `data_prep.cache.order.Order`."""
         counts = [bucket.rows for bucket in self.buckets]
-        steps = sum(-(-count // size) for count in counts)
-        return Batches(size, steps, steps * size - sum(counts), sum(count < size for count in counts))
+        groups = sum(-(-count // size) for count in counts)
+        return Groups(size, groups, groups * size - sum(counts), sum(count < size for count in counts))
 
 
 def lay_out(

@@ -10,6 +10,7 @@ from PIL import Image, ImageChops
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
 from data_prep.rows.images import file_digest
+from data_prep.rows.rows import EMPTY_PROMPT
 from eval.page.limits import Limits, read_picture
 from eval.request.lookup import FoundAdapter
 from eval.request.request import (
@@ -93,7 +94,7 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         images=images,
         mode=mode,
         adapters=chosen_adapters(values["adapter"], values["weight"], adapters),
-        negative_prompt=values["negative_prompt"] or " ",
+        negative_prompt=values["negative_prompt"] or EMPTY_PROMPT,
         mask=painted_mask(values["painting"], Size.of(images[0])) if mode in MASKED else None,
         feather=float(values["feather"]) if mode in MASKED else None,
         focus=_focus(values) if mode == "focus" else None,

@@ -1,20 +1,19 @@
 """The order of the data is a pure function of the seed and the step, however the work is cut."""
 
-from collections import Counter
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from data_prep.cache.batches import BatchStream, collate, global_batches
+from data_prep.cache.batches import BatchStream, collate
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from losses.batch import Batch
 from tests.caching import cache_dataset, write_dataset, write_rows
 
-LAYOUTS = [(1, 4), (1, 2), (1, 1), (2, 2), (2, 1), (4, 1)]  # world size, micro-batch size; global batch 4
+CUTS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (3, 1), (4, 1), (8, 1)]  # world size, micro-batch size
+GLOBAL_BATCH, GROUP = 8, 4
 
 
 @pytest.fixture(scope="module")
@@ -40,64 +39,68 @@ def stream(reader):
         each.close()
 
 
-BUCKETS = st.dictionaries(st.text(max_size=3), st.integers(1, 20), min_size=1, max_size=5)
-
-
-@given(BUCKETS, st.integers(0, 2**32), st.integers(0, 3), st.integers(1, 8))
-def test_every_record_appears_and_every_global_batch_is_of_one_bucket(sizes, seed, epoch, global_batch_size):
-    buckets, bucket_of = {}, {}
-    for name, size in sizes.items():
-        buckets[name] = list(range(len(bucket_of), len(bucket_of) + size))
-        bucket_of.update(dict.fromkeys(buckets[name], name))
-    batches = global_batches(buckets, seed, epoch, global_batch_size)
-    assert all(len(batch) == global_batch_size for batch in batches)
-    assert all(len({bucket_of[index] for index in batch}) == 1 for batch in batches)
-    counts = Counter(index for batch in batches for index in batch)
-    assert counts.keys() == bucket_of.keys()
-    for indices in buckets.values():
-        seen = [counts[index] for index in indices]
-        assert max(seen) - min(seen) <= 1, "the remainder wraps around evenly"
-        assert 0 <= sum(seen) - len(indices) < global_batch_size
-    assert batches == global_batches(dict(reversed(buckets.items())), seed, epoch, global_batch_size)
-
-
-def test_epochs_and_seeds_differ():
-    buckets = {"a": list(range(50)), "b": list(range(50, 90))}
-    orders = [global_batches(buckets, seed, epoch, 4) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({str(order) for order in orders}) == 4
-
-
 def samples(streams: list[BatchStream], step: int) -> dict[int, tuple]:
-    """By global sample number: what a loss would see of it, over all ranks and micro-batches."""
+    """By global sample number: what a loss would see of it, over all ranks and micro-batches that count."""
     found = {}
     for each in streams:
         for micro_batch in each.micro_batches(step):
             batch = micro_batch.batch
-            for place, number in enumerate(micro_batch.numbers):
+            for place, number in enumerate(micro_batch.random.numbers):
                 length = int(batch.condition.prompt_emb_mask[place].sum())
-                assert number not in found
-                found[number] = (
-                    batch.ids[place],
-                    batch.target_latents[place],
-                    batch.condition.prompt_emb[place, :length],
-                    batch.condition.edit_latents[0][place],
-                )
+                if micro_batch.share:
+                    assert number not in found
+                    found[number] = (
+                        batch.ids[place],
+                        batch.target_latents[place],
+                        batch.condition.prompt_emb[place, :length],
+                        batch.condition.edit_latents[0][place],
+                    )
     return found
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), LAYOUTS)
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), CUTS)
 def test_the_samples_of_a_step_do_not_depend_on_the_cut(world_size, micro_batch_size, stream):
-    whole = [stream(caption_dropout=0.5)]
+    """Nor does what each counts: 1 over the samples of the step, on whatever rank. Buckets have 3, 3, 2 and 1 records."""
+    sizes = {"global_batch_size": GLOBAL_BATCH, "group_size": GROUP, "caption_dropout": 0.5}
+    whole = [stream(**sizes)]
     cut = [
-        stream(rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, caption_dropout=0.5)
+        stream(rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, **sizes)
         for rank in range(world_size)
     ]
     for step in range(7):
         expected, found = samples(whole, step), samples(cut, step)
-        assert sorted(found) == list(range(4 * step, 4 * step + 4))
+        assert found.keys() == expected.keys()
+        assert len(found) == cut[0].num_samples(step) < GLOBAL_BATCH, "no bucket fills a group"
+        assert {number // GLOBAL_BATCH for number in found} == {step}
         for number, values in expected.items():
             assert found[number][0] == values[0]
             assert all(torch.equal(*pair) for pair in zip(found[number][1:], values[1:], strict=True))
+        rounds = [each.micro_batches(step) for each in cut]
+        assert len({len(mine) for mine in rounds}) == 1, "every rank makes the same number of forwards"
+        needed = sum(math.ceil(size / micro_batch_size) for size in map(len, cut[0].order.groups(step)))
+        assert len(rounds[0]) == math.ceil(needed / world_size), "and no more than are needed"
+        shares = [micro.share / len(micro.random.numbers) for mine in rounds for micro in mine if micro.share]
+        assert shares == pytest.approx([1 / len(found)] * len(shares))
+        assert sum(micro.share for mine in rounds for micro in mine) == pytest.approx(1)
+
+
+def test_ranks_know_what_the_others_compute_at_the_same_time(stream):
+    ranks = [stream(global_batch_size=8, micro_batch_size=1, group_size=4, rank=r, world_size=2) for r in range(2)]
+    for step in range(4):
+        for together in zip(*(each.micro_batches(step) for each in ranks), strict=True):
+            numbers = [each.random.everywhere.numbers for each in together]
+            assert numbers[0] == numbers[1] == sorted({n for each in together for n in each.random.numbers})
+
+
+def test_a_group_is_a_micro_batch_by_default(stream):
+    for size in (1, 2, 4):
+        by_default, named = stream(micro_batch_size=size), stream(micro_batch_size=size, group_size=size)
+        for step in range(5):
+            assert samples([by_default], step).keys() == samples([named], step).keys()
+    assert str(stream(global_batch_size=8, micro_batch_size=2)) == (
+        "9 records in 4 buckets: 1.5 steps an epoch, each of 8 places in groups of 2 from one bucket; "
+        "25.0% of the places stay empty"
+    )
 
 
 def test_steps_can_be_asked_for_in_any_order(stream):
@@ -107,24 +110,13 @@ def test_steps_can_be_asked_for_in_any_order(stream):
         assert [each[0] for each in samples([again], step).values()] == [each[0] for each in forward[step].values()]
 
 
-def test_an_epoch_serves_every_record_and_the_next_one_in_another_order(reader, stream):
-    each = stream()
-    assert each.steps_per_epoch == 4  # buckets of 3, 3, 2 and 1 records
-    epochs = [
-        [micro.batch.ids for step in range(first, first + 4) for micro in each.micro_batches(step)] for first in (0, 4)
-    ]
-    ids = {record.id for record in reader}
-    assert [{name for batch in epoch for name in batch} for epoch in epochs] == [ids, ids]
-    assert epochs[0] != epochs[1]
-
-
 def test_caption_dropout_replaces_the_instruction_at_its_rate(reader, stream):
     each = stream(caption_dropout=0.25)
     empty = {record.id: record.empty_prompt_emb for record in reader}
     dropped = [
         torch.equal(batch.condition.prompt_emb[place][batch.condition.prompt_emb_mask[place]], empty[name])
-        for step in range(100)
-        for batch in (each.micro_batches(step)[0].batch,)
+        for step in range(180)
+        for batch in (micro.batch for micro in each.micro_batches(step))
         for place, name in enumerate(batch.ids)
     ]
     assert 0.18 < sum(dropped) / len(dropped) < 0.32  # 400 draws: the standard deviation is 0.022
@@ -166,12 +158,13 @@ def test_white_is_expanded_and_not_copied(reader):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_batch_size": 6}, r"must be a multiple of micro_batch_size \* world_size = 4 \* 1, got 6"),
+        ({"global_batch_size": 6}, r"train.group_size=4 does not divide the global batch of 6"),
+        ({"group_size": 2}, r"train.group_size=2 is not a multiple of train.micro_batch_size=4"),
         ({"caption_dropout": 1.0}, r"caption_dropout must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_wrong_settings_are_refused(options, message, stream):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((InputError, ValueError), match=message):
         stream(**options)
 
 

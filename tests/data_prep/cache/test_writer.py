@@ -14,13 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.cache import keys
 from data_prep.cache.encoding import Encoders
-from data_prep.cache.reader import CacheReader, Record
+from data_prep.cache.keys import record_key
+from data_prep.cache.reader import CacheHeader, CacheReader, Record
 from data_prep.cache.shards import read_arrow
 from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
 from data_prep.rows.images import open_image
+from data_prep.rows.rows import Row, read_rows
 from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
 from tests.children import PATIENCE, started, wait_until
 
@@ -77,7 +80,7 @@ def test_records_are_what_the_encoders_give_for_the_images_of_the_row(tmp_path, 
             for image, each in zip((first, second), reference_sizes, strict=True)
         ]
         white = encoders.vae.encode(to_pixels(Image.new("RGB", (96, 64), "white"))[None])[0]
-        embeddings = [encoders.prompt_encoder.encode(text, vision) for text in ("make it red", "", "blurry")]
+        embeddings = [encoders.prompt_encoder.encode(text, vision) for text in ("make it red", " ", "blurry")]
     torch.testing.assert_close([record.target_latents, record.source_latents], latents)
     torch.testing.assert_close(record.edit_latents, references)
     torch.testing.assert_close(record.sub_noise, white)
@@ -85,6 +88,54 @@ def test_records_are_what_the_encoders_give_for_the_images_of_the_row(tmp_path, 
     assert record.mask is not None
     assert torch.equal(record.mask, torch.arange(12).lt(6).float().expand(1, 8, 12))
     assert record.row["back_mask"] == str(tmp_path / "m.png")
+
+
+def test_no_negative_prompt_is_the_empty_instruction_as_in_the_editor(tmp_path, tiny_model_dir):
+    """In caption dropout and in guidance."""
+    cache_dataset(
+        write_dataset(tmp_path, write_rows(tmp_path, 1)),
+        tmp_path / "cache",
+        tiny_model_dir,
+        caption_dropout=True,
+        negative=True,
+    )
+    record = CacheReader(tmp_path / "cache")[0]
+    vision = [stretch(open_image(tmp_path / "s0.png"), GEOMETRY.vision_size(Size(64, 96)))]
+    expected = load_encoders(tiny_model_dir).prompt_encoder.encode(" ", vision)
+    assert record.negative_prompt_emb is not None
+    assert record.empty_prompt_emb is not None
+    assert torch.equal(record.negative_prompt_emb, expected)
+    assert torch.equal(record.empty_prompt_emb, expected)
+
+
+def test_another_empty_instruction_is_another_record_where_it_is_stored(tmp_path, monkeypatch):
+    write_dataset(tmp_path, write_rows(tmp_path, 2))
+    rows = [row for row in read_rows(tmp_path / "rows.json") if isinstance(row, Row)]
+    for options in ((True, False), (False, True), (False, False)):
+        header = CacheHeader("tiny", GEOMETRY, "float32", *options)
+        before = [record_key(row, header) for row in rows]
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "EMPTY_PROMPT", "")
+            after = [record_key(row, header) for row in rows]
+        changed = [new != old for new, old in zip(after, before, strict=True)]
+        # the second row has a negative prompt of its own
+        assert changed == {(True, False): [True, True], (False, True): [True, False]}.get(options, [False, False])
+
+
+def test_the_edit_of_a_mask_is_kept_whole(tmp_path, tiny_model_dir):
+    """A stroke of one pixel on a photograph that is trained at half its size: 96 x 64 pixels."""
+    rows = write_rows(tmp_path, 1)
+    for name in ("t0.png", "s0.png"):
+        write_image(tmp_path / name, 1, 192, 128)
+    mask = Image.new("L", (192, 128), 255)
+    mask.paste(0, (40, 20, 140, 21))
+    mask.save(tmp_path / rows[0]["back_mask"])
+    cache_dataset(write_dataset(tmp_path, rows), tmp_path / "cache", tiny_model_dir)
+    record = CacheReader(tmp_path / "cache")[0]
+    assert record.mask is not None
+    expected = torch.ones(1, 8, 12)
+    expected[0, 1, 2:9] = 0
+    assert torch.equal(record.mask, expected)
 
 
 def test_a_finished_cache_is_a_no_op_and_one_changed_row_costs_one_record(tmp_path, tiny_model_dir):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep.cache.order import Order
 from data_prep.check import check
 from data_prep.rows.images import open_image
 from scripts import photographs
@@ -119,8 +120,8 @@ def test_what_was_measured_is_not_measured_again(planted, clean, folder):
     assert len(after) > len(before)
 
 
-def test_buckets_and_batches_are_those_of_training(clean, folder):
-    """Recounted from the images: 32-pixel buckets of the 160 training rows, filled up to whole batches."""
+def test_buckets_and_groups_are_those_of_training(clean, folder):
+    """Recounted from the images: 32-pixel buckets of the 160 training rows, laid out as training does."""
     rows, report, _ = clean
     counts = {64: 0, 96: 0, 128: 0}
     for row in rows:
@@ -129,11 +130,12 @@ def test_buckets_and_batches_are_those_of_training(clean, folder):
     assert {each["bucket"]: each["rows"] for each in report["buckets"]} == {
         f"{s}x{s}+{s}x{s}": n for s, n in counts.items()
     }
-    for batches in report["batches"]:
-        size = batches["size"]
-        assert batches["steps"] == sum((count + size - 1) // size for count in counts.values())
-        assert batches["repeated"] == sum(-count % size for count in counts.values())
-    assert [each["size"] for each in report["batches"]] == [1, 2, 4, 8]
+    for groups in report["groups"]:
+        size = groups["size"]
+        order = Order({f"{side}": range(count) for side, count in counts.items()}, 0, size, 1)
+        assert groups["groups"] == order.groups_per_epoch
+        assert groups["empty_places"] == sum(-count % size for count in counts.values())
+    assert [each["size"] for each in report["groups"]] == [1, 2, 4, 8]
 
 
 def test_the_page_has_all_in_itself(planted, folder):

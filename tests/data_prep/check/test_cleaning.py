@@ -273,6 +273,11 @@ def odd(tmp_path_factory) -> tuple[dict[str, int], dict[str, Any]]:
     ImageDraw.Draw(halves).rectangle((0, 0, 19, 39), fill=255)
     halves.save(folder / "halves.png")
     add("mask_size", back_mask="halves.png")
+    scattered = Image.open(folder / mask("scattered.png", 255))
+    for place in range(100):  # a pixel of edit in every cell of 8 x 8: no cell is background
+        scattered.putpixel((8 * (place % 10) + 3, 8 * (place // 10) + 5), 0)
+    scattered.save(folder / "scattered.png")
+    add("mask_vanishes", back_mask="scattered.png")
     add("file", back_mask=mask("other.png", 255, (80, 40)))
     deep = np.zeros((80, 80), np.uint16)
     deep[:40] = 65535

@@ -7,9 +7,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data_prep.model.geometry import Geometry, Size, fit, fit_mask, mask_to_latent, stretch, to_image, to_pixels
+from data_prep.model.geometry import (
+    Geometry,
+    Size,
+    background_cells,
+    fit,
+    fit_back_mask,
+    fit_mask,
+    mask_to_latent,
+    stretch,
+    to_image,
+    to_pixels,
+)
 
 SIZES = st.builds(Size, st.integers(1, 9000), st.integers(1, 9000))
 AREAS = st.integers(32 * 32, 2048 * 2048)
@@ -103,7 +114,7 @@ def test_pixels_round_trip_exactly():
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.data())
-def test_one_pixel_of_background_is_never_lost(height, width, data):
+def test_one_pixel_of_the_edit_is_never_lost(height, width, data):
     target = Geometry(64 * 64).target_size(Size(height, width))
     row, column = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     mask = np.zeros((height, width), dtype=np.uint8)
@@ -115,9 +126,23 @@ def test_one_pixel_of_background_is_never_lost(height, width, data):
     inside = abs(row + 0.5 - height / 2) < kept_height / 2 and abs(column + 0.5 - width / 2) < kept_width / 2
     if inside:
         assert mask_to_latent(fitted).max() == 1.0
+    back_mask = Image.fromarray(255 - mask)
+    assert fit_back_mask(back_mask, target).tobytes() == ImageOps.invert(fitted).tobytes()
+    assert torch.equal(background_cells(ImageOps.invert(fitted)), 1 - mask_to_latent(fitted))
 
 
-def test_a_cell_that_touches_background_counts_as_background():
+def test_a_cell_of_which_a_pixel_is_edited_is_edited():
+    """Thin strokes on background: by the other pooling the mask of a text would keep no cell of it."""
+    mask = np.full((32, 32), 255, dtype=np.uint8)
+    mask[3, 2:30] = 0
+    mask[20, 25] = 51
+    expected = torch.ones(1, 4, 4)
+    expected[0, 0] = 0.0
+    expected[0, 2, 3] = 51 / 255
+    torch.testing.assert_close(background_cells(Image.fromarray(mask)), expected)
+
+
+def test_a_cell_that_touches_white_counts_as_white():
     mask = np.zeros((32, 32), dtype=np.uint8)
     mask[8:16, 8:16] = 255
     mask[16, 0] = 128

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
+from data_prep.model.encoders import PromptEncoder
 from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import open_image
 from eval.qwen.editor import Editor
@@ -195,6 +196,27 @@ def test_img2img_stays_nearer_with_less_strength(editor, source):
     assert distances[0] > distances[1] > distances[2] - 0.5
     whole = editor.edit(request(source, mode="edit", steps=10, cfg_scale=1.0))[0].image
     assert same(images[2], whole)
+
+
+def test_no_instruction_is_a_space_wherever_one_is_needed(editor, source, monkeypatch):
+    """As it was in training: for a variation, as the empty condition of an inversion, and as what guidance leads away from."""
+    seen = []
+    encode = PromptEncoder.encode
+    monkeypatch.setattr(
+        PromptEncoder, "encode", lambda self, prompt, images: seen.append(prompt) or encode(self, prompt, images)
+    )
+    for values in ({"mode": "variation", "prompt": "", "steps": 2}, {"mode": "invert"}, {"negative_prompt": ""}):
+        editor.edit(request(source, **values))
+    assert set(seen) == {"x", " "}
+    assert seen.count(" ") == 5  # the variation's two, the inversion's two, and the edit's one
+
+
+def test_steps_that_were_not_trained_are_noted_before_anything_is_loaded(editor, source, bridge, tmp_path):
+    assert editor.notes(request(source, steps=3, adapters=(AdapterUse(bridge),))) == ()  # it does not say
+    tensors, file = load_file(bridge / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors"
+    save_file(tensors, file, {"objective": "lbm", "loss": "{}", "sigmas": "[1.0, 0.5]"})
+    (note,) = editor.notes(request(source, steps=4, adapters=(AdapterUse(file),)))
+    assert note == "the adapter was trained at sigma 1, 0.5, and 4 steps visit 0.75, 0.25 too; 1 or 2 would not"
 
 
 def test_variation_takes_no_instruction(editor, source):

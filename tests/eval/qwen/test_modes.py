@@ -154,3 +154,29 @@ def test_sizes():
     assert result_size(request(size=Size(64, 96)), Geometry(1024 * 1024)) == Size(64, 96)
     small = result_size(request(), Geometry(128 * 128))
     assert small.height * small.width <= 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("steps", "sigmas", "note"),
+    [
+        (1, [1.0], None),
+        (4, [1.0, 0.75, 0.5, 0.25], None),
+        (2, [1.0, 0.75, 0.5, 0.25], None),
+        (3, [1.0, 0.667, 0.333], None),
+        (
+            3,
+            [1.0, 0.75, 0.5, 0.25],
+            "the adapter was trained at sigma 1, 0.75, 0.5, 0.25, and 3 steps visit 0.667, 0.333 too; 1 or 2 or 4 would not",
+        ),
+        (2, [0.9], "the adapter was trained at sigma 0.9, and 2 steps visit 1, 0.5 too"),
+        (7, None, None),
+    ],
+)
+def test_steps_that_visit_untrained_sigmas_are_named(steps, sigmas, note):
+    metadata = BRIDGE | ({} if sigmas is None else {"sigmas": json.dumps(sigmas)})
+    plan = make_plan(request(adapters=ADAPTER, steps=steps), metadata)
+    assert plan.notes == ((note,) if note else ())
+
+
+def test_flow_matching_has_no_such_notes():
+    assert make_plan(request(steps=3), {}).notes == ()

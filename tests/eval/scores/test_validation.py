@@ -100,6 +100,23 @@ def test_files_and_numbers_have_the_promised_shape(validation):
     assert not list(made.folder.rglob("*.tmp"))
 
 
+def test_both_starts_are_validated(validation):
+    """A model that stays where it starts: the source from the source, white from white."""
+    made = validation(white=BridgeSampler("white"), steps=[1, 2])
+    result = made(Still(), 0)
+    metrics = read(made)
+    assert list(metrics["seconds_per_edit"]) == ["steps_1", "steps_2", "white/steps_1", "white/steps_2"]
+    assert metrics["white/steps_1"]["psnr"] < metrics["steps_1"]["psnr"] - 3
+    assert result.numbers["white/steps_2/psnr"] == metrics["white/steps_2"]["psnr"]
+    with Image.open(made.folder / "step-000000" / "row-3.jpg") as strip:
+        middle = strip.crop((64 + GAP, 0, 128 + GAP, 64)).convert("L")
+    assert sum(middle.tobytes()) / 64**2 < 200, "the edit from the source, not the one from white"
+    assert made.decode(made.reader[3].sub_noise[None])[0].mean() > 0.9
+    alone = validation(steps=[1])
+    alone(Still(), 0)
+    assert read(alone)["steps_1"] == metrics["steps_1"]
+
+
 def test_the_means_are_of_the_rows(validation):
     made = validation()
     made(Still(), 0)

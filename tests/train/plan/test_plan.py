@@ -350,3 +350,27 @@ def test_plans_without_files_of_weights(real_model):
         plan_real(real_model, "H200", "loss.combine=sum").flops_per_step
         == 2 * plan_real(real_model, "H200").flops_per_step
     )
+
+
+def test_a_plan_counts_places_that_stay_empty_and_first_forwards(real_model):
+    """23 rows in two buckets, in groups of 8 and in steps of 16: 4 groups with 9 empty places, two steps an epoch. A rollout of
+    half of the 45 % of samples with sigma < 1 adds that share of forwards."""
+    small = RowSize(Size(512, 512), (Size(512, 512),), 250)
+    data = DatasetSizes((MEGAPIXEL,) * 3 + (small,) * 20, 23, "a test")
+    one = ["train.global_batch_size=16", "train.micro_batch_size=8", "train.gradient_checkpointing=full"]
+
+    def plan(*overrides: str) -> Plan:
+        return make_plan(configure(*one, *overrides), real_model, data, 2, find_gpu("H200"), build_optimizer)
+
+    plain, rolled = plan(), plan("loss.rollout=0.5")
+    assert plain.empty_share == pytest.approx(9 / 32)
+    line = "an epoch   2 steps of 16 places, in groups of 8 from one bucket; 28.1% of the places stay empty"
+    assert line in plain.render()
+    transformer = Transformer(real_model.config("transformer"), torch.bfloat16, True)
+    lora = LoraSizes(64, tuple(DEFAULT_TARGETS))
+    forward = sum(each.share * sum(transformer.forward_flops(each, lora)) for each in plain.buckets)
+    added = rolled.flops_per_step - plain.flops_per_step
+    assert added == pytest.approx(0.5 * 0.45 * forward * 8 * 23 / 32, rel=1e-6)
+    single = plan("train.micro_batch_size=1")
+    assert single.empty_share == 0
+    assert single.flops_per_step == pytest.approx(plain.flops_per_step * 32 / 23, rel=1e-6)

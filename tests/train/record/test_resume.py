@@ -66,10 +66,17 @@ def test_more_steps_under_a_cosine_are_a_choice(tmp_path):
 
 
 def test_records_model_and_global_batch_are_compared_by_themselves(tmp_path):
-    before = {"data": "a", "model": "m", "global_batch_size": 4}
+    before = {"data": "a", "model": "m", "global_batch_size": 4, "group_size": 1}
     check_identity(tmp_path, before | {"optimizer": "AdamW"}, before)
-    check_identity(tmp_path, {"data": "a", "global_batch_size": 4}, before)  # of a version that did not say its model
-    words_of = {"data": "the training data", "model": "the model's weights", "global_batch_size": "the global batch"}
+    check_identity(
+        tmp_path, {"data": "a", "global_batch_size": 4, "group_size": 1}, before
+    )  # of a version that did not say its model
+    words_of = {
+        "data": "the training data",
+        "model": "the model's weights",
+        "global_batch_size": "the global batch",
+        "group_size": "train.group_size",
+    }
     for key, words in words_of.items():
         with pytest.raises(InputError, match=f"{words} was"):
             check_identity(tmp_path, before, before | {key: 8})

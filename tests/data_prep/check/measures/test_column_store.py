@@ -132,5 +132,5 @@ def test_a_layout_of_nothing_is_empty(tmp_path):
     columns.add_unusable()
     layout = lay_out(columns, Geometry(64 * 64))
     assert (layout.rows, layout.buckets, layout.cache_bytes) == (0, (), 0)
-    assert json.dumps(vars(layout.batches(4))) == '{"size": 4, "steps": 0, "repeated": 0, "small_buckets": 0}'
+    assert json.dumps(vars(layout.groups(4))) == '{"size": 4, "groups": 0, "empty_places": 0, "small_buckets": 0}'
     columns.close()
