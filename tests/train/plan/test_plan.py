@@ -19,7 +19,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.rows import read_rows
 from losses.batch import Condition
-from scripts.gpu_smoke import TRANSFORMER, write_model
+from scripts.gpu_smoke import REAL
 from train.config import DEFAULT_TARGETS, Config, compose
 from train.model.adapter import attach_lora
 from train.model.denoiser import Denoiser, build_dit, load_denoiser
@@ -30,7 +30,7 @@ from train.plan.memory import LiveBytes, LoraSizes, Transformer, flash_attention
 from train.plan.plan import GIB, Plan, dataset_sizes, make_plan
 from train.record.checkpoint import Checkpoints
 
-SMALL = TRANSFORMER | {
+SMALL = REAL.config("transformer") | {
     "num_layers": 12,
     "num_attention_heads": 4,
     "attention_head_dim": 32,
@@ -51,11 +51,9 @@ def build_optimizer(node: dict, parameters: list[nn.Parameter]) -> Optimizer:
 
 
 @pytest.fixture(scope="module")
-def real_model(tmp_path_factory) -> ModelDirectory:
-    """`config.json` files of the published sizes, and no weights."""
-    folder = tmp_path_factory.mktemp("real")
-    write_model(folder, "full")
-    return ModelDirectory(folder)
+def real_model() -> ModelDirectory:
+    """The published sizes, and no weights."""
+    return ModelDirectory.resolve("Qwen/Qwen-Image-Edit-2511", weights=False)
 
 
 def configure(*overrides: str) -> Config:
