@@ -46,7 +46,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights. LoRA weights are always float32."""
     weights: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"
-    """Format of the frozen transformer's weights: `bf16` keeps them in `model.dtype`; the others round the blocks' linear layers."""
+    """Format of the frozen transformer's weights: `bf16` keeps them in `model.dtype`; the others round the blocks' layers."""
     zero_cond_t: bool | None = None
     """References modulated with sigma 0. Read from the model; repeat it here only as a check."""
 

@@ -1,4 +1,4 @@
-"""Settings under which a run fits that does not, the fastest first, and the strategy that would be faster than the one asked for."""
+"""Settings under which a run fits that does not, the fastest first, and the strategy that would be faster than its own."""
 
 import importlib.util
 import itertools
@@ -96,7 +96,8 @@ def spreads(config: Config, world_size: int) -> Iterator[list[tuple[Change, int]
     if config.parallel.stage == 3:
         yield [(whole(config, world_size), world_size)]
     if can_shard(config):
-        counts = sorted({world_size, *(n for n in (2, 4, 8) if n > world_size)} - {1})
+        tried = {1, world_size} if config.parallel.name == "zero3" else {1}
+        counts = sorted({world_size, *(n for n in (2, 4, 8) if n > world_size)} - tried)
         yield [(spread("zero3"), count) for count in counts]
         if not config.parallel.offload:
             yield [(spread("zero3", offload=True), world_size)]

@@ -127,6 +127,7 @@ class Transformer:
         self.num_layers = len(self.dit.transformer_blocks)
         self.linear = {name: m for name, m in self.dit.named_modules() if isinstance(m, nn.Linear)}
         self.num_parameters = sum(parameter.numel() for parameter in self.dit.parameters())
+        self._small = functools.cache(self._small)
         self._peak, self.lora_shapes = functools.cache(self._peak), functools.cache(self.lora_shapes)
         self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
@@ -186,15 +187,20 @@ class Transformer:
         few, more = (self._dry_run(n, bucket, batch_size, keep, lora).peak for n in (2, 3))
         return few - 2 * (more - few), more - few
 
-    def _dry_run(self, num_layers: int, bucket: Bucket, batch_size: int, keep: Keep, lora: LoraSizes) -> LiveBytes:
+    def _small(self, num_layers: int, lora: LoraSizes) -> Denoiser:
+        """As in a run, where gradients accumulate, with so many blocks."""
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
-        denoiser = Denoiser(dit, self.zero_cond_t, Execution(keep))
-        with META:
+            denoiser = Denoiser(dit, self.zero_cond_t)
             adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
-        adapter.copy_for_products(dit.transformer_blocks, self.dtype)  # as in a run
+        adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # as when gradients accumulate
+            parameter.grad = torch.zeros_like(parameter)
+        return denoiser
+
+    def _dry_run(self, num_layers: int, bucket: Bucket, batch_size: int, keep: Keep, lora: LoraSizes) -> LiveBytes:
+        denoiser = self._small(num_layers, lora)
+        Execution(keep).apply(denoiser.dit.transformer_blocks)
         latents, *references = (
             torch.empty(batch_size, LATENT_CHANNELS, *size.latent, device=META)
             for size in (bucket.target, *bucket.references)

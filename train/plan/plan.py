@@ -123,7 +123,8 @@ class Plan:
         yield (
             "  it fits"
             if self.fits
-            else "  IT DOES NOT FIT" + ("; this would, the fastest first:" if self.advice else "")
+            else "  IT DOES NOT FIT"
+            + ("; this would, the fastest first, with its time beside the fastest's:" if self.advice else "")
         )
         fastest = min((each.seconds for each in self.advice if each.seconds), default=None)
         for each in self.advice:
@@ -247,9 +248,9 @@ def make_plan(
 def _notes(each: Suggestion, world_size: int, fastest: float | None) -> str:
     notes = [f"on {each.num_gpus} GPUs"] if each.num_gpus != world_size else []
     if each.seconds and fastest:
-        notes.append(f"{each.seconds:.3g} s a step, {each.seconds / fastest:.2f} x the fastest")
+        notes.append(f"{each.seconds:.3g} s a step, {each.seconds / fastest:.2f} x")
     if each.changes_result:
-        notes.append("changes the result")
+        notes.append("changes results")
     return f"  ({', '.join(notes)})" if notes else ""
 
 

@@ -176,9 +176,8 @@ class Planner:
         def fits(setting: str | int, count: int) -> bool:
             return self.fits(changed(setting, count), world_size, gpu)
 
-        # each needs less than the one before it
-        first = bisect.bisect_left(settings[:-1], True, key=lambda setting: fits(setting, counts[0]))
-        if first < len(settings) - 1:
+        if fits(settings[-1], counts[0]):  # each needs less than the one before it
+            first = bisect.bisect_left(settings[:-1], True, key=lambda setting: fits(setting, counts[0]))
             return changed(settings[first], counts[0])
         least = bisect.bisect_left(counts[:-1], True, key=lambda count: fits(settings[-1], count))
         return changed(settings[-1], counts[least])

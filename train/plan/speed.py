@@ -13,7 +13,7 @@ BUSY = 0.85
 LINK_BUSY = 0.8
 """The same of PCIe and NVLink: an estimate."""
 BOOKKEEPING = 0.012
-"""Seconds of the processor for a block in a forward pass under DeepSpeed's ZeRO-3: measured beside an H200 (docs/performance.md)."""
+"""Seconds that DeepSpeed's ZeRO-3 takes on the processor for a block of a forward pass: measured (docs/performance.md)."""
 GIGA = 1e9
 
 
