@@ -40,7 +40,16 @@ from train.plan.planner import Planner
 
 STRATEGIES = {1: ("single", "zero3"), 2: ("ddp", "zero2", "zero3")}
 """For one process, and for several."""
-COLUMNS = {"strategy": -10, "s/step": 9, "ratio": 8, "collectives": 13, "a block": 9, "MB": 11, "planned MB": 12, "loss": 10}
+COLUMNS = {
+    "strategy": -10,
+    "s/step": 9,
+    "ratio": 8,
+    "collectives": 13,
+    "a block": 9,
+    "MB": 11,
+    "planned MB": 12,
+    "loss": 10,
+}
 WARM_UP, TIMED = 2, 5
 TEXT = 250
 RELEASED = {"param_persistence_threshold": 0, "max_live_parameters": 30_000, "max_reuse_distance": 30_000}
@@ -146,7 +155,9 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.side = options.side or (64 if options.tiny else 1024)
     if options.accumulate < 1 or options.side % 32:
-        raise InputError(f"--accumulate is at least 1 and --side a multiple of 32, got {options.accumulate}, {options.side}")
+        raise InputError(
+            f"--accumulate is at least 1 and --side a multiple of 32, got {options.accumulate}, {options.side}"
+        )
     return options
 
 

@@ -27,7 +27,7 @@ from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
 from train.optim import Optimizer
-from train.plan.quantised import Layer, stored_bytes
+from train.plan.quantised import Format, Layer
 
 META = torch.device("meta")
 ALIGNMENT = 256
@@ -133,13 +133,12 @@ class Transformer:
 
     def block_bytes(self, weights: str) -> int:
         """Of one block's frozen weights in this format (`model.weights`), each tensor beginning at a multiple of 256."""
-        sizes = []
+        kept, sizes = Format(weights, False, False, self.dtype.itemsize), []
         for module in self.dit.transformer_blocks[0].modules():
             own = dict(module.named_parameters(recurse=False))
             if isinstance(module, nn.Linear):
                 del own["weight"]
-                stored = stored_bytes(module.in_features, module.out_features, weights, self.dtype.itemsize)
-                sizes.append(stored)
+                sizes.append(kept.stored_bytes(Layer(module.in_features, module.out_features, 0)))
             sizes += [parameter.numel() * self.dtype.itemsize for parameter in own.values()]
         return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 

@@ -21,7 +21,7 @@ from train.optim import Optimizer
 from train.plan.encoder_sizes import EncoderSizes
 from train.plan.gpus import GIB, Gpu
 from train.plan.memory import LoraSizes, Transformer, optimizer_bytes
-from train.plan.quantised import traffic_bytes, workspace_bytes
+from train.plan.quantised import Format
 from train.plan.speed import UTILISATION, Step, communication
 
 ALLOWANCE = 3 * GIB // 2
@@ -202,9 +202,8 @@ class Planner:
         """
         settings, weights, lora = config.train, config.model.weights, lora_sizes(config)
         execution = Execution.of(settings.gradient_checkpointing)
-        forwards, itemsize = forwards_per_sample(config), self.dtype.itemsize
+        forwards, kept = forwards_per_sample(config), self.format(config, gpu)
         samples, passes = settings.micro_batch_size * settings.grad_accum_steps, settings.grad_accum_steps * forwards
-        products = gpu.products(weights) is not None
         times = 2 + self.transformer.recomputed(execution)
         frozen = rest = forward = rounded = 0.0
         for bucket in self.buckets(config):
@@ -212,8 +211,8 @@ class Planner:
             frozen += bucket.share * flops.frozen * samples * forwards
             rest += bucket.share * flops.rest * samples * forwards
             forward += bucket.share * flops.forward / flops.total
-            batch = settings.micro_batch_size, weights, products, times, itemsize
-            traffic = sum(traffic_bytes(layer, *batch) for layer in self.transformer.layers(bucket))
+            layers = self.transformer.layers(bucket)
+            traffic = sum(kept.traffic_bytes(layer, settings.micro_batch_size, times) for layer in layers)
             rounded += bucket.share * passes * traffic
         stored = self.transformer.frozen_bytes(weights)
         shards = (config.parallel, world_size, passes, settings.grad_accum_steps, stored, FLOAT * self.num_lora(config))
@@ -224,8 +223,8 @@ class Planner:
             else waiting_blocks(config) * self.transformer.block_bytes(weights)
         )
         return Step(
-            flops=round(rest if products else rest + frozen),
-            flops_8bit=round(frozen if products else 0),
+            flops=round(rest if kept.products else rest + frozen),
+            flops_8bit=round(frozen if kept.products else 0),
             forward=forward,
             rounded=rounded,
             copied=2 * passes * waiting,
@@ -240,12 +239,16 @@ class Planner:
             return None
         return self.step(config, world_size, gpu).seconds(gpu, config.model.weights, utilisation(config))
 
+    def format(self, config: Config, gpu: Gpu) -> Format:
+        """How frozen weights are kept and multiplied."""
+        weights, compiled = config.model.weights, config.train.compile != "off"
+        products = gpu.products(weights) is not None and self.dtype == torch.bfloat16
+        return Format(weights, products, compiled, self.dtype.itemsize)
+
     def workspace_bytes(self, config: Config, gpu: Gpu) -> int:
         """The most that one product with a quantised weight holds for a moment."""
-        weights, products = config.model.weights, gpu.products(config.model.weights) is not None
-        batch_size = config.train.micro_batch_size * forwards_per_sample(config)
-        layers = self.transformer.layers(self.longest(config))
-        return max(workspace_bytes(layer, batch_size, weights, products, self.dtype.itemsize) for layer in layers)
+        kept, batch_size = self.format(config, gpu), config.train.micro_batch_size * forwards_per_sample(config)
+        return max(kept.workspace_bytes(layer, batch_size) for layer in self.transformer.layers(self.longest(config)))
 
     def pixel_bytes(self, config: Config) -> int:
         """Of a loss that decodes its prediction."""

@@ -1,14 +1,16 @@
-"""What frozen weights in fewer bits take: their bytes, and what multiplying by them reads, writes and holds for a moment.
+"""What multiplying by frozen weights in fewer bits reads, writes and holds for a moment: formulas of plain sizes.
 
-Formulas of plain sizes. Where the GPU multiplies 8-bit numbers, each product rounds its input row by row (and the backward
-pass needs the weight in the other order, a copy for the moment); elsewhere the weight is widened, one layer at a time.
+They follow train/model/quantize.py. Where the GPU multiplies 8-bit numbers, a product's input is rounded row by row, and the
+backward pass turns a copy of the weight; elsewhere, for nf4, and for the modulation's few rows, the weight is widened.
 """
 
-import math
 from typing import NamedTuple
 
-NF4_BLOCK, NF4_GROUP = 64, 256
-"""Weights that share an 8-bit scale, and scales that share a float."""
+SUMS_BYTES = 128 * 2**20
+"""Of int8 products' 32-bit sums, in two forms."""
+FEW_ROWS = 2
+"""Of one sample: the modulation's."""
+NF4_BLOCK = 64
 
 
 class Layer(NamedTuple):
@@ -25,49 +27,57 @@ class Layer(NamedTuple):
         return self.inputs * self.outputs
 
 
-def stored_bytes(inputs: int, outputs: int, weights: str, itemsize: int) -> int:
-    """Of a weight (outputs, inputs) with its scales, without its bias.
+class Format(NamedTuple):
+    """How frozen weights are kept and multiplied.
 
-    Args:
-        weights: `bf16`, `fp8`, `int8` or `nf4`.
-        itemsize: of `model.dtype`, in which `bf16` weights and the scales of 8-bit ones are.
+    Attributes:
+        weights: `model.weights`.
+        products: whether the GPU multiplies in 8 bits.
+        compiled: whether blocks are compiled, so that rounding is one pass.
+        itemsize: of `model.dtype`.
     """
-    if weights == "bf16":
-        return inputs * outputs * itemsize
-    if weights == "nf4":
-        scales = inputs * outputs // NF4_BLOCK
-        return inputs * outputs // 2 + scales + 4 * math.ceil(scales / NF4_GROUP)
-    return inputs * outputs + itemsize * outputs
 
+    weights: str
+    products: bool
+    compiled: bool
+    itemsize: int
 
-def workspace_bytes(layer: Layer, batch_size: int, weights: str, products: bool, itemsize: int) -> int:
-    """What a product with a quantised weight holds for a moment, forward or backward, beside its input and output.
+    def stored_bytes(self, layer: Layer) -> int:
+        """Of its weight with its scales, without its bias."""
+        if self.weights == "bf16":
+            return layer.numel * self.itemsize
+        if self.weights == "nf4":  # and a bfloat16 scale for each block
+            return layer.numel // 2 + 2 * (layer.numel // NF4_BLOCK)
+        return layer.numel + 4 * layer.outputs
 
-    Args:
-        products: whether it is computed in 8 bits.
-    """
-    if weights == "bf16":
-        return 0
-    if not products:
-        return layer.numel * itemsize
-    rows, sums = layer.tokens * batch_size, 4 if weights == "int8" else 0  # int8 products are int32 first
-    forward = rows * (layer.inputs + sums * layer.outputs)
-    backward = rows * ((1 + itemsize) * layer.outputs + (itemsize + sums) * layer.inputs) + layer.numel
-    return max(forward, backward)
+    def in_8_bits(self, layer: Layer) -> bool:
+        """Whether its products are."""
+        return self.products and layer.tokens > FEW_ROWS
 
+    def workspace_bytes(self, layer: Layer, batch_size: int) -> int:
+        """What its product holds for a moment, forward or backward, beside input and output."""
+        if self.weights == "bf16":
+            return 0
+        if not self.in_8_bits(layer):
+            return layer.numel * self.itemsize
+        int8 = self.weights == "int8"
+        floats = 0 if self.compiled else 4 * (3 if int8 else 2)  # scaled, divided and rounded one after the other
+        rounded = layer.tokens * batch_size * max(layer.inputs, layer.outputs) * (1 + floats)
+        return rounded + layer.numel + (SUMS_BYTES if int8 else 0)
 
-def traffic_bytes(layer: Layer, batch_size: int, weights: str, products: bool, passes: float, itemsize: int) -> float:
-    """What multiplying by a quantised weight reads and writes in GPU memory beyond a product in bf16.
+    def traffic_bytes(self, layer: Layer, batch_size: int, passes: float) -> float:
+        """What its products read and write in GPU memory beyond those in bf16.
 
-    Args:
-        passes: how often a step multiplies by it for each batch: forward, backward and where it is computed again.
-    """
-    if weights == "bf16":
-        return 0
-    if not products:  # read, written wide, and read again
-        return passes * (stored_bytes(layer.inputs, layer.outputs, weights, itemsize) + itemsize * layer.numel)
-    rows, sums = layer.tokens * batch_size, 8 if weights == "int8" else 0
-    rounded = itemsize + 1  # read and written
-    forward = rows * (rounded * layer.inputs + sums * layer.outputs)
-    backward = rows * ((rounded + 2 * itemsize) * layer.outputs + sums * layer.inputs) + 2 * layer.numel
-    return (passes - 1) * forward + backward
+        Args:
+            passes: how often a step multiplies by it for each batch: forward, backward and where it is computed again.
+        """
+        if self.weights == "bf16":
+            return 0.0
+        if not self.in_8_bits(layer):  # read, written wide, and read again
+            return passes * (self.stored_bytes(layer) + self.itemsize * layer.numel)
+        rows, round_one = layer.tokens * batch_size, 2 * self.itemsize + 1  # read for the largest, read, and written
+        # int32 sums are written, scaled in two passes and copied; a gradient of fp8 is written, and added in another pass
+        finish, add = (24, 24) if self.weights == "int8" else (0, 2 * self.itemsize)
+        forward = rows * (round_one * layer.inputs + finish * layer.outputs)
+        backward = rows * (round_one * layer.outputs + add * layer.inputs) + 2 * layer.numel
+        return (passes - 1) * forward + backward

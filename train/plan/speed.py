@@ -42,8 +42,8 @@ class Step:
         """Seconds without any waiting."""
         assert gpu.tflops is not None
         seconds = self.flops / (gpu.tflops * 1e12 * utilisation)
-        if products := gpu.products(weights):
-            seconds += self.flops_8bit / (products * 1e12 * utilisation)
+        if self.flops_8bit:
+            seconds += self.flops_8bit / ((gpu.products(weights) or gpu.tflops) * 1e12 * utilisation)
         return seconds + (self.rounded / (gpu.bandwidth * GIGA * BUSY) if self.rounded else 0.0)
 
     def copying(self, gpu: Gpu) -> float:
