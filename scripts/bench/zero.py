@@ -63,7 +63,11 @@ def configure(strategy: str, folder: Path, options: argparse.Namespace) -> Confi
         [
             *("+exp=sft_2511", "optim=adamw", *SIZES["tiny" if options.tiny else "full"]),
             *(f"model.path={folder}/model", "data.dataset=none", f"parallel={strategy}"),
-            *(f"train.grad_accum_steps={options.accumulate}", "train.gradient_checkpointing=full"),
+            *(
+                f"train.grad_accum_steps={options.accumulate}",
+                "train.offload_blocks=0",
+                "train.gradient_checkpointing=full",
+            ),
             *(f"+parallel.zero_options.stage3_{name}={value}" for name, value in released.items()),
         ]
     )
@@ -81,12 +85,21 @@ def planned_bytes(config: Config, model: RandomModel, world_size: int, side: int
     return step.gathered + step.reduced
 
 
+def received(counted: Collectives, world_size: int) -> float:
+    """The bytes that a ring brings each rank: (n - 1) / n of what is gathered, and twice as much of what is added up on all.
+
+    As in Thakur, Rabenseifner & Gropp 2005, Optimization of Collective Communication Operations in MPICH.
+    """
+    sums = sum(number for kind, number in counted.bytes.items() if kind.startswith("allreduce"))
+    return (counted.bytes.total() + sums) * (world_size - 1) / world_size
+
+
 def measure(config: Config, model: RandomModel, processes: Processes, side: int) -> dict[str, float]:
     """A row."""
-    adapter, parallel = build_model(config, model, processes, "full")
+    adapter, parallel = build_model(config, model, processes)
     optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=WARM_UP + TIMED + 1)
     batch = make_batch([TEXT], side, model.config("transformer")["joint_attention_dim"]).to(processes.device)
-    loss, accumulated = FlowMatchingLoss(), config.train.grad_accum_steps
+    loss, accumulated = FlowMatchingLoss(), config.train.accumulation(processes.world_size)
     parallel.publish()
 
     def step(number: int) -> float:
@@ -114,7 +127,7 @@ def measure(config: Config, model: RandomModel, processes: Processes, side: int)
         "s/step": statistics.median(seconds[WARM_UP:]),
         "collectives": counted.calls.total(),
         "a block": counted.calls.total() / blocks,
-        "MB": counted.received.total() / 1e6,
+        "MB": received(counted, processes.world_size) / 1e6,
         "loss": value,
         **{f"calls of {kind}": number for kind, number in counted.calls.items()},
     }

@@ -187,6 +187,7 @@ WRONG = {
     "data.on_error=ignore": "data.on_error must be one of raise, skip, got 'ignore'",
     "phases=[tune]": "phases[0] must be one of plan, cache, train, got 'tune'",
     "loss={rank:1}": "loss= takes a name: flow, lbm, lbm_main",
+    "plan.gpu=[4090]": "plan.gpu must be text or a whole number, got [4090]",
     "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",
 }
 WRONG_LATER = {
@@ -196,6 +197,7 @@ WRONG_LATER = {
     "data.max_pixels=4096 data.vision_pixels=50176 phases=[train]": "phases=[cache",
     "optim=prodigy +optim.fused_back_pass=true": "fused_back_pass",
     "optim=prodigy optim.d_coef=0.5": "never lets the step size grow",
+    "plan.gpu=4091": "plan.gpu=4091 is not known: did you mean 'RTX 4090'?",
     "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
     "resume=nowhere": "no checkpoint at nowhere",
 }

@@ -81,8 +81,9 @@ def savings(config: Config) -> Iterator[Change]:
     """What costs time and changes no result, the smaller change first; nothing, to begin with."""
     settings, single = config.train, []
     if settings.micro_batch_size > 1:
-        accumulated = settings.micro_batch_size * settings.grad_accum_steps
-        single.append({"train.micro_batch_size": 1, "train.grad_accum_steps": accumulated})
+        accumulated = settings.micro_batch_size * (settings.grad_accum_steps or 1)
+        kept = {} if settings.global_batch_size else {"train.grad_accum_steps": accumulated}
+        single.append({"train.micro_batch_size": 1, **kept})
     if config.parallel.stage == 2 and config.parallel.bucket_size > SMALL_BUCKET:
         single.append({"parallel.bucket_size": SMALL_BUCKET})
     for count in range(len(single) + 1):

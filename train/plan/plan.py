@@ -17,12 +17,13 @@ from train.plan.gpus import GIB, Gpu
 from train.plan.planner import (
     FLOAT,
     BuildOptimizer,
+    Change,
     Memory,
     Planner,
+    apply,
     geometry_of,
     lora_sizes,
     utilisation,
-    waiting_blocks,
 )
 from train.plan.speed import GIGA, LINK_BUSY, Step
 
@@ -53,10 +54,8 @@ class Plan:
     checkpoint_bytes: int
     """Of one."""
     num_checkpoints: int
-    gradient_checkpointing: str | int
-    """As configured, or what `auto` comes to."""
-    offload_blocks: int
-    """The same."""
+    decided: Change
+    """What every `auto` about memory comes to, by full key."""
     weights: str
     """Format of the frozen weights."""
     parallel: str
@@ -78,6 +77,11 @@ class Plan:
     """Settings that would make it fit, the fastest first; empty if it fits."""
     faster: Suggestion | None
     """The strategy that would be faster."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """On one rank."""
+        return self.batch[0] * self.batch[1]
 
     @property
     def flops_per_step(self) -> int:
@@ -137,9 +141,8 @@ class Plan:
             machine = "" if gpu.host_gib is None else f"; the machine has {gpu.host_gib:.1f}"
             yield f"    {self.memory.cpu / GIB:8.2f}  of CPU memory per process, pinned{machine}"
         if step.copied:
-            what = (
-                f"{self.offload_blocks} of {self.num_blocks} blocks wait" if self.offload_blocks else "the weights wait"
-            )
+            waiting = self.decided["train.offload_blocks"]
+            what = f"{waiting} of {self.num_blocks} blocks wait" if waiting else "the weights wait"
             taken = _transfer(step.copied, gpu.pcie)
             yield f"  copies     {what} in CPU memory: {taken} over PCIe each step, while it computes"
         if step.gathered:
@@ -150,8 +153,8 @@ class Plan:
             yield f"  links      what leaves a machine of {gpu.per_machine} GPUs is slower than this plan knows"
 
     def _time(self) -> Iterator[str]:
-        samples = self.batch[0] * self.batch[1]
-        work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({_plural(samples, 'sample')} per GPU)"
+        samples = _plural(self.samples_per_step, "sample")
+        work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({samples} per GPU)"
         if self.seconds_per_step is None or self.seconds_per_step < 0.1:  # too little for a peak to say anything
             yield f"  time       {work}"
             return
@@ -205,7 +208,8 @@ def make_plan(
         InputError: `config.json` is missing or contradicts the configuration, or a LoRA target does not exist.
     """
     planner, configured = Planner(config, model, data, build_optimizer), config
-    config = planner.without_auto(config, world_size, gpu)
+    decided = planner.decide(config, world_size, gpu)
+    config = apply(config, decided)
     settings, lora, cache_phase = config.train, lora_sizes(config), planner.caching(config)
     shapes, trainable = planner.transformer.lora_shapes(lora), planner.num_lora(config)
     phases = cache_phase.total <= gpu.memory_gib * GIB, planner.fits(config, world_size, gpu)
@@ -228,13 +232,12 @@ def make_plan(
         cache_bytes=planner.cache_bytes(config),
         checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
-        gradient_checkpointing=settings.gradient_checkpointing,
-        offload_blocks=waiting_blocks(config),
+        decided=decided,
         weights=config.model.weights,
         parallel=config.parallel.name,
         num_blocks=planner.transformer.num_layers,
         shipped=model.shipped,
-        batch=(settings.micro_batch_size, settings.grad_accum_steps),
+        batch=(settings.micro_batch_size, settings.accumulation(world_size)),
         step=planner.step(config, world_size, gpu),
         utilisation=utilisation(config),
         seconds_per_step=planner.seconds(config, world_size, gpu),

@@ -32,6 +32,9 @@ SLOTS = 2
 """Blocks that are on the GPU of those that wait in CPU memory: the one that computes, and the next."""
 FLOAT = 4
 
+Change = dict[str, Any]
+"""Full key -> value; a group's name -> its keys."""
+
 BuildOptimizer = Callable[[dict[str, Any], list[nn.Parameter]], Optimizer]
 """The config's `optim` node and parameters -> the optimizer."""
 
@@ -93,7 +96,11 @@ class Planner:
         if weights != "bf16":
             parts = {f"frozen weights, the blocks' in {weights}": parts["frozen weights"]}
         if zero == 3:
-            parts = {f"frozen weights, 1/{world_size} of them": 0 if offloaded else -(-frozen // world_size)}
+            blocks = self.transformer.num_layers * block
+            parts = {
+                f"frozen weights, 1/{world_size} of the blocks'": 0 if offloaded else -(-blocks // world_size),
+                "frozen weights around the blocks": frozen - blocks,
+            }
             gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if is_sharded(config, world_size) else 0
             parts["gathered weights"] = gathered * self.dtype.itemsize
         parts[f"blocks that come from CPU memory, {SLOTS} at a time"] = min(SLOTS, waiting) * block
@@ -154,11 +161,33 @@ class Planner:
             gpu.host_gib is None or memory.cpu * here <= gpu.host_gib * GIB
         )
 
-    def without_auto(self, config: Config, world_size: int, gpu: Gpu) -> Config:
-        """The configuration with the fastest settings that fit in place of `auto`.
+    def decide(self, config: Config, world_size: int, gpu: Gpu) -> Change:
+        """What every `auto` about memory comes to, by full key."""
+        strategy = {"parallel.strategy": self.strategy(config, world_size, gpu)}
+        return strategy | self.saving(apply(config, strategy), world_size, gpu)
 
-        First `train.gradient_checkpointing` recomputes more, then `train.offload_blocks` puts blocks into CPU memory, as few
-        as needed. If nothing fits, everything is recomputed and all blocks wait there.
+    def without_auto(self, config: Config, world_size: int, gpu: Gpu) -> Config:
+        """The configuration with what is decided in place of every `auto` about memory."""
+        return apply(config, self.decide(config, world_size, gpu))
+
+    def strategy(self, config: Config, world_size: int, gpu: Gpu) -> str:
+        """`parallel.strategy`, with `auto` decided: `single` for one process; `ddp` for several if each GPU has room for the
+        model, none of it waiting in CPU memory, else `zero3`. What only whole blocks can do is never cut.
+        """
+        if config.parallel.strategy != "auto":
+            return config.parallel.strategy
+        if world_size == 1:
+            return "single"
+        if not can_shard(config):
+            return "ddp"
+        replicas = apply(config, {"parallel.strategy": "ddp", "train.offload_blocks": 0})
+        return "ddp" if self.fits(self.without_auto(replicas, world_size, gpu), world_size, gpu) else "zero3"
+
+    def saving(self, config: Config, world_size: int, gpu: Gpu) -> Change:
+        """`train.gradient_checkpointing` and `train.offload_blocks`, with `auto` decided: the fastest that fit.
+
+        First more is recomputed, then blocks wait in CPU memory, as few as needed. If nothing fits, everything is recomputed
+        and all blocks wait there.
         """
         num_layers = self.transformer.num_layers
         settings: list[str | int] = ["off", "selective", *range(1, num_layers + 1), "full"]
@@ -170,29 +199,17 @@ class Planner:
         elif config.parallel.stage == 3 or config.train.device == "cpu":
             counts = [0]
 
-        def changed(setting: str | int, count: int) -> Config:
-            return apply(config, {"train.gradient_checkpointing": setting, "train.offload_blocks": count})
+        def change(setting: str | int, count: int) -> Change:
+            return {"train.gradient_checkpointing": setting, "train.offload_blocks": count}
 
         def fits(setting: str | int, count: int) -> bool:
-            return self.fits(changed(setting, count), world_size, gpu)
+            return self.fits(apply(config, change(setting, count)), world_size, gpu)
 
         if fits(settings[-1], counts[0]):  # each needs less than the one before it
             first = bisect.bisect_left(settings[:-1], True, key=lambda setting: fits(setting, counts[0]))
-            return changed(settings[first], counts[0])
+            return change(settings[first], counts[0])
         least = bisect.bisect_left(counts[:-1], True, key=lambda count: fits(settings[-1], count))
-        return changed(settings[-1], counts[least])
-
-    def strategy(self, config: Config, world_size: int, gpu: Gpu) -> str:
-        """What `parallel.strategy=auto` comes to: `single` for one process, `ddp` for several if a replica of the model fits
-        without waiting in CPU memory, else `zero3`. What only whole blocks can do is never sharded.
-        """
-        if world_size == 1:
-            return "single"
-        if not can_shard(config):
-            return "ddp"
-        waiting = 0 if config.train.offload_blocks == "auto" else config.train.offload_blocks
-        replicas = apply(config, spread("ddp"), {"train.offload_blocks": waiting})
-        return "ddp" if self.fits(self.without_auto(replicas, world_size, gpu), world_size, gpu) else "zero3"
+        return change(settings[-1], counts[least])
 
     def step(self, config: Config, world_size: int, gpu: Gpu) -> Step:
         """What a GPU does in a step.
@@ -203,7 +220,8 @@ class Planner:
         settings, weights, lora = config.train, config.model.weights, lora_sizes(config)
         execution = Execution.of(settings.gradient_checkpointing)
         forwards, kept = forwards_per_sample(config), self.format(config, gpu)
-        samples, passes = settings.micro_batch_size * settings.grad_accum_steps, settings.grad_accum_steps * forwards
+        accumulated = settings.accumulation(world_size)
+        samples, passes = settings.micro_batch_size * accumulated, accumulated * forwards
         times = 2 + self.transformer.recomputed(execution)
         frozen = rest = forward = rounded = 0.0
         for bucket in self.buckets(config):
@@ -214,14 +232,12 @@ class Planner:
             layers = self.transformer.layers(bucket)
             traffic = sum(kept.traffic_bytes(layer, settings.micro_batch_size, times) for layer in layers)
             rounded += bucket.share * passes * traffic
-        stored = self.transformer.frozen_bytes(weights)
-        shards = (config.parallel, world_size, passes, settings.grad_accum_steps, stored, FLOAT * self.num_lora(config))
+        blocks = self.transformer.num_layers * self.transformer.block_bytes(weights)
+        shards = (config.parallel, world_size, passes, accumulated, blocks, FLOAT * self.num_lora(config))
         gathered, reduced = communication(*shards)
-        waiting = (
-            stored // world_size
-            if config.parallel.offload
-            else waiting_blocks(config) * self.transformer.block_bytes(weights)
-        )
+        waiting = blocks // world_size
+        if not config.parallel.offload:
+            waiting = waiting_blocks(config) * self.transformer.block_bytes(weights)
         return Step(
             flops=round(rest if kept.products else rest + frozen),
             flops_8bit=round(frozen if kept.products else 0),
@@ -289,10 +305,6 @@ class Planner:
     def longest(self, config: Config) -> Bucket:
         """The bucket that needs most."""
         return self.buckets(config)[0]
-
-
-Change = dict[str, Any]
-"""Full key -> value; a group's name -> its keys."""
 
 
 def spread(strategy: str, offload: bool = False) -> Change:
