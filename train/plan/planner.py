@@ -121,7 +121,7 @@ class Planner:
         if config.validate or config.loss.get("pixel"):
             parts["VAE"] = self.encoders.vae_bytes
         parts["CUDA context, workspaces, fragmentation (allowance)"] = ALLOWANCE
-        cpu = frozen // world_size + 2 * lora + optimizer if offloaded else waiting * pinned_bytes(block)
+        cpu = frozen // world_size + 2 * lora + optimizer if offloaded else waiting * block
         return Memory({part: size for part, size in parts.items() if size}, cpu)
 
     def caching(self, config: Config) -> Memory:
@@ -344,11 +344,6 @@ def waiting_blocks(config: Config) -> int:
     """Blocks whose frozen weights wait in CPU memory; the configuration is one without `auto`."""
     assert config.train.offload_blocks != "auto"
     return config.train.offload_blocks
-
-
-def pinned_bytes(num_bytes: int) -> int:
-    """What PyTorch takes for a pinned buffer: the next power of two."""
-    return 1 << (num_bytes - 1).bit_length()
 
 
 def can_shard(config: Config) -> bool:

@@ -208,5 +208,5 @@ def test_a_known_model_of_this_machine_is_preferred(tmp_path, monkeypatch):
     assert (found.path, found.shipped) == (snapshot, False)
     (snapshot / "vae" / "config.json").unlink()
     assert ModelDirectory.resolve("Qwen/Qwen-Image-Edit-2511", weights=False).shipped
-    with pytest.raises(InputError, match="downloading it from the hub failed|lacks"):
+    with pytest.raises(InputError, match="downloading it from the hub failed"):
         ModelDirectory.resolve("Qwen/Qwen-Image-Edit-2509")
