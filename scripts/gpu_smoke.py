@@ -41,7 +41,7 @@ from data_prep.cache.encoding import Encoders
 from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError, exit_codes
 from data_prep.files import write_text
-from data_prep.model.directory import ModelDirectory
+from data_prep.model.directory import KNOWN, ModelDirectory
 from data_prep.model.geometry import LATENT_CELL, Geometry
 from data_prep.rows.rows import read_rows
 from train.config import Config, compose
@@ -53,11 +53,8 @@ from train.plan.planner import GIB, geometry_of
 from train.record.run_files import CHECKPOINTS
 
 SHIPPED = Path(__file__).parent / "tiny"
-TRANSFORMER = {
-    **{"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584},
-    **{"in_channels": 64, "out_channels": 16, "axes_dims_rope": [16, 56, 56], "patch_size": 2, "zero_cond_t": True},
-}
-"""Of Qwen-Image-Edit-2511: 20.43 B parameters."""
+REAL = ModelDirectory(KNOWN["Qwen/Qwen-Image-Edit-2511"])
+"""Sizes of the published model: 20.43 B parameters."""
 PROMPT_TOKENS = 250
 ONE_FORWARD = ("train.global_batch_size=null", "train.grad_accum_steps=1")
 SIZES = {
@@ -75,18 +72,11 @@ TABLE = ("s/step", *PARTS, "first step", "planned s", "planned GiB", "measured G
 
 def write_model(folder: Path, size: str, num_layers: int | None = None) -> None:
     """The `config.json` files of a model directory, at the real sizes (`full`) or the tiny model's; no weights."""
-    parts = {name: json.loads((SHIPPED / f"{name}_config.json").read_text()) for name in ("vae", "text_encoder")}
-    transformer = json.loads((SHIPPED / "transformer_config.json").read_text())
-    if size == "full":
-        transformer = dict(TRANSFORMER)
-        parts["vae"] |= {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-        text = parts["text_encoder"]
-        text["text_config"] |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-        text["text_config"] |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
-        text["vision_config"] |= {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
-    if num_layers:
-        transformer["num_layers"] = num_layers
-    for component, config in ({"transformer": transformer} | parts).items():
+    for component in ("transformer", "vae", "text_encoder"):
+        tiny = SHIPPED / f"{component}_config.json"
+        config = REAL.config(component) if size == "full" else json.loads(tiny.read_text())
+        if component == "transformer" and num_layers:
+            config["num_layers"] = num_layers
         (folder / component).mkdir(parents=True, exist_ok=True)
         (folder / component / "config.json").write_text(json.dumps(config))
     for component in ("tokenizer", "processor"):

@@ -50,6 +50,8 @@ class ModelConfig:
     """A folder or hub id in the layout of Qwen/Qwen-Image-Edit-2511."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights. LoRA weights are always float32."""
+    weights: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"
+    """Format of the frozen transformer's weights: `bf16` keeps them in `model.dtype`; the others round the blocks' layers."""
     zero_cond_t: bool | None = None
     """References modulated with sigma 0. Read from the model; repeat it here only as a check."""
 
@@ -134,6 +136,9 @@ class TrainConfig:
     """What the backward pass computes again: nothing (`off`), what is cheap (`selective`: the outputs of matrix products and
     attention are kept), or everything (`full`). A number of blocks: of the first so many everything but attention, the others
     selectively. `auto`: as little as the planned GPU's memory allows."""
+    offload_blocks: Literal["auto"] | int = "auto"
+    """Number of the transformer's blocks whose frozen weights wait in CPU memory. `auto`: as few as the planned GPU's memory
+    needs; none on a CPU, and none under zero3."""
     attention: Literal["auto", "flash3"] = "auto"
     """Attention kernel. `auto`: PyTorch's choice for the device. `flash3`: FlashAttention-3, which must be installed."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -146,8 +151,9 @@ class TrainConfig:
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
+            least = 0 if item.name == "offload_blocks" else 1
             if type(value) is int:
-                require(value >= 1, f"train.{item.name} must be at least 1, got {value}")
+                require(value >= least, f"train.{item.name} must be at least {least}, got {value}")
         require(
             self.attention == "auto" or self.gradient_checkpointing in ("off", "full"),
             f"train.attention={self.attention} needs train.gradient_checkpointing=off or full, got "
@@ -243,8 +249,8 @@ class ParallelConfig:
 class PlanConfig:
     """What to plan for, when it is not this machine."""
 
-    gpu: str | None = None
-    """A name such as H100 or RTX 4090; by default the GPU that is here, or one of 96 GB."""
+    gpu: str | int | None = None
+    """A name such as H100, RTX 4090 or 4090; by default the GPU that is here, or one of 96 GB."""
     world_size: int | None = None
     """Processes, one GPU each; by default those that were launched."""
 
@@ -297,6 +303,11 @@ class Config:
             not (self.adapter.dora and self.parallel.stage == 3),
             f"adapter.dora=true needs every layer's whole weight, which parallel={self.parallel.name} cuts over the ranks: "
             "use parallel=single, ddp or zero2",
+        )
+        require(
+            self.parallel.stage != 3 or (self.model.weights == "bf16" and self.train.offload_blocks in ("auto", 0)),
+            f"model.weights={self.model.weights} and train.offload_blocks={self.train.offload_blocks} need whole blocks on "
+            f"every rank, and parallel={self.parallel.name} cuts them: use parallel=single, ddp or zero2",
         )
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(
@@ -389,6 +400,8 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
             if value not in words:
                 raise InputError(f"{key} must be one of {', '.join(words)}, or a whole number, got {value!r}")
             return value
+        if len(plain := [_TYPE_NAMES[option] for option in options if option in _TYPE_NAMES]) > 1:
+            raise InputError(f"{key} must be {' or '.join(plain)}, got {value!r}")
         return _checked(value, next(option for option in options if option is not type(None)), key)
     if origin is Literal:
         if value not in options:

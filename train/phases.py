@@ -15,6 +15,7 @@ from data_prep.cache.batches import BatchStream
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import build_cache
+from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_prompt_encoder, load_vae
@@ -239,6 +240,8 @@ def run(config: Config) -> int:
     if processes.is_main and config.phases != ["cache"]:
         plan = plan_run(config, model, processes.world_size)
         print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
+        if config.phases == ["plan"] and not plan.fits:
+            raise InputError(f"the plan of {config.name} does not fit {plan.gpu.name}: change what it suggests")
     exit_code = 0
     with locked(Path(config.run_dir)) if "train" in config.phases and processes.is_main else nullcontext():
         if "cache" in config.phases:

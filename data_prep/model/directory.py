@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -20,6 +20,8 @@ from data_prep.errors import InputError
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "processor")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+KNOWN = {f"Qwen/{folder.name}": folder for folder in (Path(__file__).parent / "known").iterdir()}
+"""Hub id of a published model -> its `config.json` files, in their folders. They say its sizes, and ship with the project."""
 SAMPLES, SAMPLE_BYTES = 256, 4096
 NEVER_READ = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt")
 """Weights in other formats, which some model folders hold beside safetensors, gigabytes of them."""
@@ -36,13 +38,16 @@ class ModelDirectory:
         """A folder as it is, or a hub id, downloaded (or found in the hub's cache) with progress.
 
         Args:
-            weights: download all of it, or only what says how large it is.
+            weights: download all of it, or only what says how large it is. For a known model the hub is not asked for that:
+                it is in the hub's cache on this machine, or ships with the project.
 
         Raises:
             InputError: neither, or the folder lacks a component.
         """
         path = Path(model).expanduser()
         if not path.is_dir():
+            if not weights and str(model) in KNOWN:
+                return cls(_cached(str(model)) or KNOWN[str(model)])
             path = download(str(model), weights)
         missing = [name for name in COMPONENTS if not (path / name).is_dir()]
         if missing:
@@ -50,6 +55,11 @@ class ModelDirectory:
                 f"{path} is no model directory, it lacks {', '.join(missing)}: expected the layout of Qwen/Qwen-Image-Edit-2511"
             )
         return cls(path)
+
+    @property
+    def shipped(self) -> bool:
+        """Whether these are the sizes of a known model, and nothing else."""
+        return self.path in KNOWN.values()
 
     def config(self, component: str) -> dict:
         """The component's `config.json`."""
@@ -160,6 +170,14 @@ def download(hub_id: str, weights: bool = True) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"no folder {hub_id}, and downloading it from the hub failed: {reason}") from error
+
+
+def _cached(hub_id: str) -> Path | None:
+    """Where the hub's cache on this machine has all that says how large a known model is."""
+    parts = [folder.name for folder in KNOWN[hub_id].iterdir()]
+    found = [try_to_load_from_cache(hub_id, f"{part}/config.json") for part in parts]
+    files = [Path(file) for file in found if isinstance(file, str)]
+    return files[0].parents[1] if len(files) == len(parts) else None
 
 
 def _check_shapes(where: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

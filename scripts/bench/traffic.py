@@ -37,7 +37,7 @@ from data_prep.model.encoders import LATENT_CHANNELS
 from data_prep.model.geometry import LATENT_CELL
 from losses.batch import Condition
 from scripts.bench.report import Report, environment
-from scripts.gpu_smoke import SHIPPED, TRANSFORMER
+from scripts.gpu_smoke import REAL, SHIPPED
 from train.config import DEFAULT_TARGETS
 from train.model.adapter import attach_lora
 from train.model.denoiser import Denoiser, build_dit
@@ -152,7 +152,9 @@ def of_a_block(config: dict, checkpointing: str, side: int, text: int, rank: int
 
 def main(options: argparse.Namespace) -> None:
     """Prints a block's operations, and a step's totals for each way of checkpointing."""
-    config = json.loads((SHIPPED / "transformer_config.json").read_text()) if options.tiny else TRANSFORMER
+    config = (
+        json.loads((SHIPPED / "transformer_config.json").read_text()) if options.tiny else REAL.config("transformer")
+    )
     layers = options.layers or config["num_layers"]
     header = environment("cpu") | {"side": options.side, "text tokens": options.text, "rank": options.rank}
     report = Report(COLUMNS, options.json, header)

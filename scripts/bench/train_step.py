@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class Race:
         size = Size(options.side, options.side)
         self.bucket, self.lora = Bucket(size, (size,), self.text, 1.0), LoraSizes(options.rank, tuple(DEFAULT_TARGETS))
         transformer = Transformer(self.config, DTYPE, denoiser.zero_cond_t)
-        self.flops = transformer.flops(self.bucket, self.lora, Execution())
+        self.flops = transformer.flops(self.bucket, self.lora, Execution()).total
 
     def contender(self, name: str) -> Contender:
         """The one of this name, made when it is first asked for."""
@@ -181,8 +181,8 @@ class Race:
         data = DatasetSizes((RowSize(size, (size,), self.text),), 1, "the benchmark")
         planner = Planner(config, self.model, data, lambda node, params: build(node, "optim", params, num_steps=1))
         gpu = find_gpu()
-        spare = type(gpu)(gpu.name, gpu.memory_gib - self.theirs.held / GIB, gpu.tflops)
-        return planner.checkpointing(config, 1, spare)
+        spare = replace(gpu, memory_gib=gpu.memory_gib - self.theirs.held / GIB)
+        return planner.decide(config, 1, spare)["train.gradient_checkpointing"]
 
     def measure(self, name: str) -> dict[str, Any]:
         """The row's numbers."""

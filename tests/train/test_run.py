@@ -198,6 +198,7 @@ WRONG = {
     "loss=lbm_main": "loss=lbm_main is called loss=lbm_mostly_source now",
     "train.group_size=3": "train.group_size=3 is not a multiple of train.micro_batch_size=2",
     "train.group_size=4": "train.group_size=4 does not divide the global batch of 2",
+    "plan.gpu=[4090]": "plan.gpu must be text or a whole number, got [4090]",
     "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",
 }
 WRONG_LATER = {
@@ -207,6 +208,7 @@ WRONG_LATER = {
     "data.max_pixels=4096 data.vision_pixels=50176 phases=[train]": "phases=[cache",
     "optim=prodigy +optim.fused_back_pass=true": "fused_back_pass",
     "optim=prodigy optim.d_coef=0.5": "never lets the step size grow",
+    "plan.gpu=4091": "plan.gpu=4091 is not known: did you mean 'RTX 4090'?",
     "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
     "resume=nowhere": "no checkpoint at nowhere",
 }

@@ -1,57 +1,107 @@
-"""GPUs by name: how much memory they have and how fast they multiply."""
+"""GPUs by name: how much memory they have, how fast they multiply, and how fast they are given what others hold."""
 
 import difflib
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from data_prep.errors import InputError
 
+GIB = 2**30
+PCIE = {3: 15.8, 4: 31.5, 5: 63.0, 6: 121.0}
+"""Generation -> GB/s of 16 lanes in one direction."""
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU to plan for."""
+    """A GPU to plan for. Speeds are the peaks of the maker's data sheets, without sparsity; None: not known here."""
 
     name: str
     memory_gib: float
     """As CUDA reports it, which is less than the name says."""
-    tflops: float | None
-    """Dense bf16 products with float32 sums, from the maker's data sheet; None: not known here."""
+    tflops: float | None = None
+    """bf16 products with float32 sums."""
+    fp8: float | None = None
+    """TFLOP/s of fp8 products with float32 sums; None also where the card has no such units."""
+    int8: float | None = None
+    """TOP/s of int8 products."""
+    bandwidth: float = 0.0
+    """Of its memory, GB/s."""
+    pcie: float = 0.0
+    """From the machine's memory, GB/s."""
+    nvlink: float | None = None
+    """To the other GPUs of the machine, GB/s in one direction; None: over PCIe."""
     origin: str = "named"
     """Why this one, in words."""
+    per_machine: int = 8
+    """GPUs of one machine."""
+    host_gib: float | None = None
+    """Memory of the machine itself; None: not known."""
+
+    @property
+    def link(self) -> float:
+        """To the other GPUs of the machine, GB/s in one direction."""
+        return self.nvlink or self.pcie
+
+    def products(self, weights: str) -> float | None:
+        """TFLOP/s of 8-bit products with weights of this format; None: they are widened and multiplied in bf16."""
+        return {"fp8": self.fp8, "int8": self.int8}.get(weights)
 
 
+_4, _5, _6 = (PCIE[generation] for generation in (4, 5, 6))
 GPUS = (
-    *(Gpu("B300", 268.0, 2250), Gpu("B200", 178.0, 2250), Gpu("H200", 139.8, 989)),
-    *(Gpu("H100 NVL", 93.1, 835), Gpu("H100 PCIe", 79.1, 756), Gpu("H100", 79.1, 989), Gpu("H800", 79.1, 989)),
-    *(Gpu("H20", 95.0, 148), Gpu("RTX PRO 6000", 94.9, 503), Gpu("RTX 6000 Ada", 47.4, 364), Gpu("L40S", 44.4, 362)),
-    *(Gpu("A100 80GB", 79.1, 312), Gpu("A100 40GB", 39.4, 312), Gpu("A800 80GB", 79.1, 312), Gpu("A6000", 47.4, 155)),
-    *(Gpu("RTX 5090", 31.3, 209), Gpu("RTX 4090", 23.6, 165), Gpu("RTX 3090", 23.6, 71), Gpu("L4", 22.0, 121)),
+    #   name, GiB, bf16, fp8, int8, memory GB/s, PCIe, NVLink
+    Gpu("B300", 268.0, 2250, 4500, 125, 8000, _6, 900),
+    Gpu("B200", 178.0, 2250, 4500, 4500, 8000, _5, 900),
+    Gpu("H200", 139.8, 989, 1979, 1979, 4800, _5, 450),
+    Gpu("H100 NVL", 93.1, 835, 1671, 1671, 3900, _5, 300),
+    Gpu("H100 PCIe", 79.1, 756, 1513, 1513, 2000, _5, 300),
+    Gpu("H100", 79.1, 989, 1979, 1979, 3350, _5, 450),
+    Gpu("H800", 79.1, 989, 1979, 1979, 3350, _5, 200),
+    Gpu("H20", 95.0, 148, 296, 296, 4000, _5, 450),
+    Gpu("RTX PRO 6000", 94.9, 503, 1007, 1007, 1792, _5),
+    Gpu("RTX 6000 Ada", 47.4, 364, 728, 728, 960, _4),
+    Gpu("L40S", 44.4, 362, 733, 733, 864, _4),
+    Gpu("A100 80GB", 79.1, 312, None, 624, 2039, _4, 300),
+    Gpu("A100 40GB", 39.4, 312, None, 624, 1555, _4, 300),
+    Gpu("A800 80GB", 79.1, 312, None, 624, 2039, _4, 200),
+    Gpu("A6000", 47.4, 155, None, 310, 768, _4),
+    Gpu("RTX 5090", 31.3, 209, 419, 838, 1792, _5),
+    Gpu("RTX 4090", 23.6, 165, 330, 661, 1008, _4),
+    Gpu("RTX 3090", 23.6, 71, None, 284, 936, _4),
+    Gpu("L4", 22.0, 121, 242, 242, 300, _4),
 )
 ASSUMED = "RTX PRO 6000"
 """Planned for where there is no GPU: the 96 GB that the large experiments are made for."""
 
 
-def find_gpu(name: str | None = None) -> Gpu:
-    """The GPU of this name (`H100`, `RTX 4090`, `A100 40GB`), by default the one of this machine.
+def find_gpu(name: str | int | None = None) -> Gpu:
+    """The GPU of this name (`H100`, `RTX 4090`, 4090, `A100 40GB`), by default the one of this machine.
 
     Raises:
         InputError: none is called so.
     """
     if name is not None:
-        if known := _known(name):
+        if known := _known(str(name)):
             return known
         names = [gpu.name for gpu in GPUS]
-        nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(str(name).upper(), names, n=1, cutoff=0.0)[0]
         raise InputError(f"plan.gpu={name!r} is not known: did you mean {nearest!r}? Known are {', '.join(names)}")
     if not torch.cuda.is_available():
         assumed = _known(ASSUMED)
         assert assumed is not None
-        return Gpu(assumed.name, assumed.memory_gib, assumed.tflops, "assumed: there is no GPU here, set plan.gpu=NAME")
+        return replace(assumed, origin="assumed: there is no GPU here, set plan.gpu=NAME")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    known = _known(properties.name)
-    return Gpu(properties.name, properties.total_memory / 2**30, known.tflops if known else None, "this machine's")
+    return replace(
+        _known(properties.name) or Gpu(properties.name, 0.0),
+        name=properties.name,
+        memory_gib=properties.total_memory / GIB,
+        origin="this machine's",
+        per_machine=torch.cuda.device_count(),
+        host_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+    )
 
 
 def _known(name: str) -> Gpu | None:

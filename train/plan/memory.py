@@ -11,27 +11,27 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from data_prep.cache.sizes import Bucket, num_tokens
-from data_prep.model.encoders import LATENT_CHANNELS, VAE, build_vae, use_single_frame
-from data_prep.model.geometry import Size
+from data_prep.model.encoders import LATENT_CHANNELS
 from losses.batch import Condition
 from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
 from train.optim import Optimizer
+from train.plan.quantised import Format, Layer
 
 META = torch.device("meta")
+ALIGNMENT = 256
+"""Bytes: of what lies in one buffer."""
 Shape = tuple[int, ...]
 
 
@@ -92,6 +92,22 @@ class LoraSizes:
     dora: bool = False
 
 
+class Flops(NamedTuple):
+    """Operations of a forward and backward pass."""
+
+    frozen: int
+    """Products with frozen weights."""
+    rest: int
+    """LoRA and attention."""
+    forward: int
+    """Of both, those of the forward pass."""
+
+    @property
+    def total(self) -> int:
+        """Forward and backward."""
+        return self.frozen + self.rest
+
+
 class Transformer:
     """The transformer of a model directory: shapes and no numbers.
 
@@ -99,6 +115,9 @@ class Transformer:
         config: of `transformer/config.json`.
         dtype: of the frozen weights.
         zero_cond_t: whether references have their own modulation.
+
+    Attributes:
+        num_parameters: frozen ones.
     """
 
     def __init__(self, config: dict, dtype: torch.dtype, zero_cond_t: bool):
@@ -107,17 +126,34 @@ class Transformer:
             self.dit = build_dit(config)
         self.num_layers = len(self.dit.transformer_blocks)
         self.linear = {name: m for name, m in self.dit.named_modules() if isinstance(m, nn.Linear)}
-        self._peak = functools.cache(self._peak)
+        self.num_parameters = sum(parameter.numel() for parameter in self.dit.parameters())
+        self._small = functools.cache(self._small)
+        self._peak, self.lora_shapes = functools.cache(self._peak), functools.cache(self.lora_shapes)
+        self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
-    @property
-    def num_parameters(self) -> int:
-        """Frozen parameters."""
-        return sum(parameter.numel() for parameter in self.dit.parameters())
+    def block_bytes(self, weights: str) -> int:
+        """Of one block's frozen weights in this format (`model.weights`), each tensor beginning at a multiple of 256."""
+        kept, sizes = Format(weights, False, False, self.dtype.itemsize), []
+        for module in self.dit.transformer_blocks[0].modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.Linear):
+                del own["weight"]
+                sizes.append(kept.stored_bytes(Layer(module.in_features, module.out_features, 0)))
+            sizes += [parameter.numel() * self.dtype.itemsize for parameter in own.values()]
+        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
-    @property
-    def block_parameters(self) -> int:
-        """Of one block."""
-        return sum(parameter.numel() for parameter in self.dit.transformer_blocks[0].parameters())
+    def frozen_bytes(self, weights: str) -> int:
+        """Of all frozen weights, the blocks' in this format."""
+        around = self.num_parameters - sum(p.numel() for p in self.dit.transformer_blocks.parameters())
+        return around * self.dtype.itemsize + self.num_layers * self.block_bytes(weights)
+
+    def layers(self, bucket: Bucket) -> list[Layer]:
+        """The blocks' linear layers, and how many tokens of one sample each is given."""
+        return [
+            Layer(linear.in_features, linear.out_features, self._tokens(name, bucket))
+            for name, linear in self.linear.items()
+            if name.startswith("transformer_blocks.")
+        ]
 
     def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
         """Module -> the shapes of its A, B and, with DoRA, magnitudes.
@@ -150,15 +186,20 @@ class Transformer:
         few, more = (self._dry_run(n, bucket, batch_size, keep, lora).peak for n in (2, 3))
         return few - 2 * (more - few), more - few
 
-    def _dry_run(self, num_layers: int, bucket: Bucket, batch_size: int, keep: Keep, lora: LoraSizes) -> LiveBytes:
+    def _small(self, num_layers: int, lora: LoraSizes) -> Denoiser:
+        """As in a run, where gradients accumulate, with so many blocks."""
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
-        denoiser = Denoiser(dit, self.zero_cond_t, Execution(keep))
-        with META:
+            denoiser = Denoiser(dit, self.zero_cond_t)
             adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
-        adapter.copy_for_products(dit.transformer_blocks, self.dtype)  # as in a run
+        adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # as when gradients accumulate
+            parameter.grad = torch.zeros_like(parameter)
+        return denoiser
+
+    def _dry_run(self, num_layers: int, bucket: Bucket, batch_size: int, keep: Keep, lora: LoraSizes) -> LiveBytes:
+        denoiser = self._small(num_layers, lora)
+        Execution(keep).apply(denoiser.dit.transformer_blocks)
         latents, *references = (
             torch.empty(batch_size, LATENT_CHANNELS, *size.latent, device=META)
             for size in (bucket.target, *bucket.references)
@@ -170,16 +211,22 @@ class Transformer:
             velocity.square().mean().backward()
         return live
 
-    def flops(self, bucket: Bucket, lora: LoraSizes, execution: Execution) -> int:
+    def flops(self, bucket: Bucket, lora: LoraSizes, execution: Execution) -> "Flops":
         """Of a forward and backward pass of one sample.
 
         A product of m x k and k x n costs 2mkn. Backward, a frozen layer needs its input's gradient only, LoRA its
         weights' too, and flash attention computes five products for the forward's two.
         """
         frozen, adapter, attention = self.forward_flops(bucket, lora)
-        again = {"all": 0, "products": 0, "attention": frozen + adapter, "nothing": frozen + adapter + attention}
-        recomputed = sum(again[keep] for keep in execution.kept(self.num_layers)) // self.num_layers
-        return 2 * frozen + 3 * adapter + attention * 7 // 2 + recomputed
+        again = self.recomputed(execution)
+        attended = execution.kept(self.num_layers).count("nothing") * attention // self.num_layers
+        rest = (3 + again) * adapter + attention * 7 // 2 + attended
+        return Flops(round((2 + again) * frozen), round(rest), frozen + adapter + attention)
+
+    def recomputed(self, execution: Execution) -> float:
+        """The share of the blocks whose products are computed again."""
+        kept = execution.kept(self.num_layers)
+        return (kept.count("attention") + kept.count("nothing")) / self.num_layers
 
     def forward_flops(self, bucket: Bucket, lora: LoraSizes) -> tuple[int, int, int]:
         """Of one sample: frozen linear layers, LoRA, attention."""
@@ -227,44 +274,3 @@ def optimizer_bytes(shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]
         count * sum(tensor.nbytes for tensor in _tensors(dict(state[parameters[shape]])))
         for shape, count in counts.items()
     )
-
-
-class EncoderSizes:
-    """The VAE and the text encoder of a model directory: shapes and no numbers.
-
-    Args:
-        vae, text_encoder: of their `config.json`.
-        dtype: of their weights.
-    """
-
-    def __init__(self, vae: dict, text_encoder: dict, dtype: torch.dtype):
-        with META:
-            module = build_vae(vae)
-        use_single_frame(module)
-        self.vae = VAE(module.to(dtype).requires_grad_(False))
-        self.vae_bytes = _parameter_bytes(module)
-        with init_empty_weights():
-            model: Any = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(text_encoder))
-        self.text_encoder_bytes = _parameter_bytes(model.to(dtype))
-        self.encode_bytes, self.decode_bytes = functools.cache(self._encode_bytes), functools.cache(self._decode_bytes)
-
-    @torch.no_grad()
-    def _encode_bytes(self, size: Size, batch_size: int) -> int:
-        """The peak of encoding images of this size."""
-        pixels = torch.empty(batch_size, 3, *size, device=META)
-        with flash_attention(), LiveBytes() as live:
-            self.vae.encode(pixels)
-        return live.peak
-
-    def _decode_bytes(self, latents: Size, batch_size: int, gradient: bool = False) -> int:
-        """The peak of decoding, and with `gradient` of the way back."""
-        start = torch.empty(batch_size, LATENT_CHANNELS, *latents, device=META, requires_grad=gradient)
-        with torch.set_grad_enabled(gradient), flash_attention(), LiveBytes() as live:
-            pixels = self.vae.decode(start)
-            if gradient:
-                pixels.sum().backward()
-        return live.peak
-
-
-def _parameter_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())

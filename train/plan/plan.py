@@ -2,9 +2,8 @@
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.cache.reader import CacheReader
@@ -13,24 +12,21 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.rows.rows import Row, read_rows
 from train.config import Config
-from train.model.execution import Execution
-from train.plan.gpus import Gpu
+from train.plan.advice import Suggestion, caching_advice, faster_strategy, training_advice
+from train.plan.gpus import GIB, Gpu
 from train.plan.planner import (
     FLOAT,
-    GIB,
     BuildOptimizer,
     Change,
     Memory,
     Planner,
     apply,
-    forwards_per_sample,
     geometry_of,
     lora_sizes,
-    rollout_share,
+    utilisation,
 )
+from train.plan.speed import GIGA, LINK_BUSY, Step
 
-UTILISATION = {"compiled": 0.47, "plain": 0.34}
-"""Share of the GPU's bf16 peak that training reaches: measured on one H200 (docs/performance.md), assumed of other GPUs."""
 SHOWN_BUCKETS = 5
 
 
@@ -60,19 +56,31 @@ class Plan:
     num_checkpoints: int
     decided: Change
     """What every `auto` about memory comes to, by full key."""
-    compiled: bool
-    """Whether blocks are compiled on a GPU."""
-    samples_per_step: int
-    """Places on one rank."""
     group_size: int
     """Places that are filled from one bucket."""
     empty_share: float
     """Of all places, those that stay empty."""
-    flops_per_step: int
+    weights: str
+    """Format of the frozen weights."""
+    parallel: str
+    num_blocks: int
+    shipped: bool
+    """Whether the model's sizes are those that ship with the project."""
+    batch: tuple[int, int]
+    """Samples of a micro-batch, and how many are accumulated."""
+    step: Step
     """On one rank."""
+    utilisation: float
+    """The assumed share of the GPU's peak."""
+    seconds_per_step: float | None
+    """None where no speed is known: of another GPU, or with another `model.dtype` than bfloat16."""
     num_steps: int
-    advice: list[str]
-    """Settings that would make it fit, the smallest change first; empty if it fits."""
+    fits: bool
+    """Whether both phases find enough memory."""
+    advice: list[Suggestion]
+    """Settings that would make it fit, the fastest first; empty if it fits."""
+    faster: Suggestion | None
+    """The strategy that would be faster."""
 
     @property
     def steps_per_epoch(self) -> float:
@@ -80,21 +88,14 @@ class Plan:
         return self.data.num_rows / (1 - self.empty_share) / (self.samples_per_step * self.world_size)
 
     @property
-    def fits(self) -> bool:
-        """Whether both phases find enough memory."""
-        return max(self.memory.total, self.cache_phase.total) <= self.gpu.memory_gib * GIB
+    def samples_per_step(self) -> int:
+        """Places on one rank."""
+        return self.batch[0] * self.batch[1]
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """At the assumed utilisation; None where no speed is known: of another GPU, or with other weights than bfloat16."""
-        if self.gpu.tflops is None or self.dtype != "bfloat16":
-            return None
-        return self.flops_per_step / (self.gpu.tflops * 1e12 * self.utilisation)
-
-    @property
-    def utilisation(self) -> float:
-        """The assumed one."""
-        return UTILISATION["compiled" if self.compiled else "plain"]
+    def flops_per_step(self) -> int:
+        """On one rank."""
+        return self.step.flops + self.step.flops_8bit
 
     def render(self) -> str:
         """A screen of text."""
@@ -103,7 +104,9 @@ class Plan:
     def _lines(self) -> Iterator[str]:
         gpu, rate = self.gpu, "speed not known" if self.gpu.tflops is None else f"{self.gpu.tflops:g} TFLOPS"
         yield f"plan of {self.name} for {self.world_size} x {gpu.name}, {gpu.memory_gib:.1f} GiB, {rate} ({gpu.origin})"
-        yield f"  model      {_count(self.num_parameters)} parameters in {self.dtype}"
+        blocks = "" if self.weights == "bf16" else f", the blocks' in {self.weights}"
+        known = " (published sizes, shipped with the project)" if self.shipped else ""
+        yield f"  model      {_count(self.num_parameters)} parameters in {self.dtype}{blocks}{known}"
         yield f"  LoRA       rank {self.rank} on {self.num_modules} modules: {_count(self.num_trainable)} parameters"
         yield f"  data       {self.data.num_rows} rows, from {self.data.origin}"
         for label, bucket in zip(
@@ -112,34 +115,74 @@ class Plan:
             yield f"  {label:10} {_describe(bucket)}"
         if len(self.buckets) > SHOWN_BUCKETS:
             yield f"  {'':10} and {len(self.buckets) - SHOWN_BUCKETS} shorter buckets"
+        samples, accumulated = self.batch
         yield (
-            f"  an epoch   {self.steps_per_epoch:.4g} steps of {self.samples_per_step * self.world_size} places, in groups of "
-            f"{self.group_size} from one bucket; {self.empty_share:.1%} of the places stay empty"
+            f"  batch      global batch {samples * accumulated * self.world_size} = {_plural(samples, 'sample')} x "
+            f"{accumulated} accumulated x {_plural(self.world_size, 'GPU')}"
+        )
+        yield (
+            f"  an epoch   {self.steps_per_epoch:.4g} steps, in groups of {self.group_size} from one bucket; "
+            f"{self.empty_share:.1%} of the places stay empty"
         )
         yield "  memory per GPU, GiB"
         for part, num_bytes in self.memory.gpu.items():
             yield f"    {num_bytes / GIB:8.2f}  {part}"
         yield f"    {self.memory.total / GIB:8.2f}  of {gpu.memory_gib:.1f} in training"
         yield f"    {self.cache_phase.total / GIB:8.2f}  while caching, before that"
-        if self.memory.cpu:
-            yield f"    {self.memory.cpu / GIB:8.2f}  of CPU memory per process"
+        yield from self._elsewhere()
         yield (
             f"  disk       {_size(self.cache_bytes)} cache, {self.num_checkpoints} checkpoints of "
             f"{_size(self.checkpoint_bytes)} (one more while saving)"
         )
-        yield f"  time       {self._time()}"
-        yield "  it fits" if self.fits else "  IT DOES NOT FIT" + ("; this would:" if self.advice else "")
-        for line in self.advice:
-            yield f"    {line}"
+        yield from self._time()
+        if self.faster:
+            yield f"  faster     {self.faster.settings}, with about {self.faster.seconds:.3g} s a step"
+        yield (
+            "  it fits"
+            if self.fits
+            else "  IT DOES NOT FIT"
+            + ("; this would, the fastest first, with its time beside the fastest's:" if self.advice else "")
+        )
+        fastest = min((each.seconds for each in self.advice if each.seconds), default=None)
+        for each in self.advice:
+            yield f"    {each.settings}{_notes(each, self.world_size, fastest)}"
 
-    def _time(self) -> str:
-        work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({self.samples_per_step} samples per GPU)"
+    def _elsewhere(self) -> Iterator[str]:
+        """What is in the machine's memory, and what comes from there and from other GPUs."""
+        gpu, step, link = self.gpu, self.step, "NVLink" if self.gpu.nvlink else "PCIe"
+        if self.memory.cpu:
+            machine = "" if gpu.host_gib is None else f"; the machine has {gpu.host_gib:.1f}"
+            yield f"    {self.memory.cpu / GIB:8.2f}  of CPU memory per process, pinned{machine}"
+        if step.copied:
+            waiting = self.decided["train.offload_blocks"]
+            what = f"{waiting} of {self.num_blocks} blocks wait" if waiting else "the weights wait"
+            taken = _transfer(step.copied, gpu.pcie)
+            yield f"  copies     {what} in CPU memory: {taken} over PCIe each step, while it computes"
+        if step.gathered:
+            yield f"  links      each GPU receives {_transfer(step.gathered, gpu.link)} of weights over {link}, while it computes"
+        if step.reduced:
+            yield f"  links      each GPU receives {_transfer(step.reduced, gpu.link)} of LoRA over {link}, when it has computed"
+        if self.world_size > gpu.per_machine:
+            yield f"  links      what leaves a machine of {gpu.per_machine} GPUs is slower than this plan knows"
+
+    def _time(self) -> Iterator[str]:
+        samples = _plural(self.samples_per_step, "sample")
+        work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({samples} per GPU)"
         if self.seconds_per_step is None or self.seconds_per_step < 0.1:  # too little for a peak to say anything
-            return work
-        return (
-            f"{work}: about {_duration(self.seconds_per_step)} at {self.utilisation:.0%} of peak, "
+            yield f"  time       {work}"
+            return
+        yield (
+            f"  time       {work}: about {_duration(self.seconds_per_step)} at {self.utilisation:.0%} of peak, "
             f"{_duration(self.seconds_per_step * self.num_steps)} for {self.num_steps} steps"
         )
+        unmeasured = {
+            f"products in {self.weights}": self.step.flops_8bit,
+            f"widening {self.weights}": self.step.rounded and not self.step.flops_8bit,
+            "copies beside the computation": self.step.copied,
+            "several GPUs": self.world_size > 1,
+        }
+        if named := [name for name, part in unmeasured.items() if part]:
+            yield f"             an estimate, for these were not measured: {', '.join(named)}"
 
 
 def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
@@ -177,28 +220,16 @@ def make_plan(
     Raises:
         InputError: `config.json` is missing or contradicts the configuration, or a LoRA target does not exist.
     """
-    planner = Planner(config, model, data, build_optimizer)
+    planner, configured = Planner(config, model, data, build_optimizer), config
     decided = planner.decide(config, world_size, gpu)
     config = apply(config, decided)
-    memory, cache_phase = planner.training(config, world_size), planner.caching(config)
-    settings, lora = config.train, lora_sizes(config)
-    shapes = planner.transformer.lora_shapes(lora)
-    trainable = sum(math.prod(shape) for group in shapes.values() for shape in group)
-    buckets = data.buckets(geometry_of(config))
-    samples = settings.micro_batch_size * settings.accumulation(world_size)
-    execution = Execution.of(settings.gradient_checkpointing)
-    rolled = rollout_share(config)
-    flops = forwards_per_sample(config) * sum(
-        bucket.share
-        * (
-            planner.transformer.flops(bucket, lora, execution)
-            + rolled * sum(planner.transformer.forward_flops(bucket, lora))
-        )
-        for bucket in buckets
-    )
-    group_size = settings.group_size or settings.micro_batch_size
-    empty_share = _empty_share(buckets, data.num_rows, group_size)
-    plan = Plan(
+    settings, lora, cache_phase = config.train, lora_sizes(config), planner.caching(config)
+    shapes, trainable = planner.transformer.lora_shapes(lora), planner.num_lora(config)
+    phases = cache_phase.total <= gpu.memory_gib * GIB, planner.fits(config, world_size, gpu)
+    advice = [] if phases[0] else caching_advice(planner, configured, world_size, gpu)
+    if not phases[1]:
+        advice += training_advice(planner, configured, world_size, gpu)
+    return Plan(
         name=config.name,
         gpu=gpu,
         world_size=world_size,
@@ -208,28 +239,46 @@ def make_plan(
         num_modules=len(shapes),
         rank=lora.rank,
         data=data,
-        buckets=buckets,
-        memory=memory,
+        buckets=planner.buckets(config),
+        memory=planner.training(config, world_size, gpu),
         cache_phase=cache_phase,
         cache_bytes=planner.cache_bytes(config),
         checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
         decided=decided,
-        compiled=settings.compile != "off",
-        samples_per_step=samples,
-        group_size=group_size,
-        empty_share=empty_share,
-        flops_per_step=round(flops * samples * (1 - empty_share)),
+        group_size=settings.group_size or settings.micro_batch_size,
+        empty_share=planner.empty_share(config),
+        weights=config.model.weights,
+        parallel=config.parallel.name,
+        num_blocks=planner.transformer.num_layers,
+        shipped=model.shipped,
+        batch=(settings.micro_batch_size, settings.accumulation(world_size)),
+        step=planner.step(config, world_size, gpu),
+        utilisation=utilisation(config),
+        seconds_per_step=planner.seconds(config, world_size, gpu),
         num_steps=settings.num_steps,
-        advice=[],
+        fits=all(phases),
+        advice=advice,
+        faster=faster_strategy(planner, configured, world_size, gpu) if phases[1] else None,
     )
-    return plan if plan.fits else replace(plan, advice=planner.advice(config, world_size, gpu))
 
 
-def _empty_share(buckets: list[Bucket], num_rows: int, group_size: int) -> float:
-    """Of the places of all groups, those that no row fills."""
-    counts = [max(1, round(bucket.share * num_rows)) for bucket in buckets]
-    return 1 - sum(counts) / (group_size * sum(-(-count // group_size) for count in counts))
+def _notes(each: Suggestion, world_size: int, fastest: float | None) -> str:
+    notes = [f"on {each.num_gpus} GPUs"] if each.num_gpus != world_size else []
+    if each.seconds and fastest:
+        notes.append(f"{each.seconds:.3g} s a step, {each.seconds / fastest:.2f} x")
+    if each.changes_result:
+        notes.append("changes results")
+    return f"  ({', '.join(notes)})" if notes else ""
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+def _transfer(num_bytes: int, rate: float) -> str:
+    """Its size, and how long it takes if the link's speed is known."""
+    return _size(num_bytes) + (f" ({num_bytes / (rate * GIGA * LINK_BUSY):.2g} s)" if rate else "")
 
 
 def _count(number: int) -> str:

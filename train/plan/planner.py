@@ -1,11 +1,11 @@
-"""What a configuration needs on one rank, by part, and the settings that need less: a function of plain sizes."""
+"""What a configuration needs on one rank, by part, how fast it is, and what `auto` comes to: a function of plain sizes."""
 
 import bisect
-import importlib.util
-import itertools
+import functools
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,18 @@ from train.config import Config
 from train.model.denoiser import resolve_zero_cond_t
 from train.model.execution import Execution
 from train.optim import Optimizer
-from train.plan.gpus import Gpu
-from train.plan.memory import EncoderSizes, LoraSizes, Transformer, optimizer_bytes
+from train.plan.encoder_sizes import EncoderSizes
+from train.plan.gpus import GIB, Gpu
+from train.plan.memory import LoraSizes, Transformer, optimizer_bytes
+from train.plan.quantised import Format
+from train.plan.speed import UTILISATION, Step, communication
 
-GIB = 2**30
 ALLOWANCE = 3 * GIB // 2
 """For what PyTorch does not count: the CUDA context, kernels' workspaces, and fragmentation."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Elements that DeepSpeed's ZeRO-3 keeps gathered at most, its default."""
-SMALL_BUCKET = 50_000_000
+SLOTS = 2
+"""Blocks that are on the GPU of those that wait in CPU memory: the one that computes, and the next."""
 FLOAT = 4
 
 Change = dict[str, Any]
@@ -42,7 +45,7 @@ class Memory:
 
     gpu: dict[str, int]
     cpu: int = 0
-    """Offloaded parts."""
+    """Offloaded parts, in the machine's memory."""
 
     @property
     def total(self) -> int:
@@ -67,12 +70,20 @@ class Planner:
         self.encoders = EncoderSizes(model.config("vae"), model.config("text_encoder"), self.dtype)
         self.text_width = model.config("transformer")["joint_attention_dim"]
         self.data, self.build_optimizer = data, build_optimizer
+        self._buckets, self._optimizer_bytes = functools.cache(data.buckets), functools.cache(self._optimizer_bytes)
 
-    def training(self, config: Config, world_size: int) -> Memory:
-        """Phase 2 at its worst moment: a backward pass on the longest sequence, or what is done between two steps."""
+    def training(self, config: Config, world_size: int, gpu: Gpu) -> Memory:
+        """Phase 2 at its worst moment: a backward pass on the longest sequence, or what is done between two steps.
+
+        Args:
+            config: without `auto`.
+            gpu: says whether products are computed in 8 bits.
+        """
         zero, num_frozen, num_lora = config.parallel.stage, self.transformer.num_parameters, self.num_lora(config)
         lora, optimizer = FLOAT * num_lora, self.optimizer_bytes(config)
-        frozen, offloaded = num_frozen * self.dtype.itemsize, config.parallel.offload
+        weights, waiting = config.model.weights, waiting_blocks(config)
+        frozen, block = self.transformer.frozen_bytes(weights), self.transformer.block_bytes(weights)
+        offloaded = config.parallel.offload
         buffer = FLOAT * config.parallel.bucket_size * (2 if config.parallel.overlap_comm else 1)
         if not config.parallel.contiguous_gradients:
             buffer = min(buffer, lora)  # as gradients come, instead of one buffer from the start
@@ -81,29 +92,37 @@ class Planner:
         )  # the optimizer's temporaries or averaged weights; ZeRO-2: gradients too
         backward, pixels = self.backward_bytes(config), self.pixel_bytes(config)
         between += self.validation_bytes(config)
-        gpu = {"frozen weights" + (f", 1/{world_size} of them" if zero == 3 else ""): frozen}
+        parts = {"frozen weights": frozen - waiting * block}
+        if weights != "bf16":
+            parts = {f"frozen weights, the blocks' in {weights}": parts["frozen weights"]}
         if zero == 3:
-            gpu = {next(iter(gpu)): 0 if offloaded else -(-frozen // world_size)}
-            gathered = 0 if world_size == 1 and not offloaded else min(num_frozen, MAX_LIVE_PARAMETERS)
-            gpu["gathered weights"] = gathered * self.dtype.itemsize  # one rank alone has nothing to gather
-        gpu["LoRA weights"] = lora
-        gpu["LoRA gradients"] = lora // world_size if zero == 2 else lora
+            blocks = self.transformer.num_layers * block
+            parts = {
+                f"frozen weights, 1/{world_size} of the blocks'": 0 if offloaded else -(-blocks // world_size),
+                "frozen weights around the blocks": frozen - blocks,
+            }
+            gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if is_sharded(config, world_size) else 0
+            parts["gathered weights"] = gathered * self.dtype.itemsize
+        parts[f"blocks that come from CPU memory, {SLOTS} at a time"] = min(SLOTS, waiting) * block
+        parts["LoRA weights"] = lora
+        parts["LoRA gradients"] = lora // world_size if zero == 2 else lora
         if zero == 2:
-            gpu["DeepSpeed's copy of LoRA"] = lora // world_size
-            gpu["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
-            gpu["LoRA masters, on every rank"] = lora
+            parts["DeepSpeed's copy of LoRA"] = lora // world_size
+            parts["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
+            parts["LoRA masters, on every rank"] = lora
         if not config.adapter.dora:
-            gpu["LoRA weights for products"] = num_lora * self.dtype.itemsize
-        gpu["optimizer state"] = 0 if offloaded else optimizer
-        gpu[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
+            parts["LoRA weights for products"] = num_lora * self.dtype.itemsize
+        parts["optimizer state"] = 0 if offloaded else optimizer
+        parts[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
+        parts["products with quantised weights, for the moment"] = self.workspace_bytes(config, gpu)
         if pixels:
-            gpu["pixel loss through the VAE (LPIPS not counted)"] = pixels
-        gpu["between steps, beyond activations"] = max(0, between - backward - pixels)
+            parts["pixel loss through the VAE (LPIPS not counted)"] = pixels
+        parts["between steps, beyond activations"] = max(0, between - backward - pixels)
         if config.validate or config.loss.get("pixel"):
-            gpu["VAE"] = self.encoders.vae_bytes
-        gpu["CUDA context, workspaces, fragmentation (allowance)"] = ALLOWANCE
-        cpu = frozen // world_size + 2 * lora + optimizer if offloaded else 0
-        return Memory({part: size for part, size in gpu.items() if size}, cpu)
+            parts["VAE"] = self.encoders.vae_bytes
+        parts["CUDA context, workspaces, fragmentation (allowance)"] = ALLOWANCE
+        cpu = frozen // world_size + 2 * lora + optimizer if offloaded else waiting * block
+        return Memory({part: size for part, size in parts.items() if size}, cpu)
 
     def caching(self, config: Config) -> Memory:
         """Phase 1."""
@@ -135,36 +154,124 @@ class Planner:
         counts = {keep: kept.count(keep) for keep in words if keep in kept}
         return "; ".join(f"{words[keep]} kept in {count} of {len(kept)} blocks" for keep, count in counts.items())
 
+    def fits(self, config: Config, world_size: int, gpu: Gpu) -> bool:
+        """Whether training finds enough memory, on the GPU and, where it is known, in the machine."""
+        memory, here = self.training(config, world_size, gpu), min(world_size, gpu.per_machine)
+        return memory.total <= gpu.memory_gib * GIB and (
+            gpu.host_gib is None or memory.cpu * here <= gpu.host_gib * GIB
+        )
+
     def decide(self, config: Config, world_size: int, gpu: Gpu) -> Change:
         """What every `auto` about memory comes to, by full key."""
         strategy = {"parallel.strategy": self.strategy(config, world_size, gpu)}
-        return strategy | {"train.gradient_checkpointing": self.checkpointing(apply(config, strategy), world_size, gpu)}
+        return strategy | self.saving(apply(config, strategy), world_size, gpu)
+
+    def without_auto(self, config: Config, world_size: int, gpu: Gpu) -> Config:
+        """The configuration with what is decided in place of every `auto` about memory."""
+        return apply(config, self.decide(config, world_size, gpu))
 
     def strategy(self, config: Config, world_size: int, gpu: Gpu) -> str:
-        """`parallel.strategy`, with `auto` decided: the fastest that fits."""
+        """`parallel.strategy`, with `auto` decided: `single` for one process; `ddp` for several if each GPU has room for the
+        model, none of it waiting in CPU memory, else `zero3`. What only whole blocks can do is never cut.
+        """
         if config.parallel.strategy != "auto":
             return config.parallel.strategy
         if world_size == 1:
             return "single"
-        replicas = apply(config, {"parallel.strategy": "ddp"})
-        replicas = apply(replicas, {"train.gradient_checkpointing": self.checkpointing(replicas, world_size, gpu)})
-        return "ddp" if config.adapter.dora or self.fits(replicas, world_size, gpu) else "zero3"
+        if not can_shard(config):
+            return "ddp"
+        replicas = apply(config, {"parallel.strategy": "ddp", "train.offload_blocks": 0})
+        return "ddp" if self.fits(self.without_auto(replicas, world_size, gpu), world_size, gpu) else "zero3"
 
-    def fits(self, config: Config, world_size: int, gpu: Gpu) -> bool:
-        """Whether training finds enough memory on each GPU."""
-        return self.training(config, world_size).total <= gpu.memory_gib * GIB
+    def saving(self, config: Config, world_size: int, gpu: Gpu) -> Change:
+        """`train.gradient_checkpointing` and `train.offload_blocks`, with `auto` decided: the fastest that fit.
 
-    def checkpointing(self, config: Config, world_size: int, gpu: Gpu) -> str | int:
-        """`train.gradient_checkpointing`, with `auto` decided: the fastest that fits; `full` if none does."""
+        First more is recomputed, then blocks wait in CPU memory, as few as needed. If nothing fits, everything is recomputed
+        and all blocks wait there.
+        """
+        num_layers = self.transformer.num_layers
+        settings: list[str | int] = ["off", "selective", *range(1, num_layers + 1), "full"]
         if config.train.gradient_checkpointing != "auto":
-            return config.train.gradient_checkpointing
-        settings = ["off", "selective", *range(1, self.transformer.num_layers + 1), "full"]
+            settings = [config.train.gradient_checkpointing]
+        counts: list[int] = [0, *range(SLOTS + 1, num_layers + 1)]  # fewer are on the GPU all the same
+        if config.train.offload_blocks != "auto":
+            counts = [config.train.offload_blocks]
+        elif config.parallel.stage == 3 or config.train.device == "cpu":
+            counts = [0]
 
-        def fits(setting: str | int) -> bool:
-            return self.fits(apply(config, {"train.gradient_checkpointing": setting}), world_size, gpu)
+        def change(setting: str | int, count: int) -> Change:
+            return {"train.gradient_checkpointing": setting, "train.offload_blocks": count}
 
-        first = bisect.bisect_left(settings[:-1], True, key=fits)  # each needs less than the one before it
-        return settings[first]
+        def fits(setting: str | int, count: int) -> bool:
+            return self.fits(apply(config, change(setting, count)), world_size, gpu)
+
+        if fits(settings[-1], counts[0]):  # each needs less than the one before it
+            first = bisect.bisect_left(settings[:-1], True, key=lambda setting: fits(setting, counts[0]))
+            return change(settings[first], counts[0])
+        least = bisect.bisect_left(counts[:-1], True, key=lambda count: fits(settings[-1], count))
+        return change(settings[-1], counts[least])
+
+    def step(self, config: Config, world_size: int, gpu: Gpu) -> Step:
+        """What a GPU does in a step.
+
+        Args:
+            config: without `auto`.
+        """
+        settings, weights, lora = config.train, config.model.weights, lora_sizes(config)
+        execution = Execution.of(settings.gradient_checkpointing)
+        forwards, kept = forwards_per_sample(config), self.format(config, gpu)
+        accumulated = settings.accumulation(world_size)
+        samples, passes = settings.micro_batch_size * accumulated, accumulated * forwards
+        times, rolled = 2 + self.transformer.recomputed(execution), rollout_share(config)
+        drawn = samples * forwards * (1 - self.empty_share(config))
+        frozen = rest = forward = rounded = 0.0
+        for bucket in self.buckets(config):
+            flops, first = self.transformer.flops(bucket, lora, execution), self.transformer.forward_flops(bucket, lora)
+            frozen += bucket.share * drawn * (flops.frozen + rolled * first[0])
+            rest += bucket.share * drawn * (flops.rest + rolled * sum(first[1:]))
+            forward += bucket.share * flops.forward / flops.total
+            layers = self.transformer.layers(bucket)
+            traffic = sum(kept.traffic_bytes(layer, settings.micro_batch_size, times) for layer in layers)
+            rounded += bucket.share * passes * traffic
+        blocks = self.transformer.num_layers * self.transformer.block_bytes(weights)
+        shards = (config.parallel, world_size, passes, accumulated, blocks, FLOAT * self.num_lora(config))
+        gathered, reduced = communication(*shards)
+        waiting = blocks // world_size
+        if not config.parallel.offload:
+            waiting = waiting_blocks(config) * self.transformer.block_bytes(weights)
+        return Step(
+            flops=round(rest if kept.products else rest + frozen),
+            flops_8bit=round(frozen if kept.products else 0),
+            forward=forward,
+            rounded=rounded,
+            copied=round((2 + rolled) * passes * waiting),
+            gathered=gathered,
+            reduced=reduced,
+            fetched_blocks=passes * self.transformer.num_layers if is_sharded(config, world_size) else 0,
+        )
+
+    def seconds(self, config: Config, world_size: int, gpu: Gpu) -> float | None:
+        """Of a step; None where no speed is known: of another GPU, or with a `model.dtype` other than bfloat16."""
+        if gpu.tflops is None or config.model.dtype != "bfloat16":
+            return None
+        return self.step(config, world_size, gpu).seconds(gpu, config.model.weights, utilisation(config))
+
+    def empty_share(self, config: Config) -> float:
+        """Of the places of all groups, those that no row fills."""
+        group_size = config.train.group_size or config.train.micro_batch_size
+        counts = [max(1, round(bucket.share * self.data.num_rows)) for bucket in self.buckets(config)]
+        return 1 - sum(counts) / (group_size * sum(-(-count // group_size) for count in counts))
+
+    def format(self, config: Config, gpu: Gpu) -> Format:
+        """How frozen weights are kept and multiplied."""
+        weights, compiled = config.model.weights, config.train.compile != "off"
+        products = gpu.products(weights) is not None and self.dtype == torch.bfloat16
+        return Format(weights, products, compiled, self.dtype.itemsize)
+
+    def workspace_bytes(self, config: Config, gpu: Gpu) -> int:
+        """The most that one product with a quantised weight holds for a moment."""
+        kept, batch_size = self.format(config, gpu), config.train.micro_batch_size * forwards_per_sample(config)
+        return max(kept.workspace_bytes(layer, batch_size) for layer in self.transformer.layers(self.longest(config)))
 
     def pixel_bytes(self, config: Config) -> int:
         """Of a loss that decodes its prediction."""
@@ -192,91 +299,36 @@ class Planner:
 
     def optimizer_bytes(self, config: Config) -> int:
         """Of the optimizer's state."""
-        shapes = self.transformer.lora_shapes(lora_sizes(config)).values()
-        return optimizer_bytes([s for group in shapes for s in group], lambda p: self.build_optimizer(config.optim, p))
+        return self._optimizer_bytes(json.dumps(config.optim), lora_sizes(config))
+
+    def _optimizer_bytes(self, optim: str, lora: LoraSizes) -> int:
+        shapes = [shape for group in self.transformer.lora_shapes(lora).values() for shape in group]
+        return optimizer_bytes(shapes, lambda parameters: self.build_optimizer(json.loads(optim), parameters))
+
+    def buckets(self, config: Config) -> list[Bucket]:
+        """Of the training rows, the one that needs most first."""
+        return self._buckets(geometry_of(config))
 
     def longest(self, config: Config) -> Bucket:
         """The bucket that needs most."""
-        return self.data.buckets(geometry_of(config))[0]
-
-    def advice(self, config: Config, world_size: int, gpu: Gpu) -> list[str]:
-        """Settings that would fit, for each phase that does not."""
-        advice = []
-        available = gpu.memory_gib * GIB
-        if self.caching(config).total > available >= self.caching(apply(config, {"cache.batch_size": 1})).total:
-            advice.append("cache.batch_size=1  (for caching)")
-        if self.training(config, world_size).total > available:
-            advice += self.training_advice(config, world_size, available)
-        return advice
-
-    def training_advice(self, config: Config, world_size: int, available: float) -> list[str]:
-        """Settings under which training fits: those that leave the result as it is, or else those and one more."""
-
-        def fits(candidate: Config, num_gpus: int = world_size) -> bool:
-            return self.training(candidate, num_gpus).total <= available
-
-        harmless = list(harmless_changes(config))
-        for count in range(1, len(harmless) + 1):
-            for chosen in itertools.combinations(harmless, count):
-                if fits(apply(config, *chosen)):
-                    return [text_of(*chosen)]
-        found = []
-        for family in further_changes(config, world_size):
-            hopeless = not family or not fits(apply(config, *harmless, family[-1][0]), family[-1][1])
-            for change, num_gpus in [] if hopeless else family:
-                if fits(apply(config, *harmless, change), num_gpus):
-                    launch = f"  (on {num_gpus} GPUs)" if num_gpus != world_size else ""
-                    found.append(text_of(*harmless, change) + launch)
-                    break
-        return found
+        return self.buckets(config)[0]
 
 
-def harmless_changes(config: Config) -> Iterator[Change]:
-    """What costs time and changes no result."""
-    settings = config.train
-    if settings.gradient_checkpointing != "full":
-        yield {"train.gradient_checkpointing": "full"}
-    if settings.micro_batch_size > 1:
-        accumulated = settings.micro_batch_size * (settings.grad_accum_steps or 1)
-        kept = {} if settings.global_batch_size else {"train.grad_accum_steps": accumulated}
-        kept["train.group_size"] = settings.group_size or settings.micro_batch_size
-        yield {"train.micro_batch_size": 1, **kept}
-    if config.parallel.stage == 2 and config.parallel.bucket_size > SMALL_BUCKET:
-        yield {"parallel.bucket_size": SMALL_BUCKET}
-
-
-def further_changes(config: Config, world_size: int) -> Iterator[list[tuple[Change, int]]]:
-    """What needs more GPUs or changes the result, by family; within one, the smaller change first."""
-    if config.optim["_target_"] == "train.optim.AdamW" and importlib.util.find_spec("bitsandbytes"):
-        yield [({"optim": {**config.optim, "bits": 8}}, world_size)]
-    sharded = {"parallel.strategy": "zero3", "parallel.offload": False}
-    if not config.adapter.dora:
-        counts = sorted({world_size, *(n for n in (2, 4, 8) if n > world_size)} - {1})
-        yield [(sharded, count) for count in counts]
-        if not config.parallel.offload:
-            yield [({**sharded, "parallel.offload": True}, world_size)]
-    yield [({"data.max_pixels": n * n}, world_size) for n in (768, 512, 384) if n * n < config.data.max_pixels]
-    halved = itertools.takewhile(lambda rank: rank >= 4, (config.adapter.rank >> n for n in itertools.count(1)))
-    yield [({"adapter.rank": rank}, world_size) for rank in halved]
+def spread(strategy: str, offload: bool = False) -> Change:
+    """The change to this `parallel=`."""
+    return {"parallel.strategy": strategy, "parallel.offload": offload}
 
 
 def apply(config: Config, *changes: Change) -> Config:
-    """The configuration with these keys changed."""
+    """The configuration with these keys changed, all at once: checks see the whole."""
+    groups: dict[str, Any] = {}
     for key, value in (item for change in changes for item in change.items()):
         section, _, name = key.partition(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value}) if name else value})
-    return config
-
-
-def text_of(*changes: Change) -> str:
-    """As they are written on the command line."""
-    values: Change = {key: value for change in changes for key, value in change.items()}
-    if values.pop("parallel.strategy", None):
-        group = "zero3_offload" if values.pop("parallel.offload") else "zero3"
-        values = {"parallel": group} | values
-    if optim := values.pop("optim", None):
-        values["++optim.bits"] = optim["bits"]
-    return " ".join(f"{key}={value}" for key, value in values.items())
+        groups[section] = {**groups.get(section, {}), name: value} if name else value
+    sections = {
+        s: replace(getattr(config, s), **v) if is_dataclass(getattr(config, s)) else v for s, v in groups.items()
+    }
+    return replace(config, **sections)
 
 
 def geometry_of(config: Config) -> Geometry:
@@ -302,3 +354,24 @@ def rollout_share(config: Config) -> float:
     weights = sigma.get("probabilities") or [1.0] * len(values)
     below = sum(weight for value, weight in zip(values, weights, strict=True) if value < 1) / sum(weights)
     return config.loss.get("rollout", 0.0) * below
+
+
+def waiting_blocks(config: Config) -> int:
+    """Blocks whose frozen weights wait in CPU memory; the configuration is one without `auto`."""
+    assert config.train.offload_blocks != "auto"
+    return config.train.offload_blocks
+
+
+def can_shard(config: Config) -> bool:
+    """Whether frozen weights can be cut over the ranks (ZeRO-3)."""
+    return not config.adapter.dora and config.model.weights == "bf16" and config.train.offload_blocks in ("auto", 0)
+
+
+def is_sharded(config: Config, world_size: int) -> bool:
+    """Whether a rank lacks weights that it multiplies by: on one process `zero3` trains as `single`."""
+    return config.parallel.stage == 3 and (world_size > 1 or config.parallel.offload)
+
+
+def utilisation(config: Config) -> float:
+    """The assumed share of the GPU's peak."""
+    return UTILISATION["plain" if config.train.compile == "off" else "compiled"]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from data_prep.errors import InputError
-from data_prep.model.directory import ModelDirectory
-from data_prep.model.encoders import load_prompt_encoder, load_vae
+from data_prep.model.directory import KNOWN, ModelDirectory
+from data_prep.model.encoders import build_vae, load_prompt_encoder, load_vae
 
 FILES = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 LOADERS = {"vae": load_vae, "text_encoder": load_prompt_encoder}
@@ -174,3 +176,37 @@ def test_fingerprint_follows_contents(tiny_model_dir, model):
     weights.write_bytes(content)
     assert model.fingerprint("vae", "text_encoder") != before
     assert model.fingerprint("text_encoder") == ModelDirectory.resolve(tiny_model_dir).fingerprint("text_encoder")
+
+
+@pytest.mark.parametrize("hub_id", sorted(KNOWN))
+def test_the_sizes_of_known_models_ship(hub_id, monkeypatch):
+    """They are the published ones: 20.43 and 8.29 billion parameters, the language head of 0.54 among the latter, and
+    diffusers' own class makes the same transformer of them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = ModelDirectory.resolve(hub_id, weights=False)
+    assert model.shipped
+    assert model.config("transformer").get("zero_cond_t", False) == hub_id.endswith("2511")
+    with torch.device("meta"):
+        theirs = QwenImageTransformer2DModel(**{k: v for k, v in model.config("transformer").items() if k[0] != "_"})
+        text_encoder = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(model.config("text_encoder")))
+        vae, diffusers_vae = build_vae(model.config("vae")), AutoencoderKLQwenImage()
+    assert round(sum(p.numel() for p in theirs.parameters()) / 1e9, 2) == 20.43
+    assert round(sum(p.numel() for p in text_encoder.parameters()) / 1e9 + 0.545, 2) == 8.29
+    assert sum(p.numel() for p in vae.parameters()) == sum(p.numel() for p in diffusers_vae.parameters())
+
+
+def test_a_known_model_of_this_machine_is_preferred(tmp_path, monkeypatch):
+    """What the hub's cache holds says the sizes; all of it is needed for more than that."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--Qwen--Qwen-Image-Edit-2511"
+    snapshot = repository / "snapshots" / "0123"
+    shutil.copytree(KNOWN["Qwen/Qwen-Image-Edit-2511"], snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    found = ModelDirectory.resolve("Qwen/Qwen-Image-Edit-2511", weights=False)
+    assert (found.path, found.shipped) == (snapshot, False)
+    (snapshot / "vae" / "config.json").unlink()
+    assert ModelDirectory.resolve("Qwen/Qwen-Image-Edit-2511", weights=False).shipped
+    with pytest.raises(InputError, match="downloading it from the hub failed"):
+        ModelDirectory.resolve("Qwen/Qwen-Image-Edit-2509")
