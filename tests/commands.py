@@ -15,8 +15,6 @@ import torch
 
 from tests.children import ROOT, kept, run
 
-QUICK_TO_START = ("data_prep/",)
-
 
 @functools.cache
 def warm_python() -> list[str]:
@@ -64,7 +62,8 @@ def run_script(
         options: of `tests.children.run`.
     """
     words = [str(argument) for argument in arguments]
-    python = [sys.executable] if fresh or words[0].startswith(QUICK_TO_START) else warm_python()
+    real = fresh or "preexec_fn" in options  # which a fork of another process would not see
+    python = [sys.executable] if real else warm_python()
     done = run([*python, *words], **options)
     assert not check or done.returncode == 0, f"{words} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done

@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -27,7 +28,7 @@ def test_ctrl_c_is_heard_where_the_shell_ignores_it():
 def test_what_a_process_has_started_ends_with_it(own_session, warm, tmp_path):
     python = warm_python() if warm else [sys.executable]
     (tmp_path / "starts.py").write_text(STARTS_ANOTHER.format(own_session))
-    with pytest.raises(RuntimeError, match="a test fails"), started([*python, tmp_path / "starts.py"], cwd=tmp_path):
+    with suppress(RuntimeError), started([*python, tmp_path / "starts.py"], cwd=tmp_path):
         wait_until(lambda: sleeping(tmp_path))
         raise RuntimeError("a test fails")
     wait_until(lambda: not sleeping(tmp_path))

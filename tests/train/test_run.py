@@ -119,6 +119,7 @@ def test_accumulation_does_not_change_what_is_trained_on(command, tmp_path):
     assert {"loss/latent/main/sigma_1", "loss/latent/main/sigma_0.25"} <= metrics_keys(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_a_no_op(command, tmp_path):
     run_script(*command(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -171,6 +172,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(command, tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path):
     """The disk is full for files above a size, as `ulimit -f` makes it: the first save works, a larger one cannot."""
     run_script(*command(tmp_path, "train.num_steps=2"))
@@ -233,6 +235,7 @@ def test_what_only_a_run_finds_gets_a_sentence_too(command, tmp_path, overrides)
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_are_not_continued(command, tmp_path):
     run_script(*command(tmp_path, "train.num_steps=2"))
     done = run_script(*command(tmp_path, "seed=1", "train.num_steps=2"), check=False)

@@ -165,6 +165,7 @@ def test_bad_pictures_are_rejected_alone(streaming, tmp_path, hf):
     assert not (tmp_path / "out/.originals").exists()
 
 
+@pytest.mark.slow
 def test_a_stream_two_processes_and_a_second_run_give_the_same_bytes(tmp_path, hf):
     rows = [{**row, "img_id": f"{n}-{row['img_id']}"} for n in range(8) for row in magicbrush_rows()]
     as_dataset(rows, *MAGICBRUSH).to_parquet(tmp_path / "mb.parquet")

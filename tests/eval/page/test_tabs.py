@@ -5,7 +5,6 @@ import math
 import random
 import struct
 import threading
-import time
 import zlib
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from eval.request.lookup import FoundAdapter
 from eval.request.placement import Placement
 from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter
+from tests.children import PATIENCE, wait_until
 from tests.pictures import picture, save
 
 SIDE = 64
@@ -387,21 +387,21 @@ def test_edits_wait_in_order_and_each_tab_cancels_its_own():
         for owner in (("anna", "compare"), ("bert", "edit"), ("carl", "edit"), ("carl", "compare")):
             threads.append(threading.Thread(target=edit, args=owner))
             threads[-1].start()
-            until(lambda owner=owner: owner in bars and bars[owner].shown)
+            wait_until(lambda owner=owner: owner in bars and bars[owner].shown)
         assert bars["bert", "edit"].shown == [(0, "Waiting: 2 before this one")]
         assert jobs.cancel("anna", "compare") == "waiting"
-        until(lambda: left == [("anna", "compare")])
+        wait_until(lambda: left == [("anna", "compare")])
         on_progress(1, 2)  # goes on
-        until(lambda: bars["bert", "edit"].shown[-1] == (0, "Waiting: 1 before this one"))
+        wait_until(lambda: bars["bert", "edit"].shown[-1] == (0, "Waiting: 1 before this one"))
         assert jobs.cancel("nobody", "edit") == "none"
         jobs.leave("carl")
-        until(lambda: len(left) == 3)
+        wait_until(lambda: len(left) == 3)
         assert jobs.cancel("anna", "edit") == "running"
         with pytest.raises(Cancelled):
             on_progress(2, 2)
         assert order == []
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE)
     assert order == [("bert", "edit")]
     assert jobs.cancel("bert", "edit") == "none"
 
@@ -420,16 +420,9 @@ def test_the_line_has_an_end():
         threads = [threading.Thread(target=edit) for _ in range(MAX_WAITING + 1)]
         for thread in threads:
             thread.start()
-        until(lambda: len(full) == 1)
+        wait_until(lambda: len(full) == 1)
         assert "64 edits are waiting already" in str(full[0])
         jobs.cancel_all()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE)
     assert len(full) == MAX_WAITING + 1
-
-
-def until(reached) -> None:
-    deadline = time.monotonic() + 20
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -10,6 +10,7 @@ from tests.commands import ROOT, run_script
 BENCH = "scripts/bench/startup.py"
 
 
+@pytest.mark.slow
 def test_help_and_import(tmp_path):
     file = tmp_path / "found.json"
     parts = ["--only", "help,import", "--commands", "data_prep/run.py"]

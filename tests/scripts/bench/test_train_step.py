@@ -20,6 +20,7 @@ BENCH = "scripts/bench/train_step.py"
 ROWS_OF_THE_TEST = f"{DEFAULT_ROWS},attention"
 
 
+@pytest.mark.slow
 def test_every_row_at_the_tiny_size(tmp_path):
     done = run_script(
         BENCH,

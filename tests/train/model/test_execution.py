@@ -53,8 +53,9 @@ def run_with(denoiser, run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", list(RUNS))
-@pytest.mark.parametrize(("cases", "graphs"), [(ONE, 2), (SEVERAL, 4)], ids=["one", "several"])
+@pytest.mark.parametrize(
+    ("keep", "cases", "graphs"), [*((keep, ONE, 2) for keep in RUNS), ("products", SEVERAL, 4)], ids=[*RUNS, "several"]
+)
 def test_few_graphs_with_the_same_numbers(said, keep, cases, graphs):
     """Over three buckets and two text lengths: one graph, another for the last block, and both again for texts of
     different lengths. `aot_eager` runs the traced operations as they are, so nothing may differ."""

@@ -49,6 +49,7 @@ print((peak_after(150_000) - few) / 110_000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_grows_by_less_than_200_bytes_a_row(tmp_path):
     """With two pictures a row that are like no others, the worst case."""
     done = subprocess.run(
