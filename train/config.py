@@ -45,6 +45,9 @@ class ModelConfig:
     """A folder or hub id in the layout of Qwen/Qwen-Image-Edit-2511."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights. LoRA weights are always float32."""
+    weights: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"
+    """Format of the linear layers in the transformer's blocks: `bf16` keeps them in `model.dtype`, the others round them as
+    they are read. docs/memory.md says what each saves and costs."""
     zero_cond_t: bool | None = None
     """References modulated with sigma 0. Read from the model; repeat it here only as a check."""
 
@@ -289,6 +292,16 @@ class Config:
             not (self.adapter.dora and self.parallel.stage == 3),
             f"adapter.dora=true needs every layer's whole weight, which parallel={self.parallel.name} cuts over the ranks: "
             "use parallel=single, ddp or zero2",
+        )
+        quantised = f"model.weights={self.model.weights}"
+        require(
+            self.model.weights == "bf16" or self.parallel.stage != 3,
+            f"{quantised} cannot be cut over the ranks as parallel={self.parallel.name} does: use parallel=single, ddp or "
+            "zero2, or model.weights=bf16",
+        )
+        require(
+            self.model.weights == "bf16" or not self.adapter.dora,
+            f"adapter.dora=true needs the lengths of the full weights, which {quantised} rounds: use model.weights=bf16",
         )
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(
