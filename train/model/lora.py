@@ -295,7 +295,19 @@ def _forward_flops(x, rounded, row_scale, weights, weight_scales, biases, downs,
 
 @register_flop_formula(torch.ops.qwen_edit.low_rank_linear_backward)
 def _backward_flops(
-    gradients, rounded, row_scales, x, hidden, weights, weight_scales, stack, ups, scales, input_gradient, *args, **kwargs
+    gradients,
+    rounded,
+    row_scales,
+    x,
+    hidden,
+    weights,
+    weight_scales,
+    stack,
+    ups,
+    scales,
+    input_gradient,
+    *args,
+    **kwargs,
 ) -> int:
     """The same products for the input, and one more for each trained weight's own gradient."""
     frozen, down, up = _sizes(x, [stack], ups)

@@ -161,7 +161,7 @@ def transient_bytes(dit: nn.Module) -> int:
 def round_weight(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     """A weight (out, in) as `QuantizedLinear` keeps it: its stored numbers and scales, where it is."""
     if stored != torch.uint8:
-        values, scale = round_rows(weight, stored)
+        values, scale = round_rows(weight, stored, scale_dtype=weight.dtype)
         return values, scale.flatten()
     import bitsandbytes  # noqa: F401  # an optional package, and importing it takes a second
 
@@ -171,20 +171,22 @@ def round_weight(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     return packed.view(len(weight), -1), largest.to(torch.bfloat16)
 
 
-def round_rows(numbers: Tensor, stored: torch.dtype, factor: Tensor | None = None) -> Rounded:
+def round_rows(
+    numbers: Tensor, stored: torch.dtype, factor: Tensor | None = None, scale_dtype: torch.dtype = torch.float32
+) -> Rounded:
     """Rounds each row (the last dimension) to 8 bits: its largest value becomes the largest of the format.
 
-    As LLM.int8() does with both operands (Dettmers et al. 2022, arXiv 2208.07339, sec. 2.1). The scale is rounded to the
-    numbers' dtype before it is divided by, so that it costs nothing in that dtype; what is then beyond the largest value is so
-    by less than half a step.
+    As LLM.int8() does with both operands (Dettmers et al. 2022, arXiv 2208.07339, sec. 2.1).
 
     Args:
         factor: of each column, (in,); the numbers are multiplied by it first.
+        scale_dtype: what the scale is rounded to before it is divided by, so that it can be used in that dtype at no loss. What
+            is then beyond the largest value is so by less than half a step.
     """
     if factor is not None:
         numbers = numbers * factor  # in float32, which the factor is in
     largest = torch.linalg.vector_norm(numbers, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = (largest / LARGEST[stored]).clamp_min(torch.finfo(torch.float32).tiny).to(numbers.dtype).float()
+    scale = (largest / LARGEST[stored]).clamp_min(torch.finfo(torch.float32).tiny).to(scale_dtype).float()
     scaled = numbers / scale
     return Rounded((scaled.round() if stored == torch.int8 else scaled).to(stored), scale)
 
@@ -271,7 +273,9 @@ def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor, add
         return
     columns = row_scale.new_ones(1, len(b)) if scale is None else scale[None]
     options: dict[str, Any] = {"scale_a": row_scale, "scale_b": columns, "out_dtype": out.dtype}
-    if add:  # gradients are summed up in full, as torchao does it; the sums of a forward pass in Hopper's faster registers
+    if (
+        add
+    ):  # gradients are summed up in full, as torchao does it; the sums of a forward pass in Hopper's faster registers
         out.add_(torch._scaled_mm(values, b.t(), **options))
     else:
         torch._scaled_mm(values, b.t(), **options, use_fast_accum=True, out=out)

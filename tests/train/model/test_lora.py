@@ -160,7 +160,7 @@ def expected_gradients(denoiser: Denoiser, adapter: Adapter, config: dict, lengt
     frozen = {name.replace(".base_layer", ""): value.double() for name, value in denoiser.dit.state_dict().items()}
     model.load_state_dict({name: value for name, value in frozen.items() if ".lora_" not in name})
     model.requires_grad_(False)
-    scale = adapter.layers["img_in"].scaling["default"]
+    scale = next(iter(adapter.layers.values())).scaling["default"]
     rank = adapter.config.r
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=list(adapter.layers)), model)
     trained = dict(model.named_parameters())
