@@ -254,45 +254,39 @@ def add_input_gradient(
         out.addmm_(gradient, widened(weight, scale, gradient.dtype))
         return
     # The units read both factors along the summed dimension: 8 bits a weight are copied, and let go again.
-    scaled_product(rounded, weight.t().contiguous(), None, out, add=True)
+    scaled_product(rounded, weight.t().contiguous(), None, out)
 
 
-def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor, add: bool = False) -> None:
-    """out = a @ (scale * b)', by the units for 8 bits.
+def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """out = a @ (scale * b)', or without a scale out += a @ b', by the units for 8 bits.
 
     Args:
         a: (rows, n).
         b: (columns, n), its rows one after the other in memory.
-        scale: of each row of b, (columns,); None for 1.
+        scale: of each row of b, (columns,).
         out: (rows, columns).
-        add: to what out is.
     """
     values, row_scale = a
     if b.dtype == torch.int8:
-        _scaled_int8(values, row_scale, b, scale, out, add)
-        return
-    columns = row_scale.new_ones(1, len(b)) if scale is None else scale[None]
-    options: dict[str, Any] = {"scale_a": row_scale, "scale_b": columns, "out_dtype": out.dtype}
-    if (
-        add
-    ):  # gradients are summed up in full, as torchao does it; the sums of a forward pass in Hopper's faster registers
-        out.add_(torch._scaled_mm(values, b.t(), **options))
+        _scaled_int8(values, row_scale, b, scale, out)
+    elif scale is not None:  # summed up in Hopper's faster registers, as torchao does it, and gradients in full
+        options: dict[str, Any] = {"out_dtype": out.dtype, "use_fast_accum": True}
+        torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=scale[None], **options, out=out)
     else:
-        torch._scaled_mm(values, b.t(), **options, use_fast_accum=True, out=out)
+        ones = row_scale.new_ones(1, len(b))
+        out.add_(torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=ones, out_dtype=out.dtype))
 
 
-def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor, add: bool) -> None:
-    """Some rows at a time, because their sums have four times as many bytes as the numbers."""
+def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """Some rows at a time, because their sums have twice as many bytes as the numbers."""
     step = max(FEWEST_ROWS, SUMS_BYTES // (4 * len(b)))
     for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
         padded = F.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
         sums = torch._int_mm(padded, b.t())[: len(rows)] * factors
-        if scale is not None:
-            sums.mul_(scale)
-        if add:
+        if scale is None:
             target.add_(sums)
         else:
-            target.copy_(sums)
+            torch.mul(sums, scale, out=target)
 
 
 @torch.library.custom_op("qwen_edit::quantized_linear", mutates_args=())
