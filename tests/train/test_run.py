@@ -331,7 +331,10 @@ def test_lower_precision_is_within_the_spread_of_seeds(command, tmp_path):
         for seed, name in jobs
     }
     exact = [ends[seed, "float32"] for seed in range(5)]
-    assert all(abs(end - exact[seed]) < (max(exact) - min(exact)) / 2 for (seed, _), end in ends.items()), ends
+    spread = max(exact) - min(exact)
+    assert all(abs(end - exact[seed]) < spread / 2 for (seed, _), end in ends.items()), ends
+    # A twentieth of what random starts do: nf4 was 1.7 % away, int8 and fp8 0.1 %, bf16 as near.
+    assert all(abs(end - exact[seed]) < 0.05 * exact[seed] for (seed, _), end in ends.items()), ends
 
 
 @pytest.mark.slow
