@@ -271,10 +271,10 @@ def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor) -> 
         _scaled_int8(values, row_scale, b, scale, out)
     elif scale is not None:  # summed up in Hopper's faster registers, as torchao does it, and gradients in full
         options: dict[str, Any] = {"out_dtype": out.dtype, "use_fast_accum": True}
-        torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=scale[None], **options, out=out)
+        torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=scale[None], **options, out=out)  # pyright: ignore
     else:
         ones = row_scale.new_ones(1, len(b))
-        out.add_(torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=ones, out_dtype=out.dtype))
+        out.add_(torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=ones, out_dtype=out.dtype))  # pyright: ignore
 
 
 def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor) -> None:
@@ -282,7 +282,7 @@ def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | N
     step = max(FEWEST_ROWS, SUMS_BYTES // (4 * len(b)))
     for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
         padded = F.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
-        sums = torch._int_mm(padded, b.t())[: len(rows)] * factors
+        sums = torch._int_mm(padded, b.t())[: len(rows)] * factors  # pyright: ignore
         if scale is None:
             target.add_(sums)
         else:
