@@ -26,6 +26,7 @@ from train.model.adapter import Adapter, attach_lora
 from train.model.attention import find_attention
 from train.model.denoiser import load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
+from train.model.quantize import check_weights, describe_products
 from train.parallel.processes import Processes, check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
 from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
@@ -52,6 +53,8 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     build_loss(config, lambda latents: latents)
     build(config.optim, "optim", [nn.Parameter(torch.zeros(1))], num_steps=config.train.num_steps)
     resolve_zero_cond_t(config.model.zero_cond_t, model)
+    if "train" in config.phases:
+        check_weights(config.model.weights)
     spread = config.parallel
     if "train" not in config.phases:
         return  # the other phases take any launch
@@ -97,7 +100,9 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         torch.backends.cuda.matmul.allow_tf32 = True
     place = shard(zero, processes) if zero and stage == 3 else None
     read = processes.is_main or place is None  # `place` sends what rank 0 reads
-    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, execution, place, read)
+    weights = config.model.weights
+    processes.say(f"transformer: {describe_products(weights, processes.device, dtype)}")
+    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, execution, place, read, weights)
     adapter = attach_lora(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )
@@ -171,6 +176,7 @@ def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str,
     sigmas = getattr(loss, "trained_sigmas", None)  # a loss of the user's own need not have it
     return {
         "base_model": config.model.path,
+        "weights": config.model.weights,
         "objective": loss.objective,
         "sigma_convention": "1 = start (source, white or noise), 0 = target",
         "loss": json.dumps(config.loss),

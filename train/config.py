@@ -51,7 +51,8 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights. LoRA weights are always float32."""
     weights: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"
-    """Format of the frozen transformer's weights: `bf16` keeps them in `model.dtype`; the others round the blocks' layers."""
+    """Format of the linear layers in the transformer's blocks: `bf16` keeps them in `model.dtype`, the others round them as
+    they are read. docs/memory.md says what each saves and costs."""
     zero_cond_t: bool | None = None
     """References modulated with sigma 0. Read from the model; repeat it here only as a check."""
 
@@ -304,10 +305,20 @@ class Config:
             f"adapter.dora=true needs every layer's whole weight, which parallel={self.parallel.name} cuts over the ranks: "
             "use parallel=single, ddp or zero2",
         )
+        quantised = f"model.weights={self.model.weights}"
         require(
-            self.parallel.stage != 3 or (self.model.weights == "bf16" and self.train.offload_blocks in ("auto", 0)),
-            f"model.weights={self.model.weights} and train.offload_blocks={self.train.offload_blocks} need whole blocks on "
-            f"every rank, and parallel={self.parallel.name} cuts them: use parallel=single, ddp or zero2",
+            self.model.weights == "bf16" or self.parallel.stage != 3,
+            f"{quantised} cannot be cut over the ranks as parallel={self.parallel.name} does: use parallel=single, ddp or "
+            "zero2, or model.weights=bf16",
+        )
+        require(
+            self.parallel.stage != 3 or self.train.offload_blocks in ("auto", 0),
+            f"train.offload_blocks={self.train.offload_blocks} needs whole blocks on every rank, and "
+            f"parallel={self.parallel.name} cuts them: use parallel=single, ddp or zero2, or parallel=zero3_offload",
+        )
+        require(
+            self.model.weights == "bf16" or not self.adapter.dora,
+            f"adapter.dora=true needs the lengths of the full weights, which {quantised} rounds: use model.weights=bf16",
         )
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(

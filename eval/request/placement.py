@@ -9,6 +9,7 @@ import torch
 
 from data_prep.errors import InputError
 from eval.request.metadata import stored_digest
+from train.model.quantize import STORED, Weights, check_weights, has_products
 
 OffloadName = Literal["none", "model", "layer"]
 WeightsName = Literal["full", "int8", "fp8", "nf4"]
@@ -33,7 +34,8 @@ class Placement:
     """`model`: only the parts in use are on `device`, the others wait in CPU memory (freed if `device` is the CPU).
     `layer`: the transformer's layers come from CPU memory one after the other, the next while one computes."""
     weights: WeightsName = "full"
-    """Of the linear layers in the transformer's blocks: `full` as `dtype` says, or rounded as they are read."""
+    """Of the linear layers in the transformer's blocks: `full` as `dtype` says, or rounded as they are read. `device` may
+    multiply int8 and fp8 as they are, and then rounds activations too."""
     gguf: Path | None = None
     """A GGUF file to read the transformer from instead of the model's own; its layers stay as they are in it."""
     vae_tiling: bool = False
@@ -55,15 +57,26 @@ class Placement:
         return self.encoder_device or self.device
 
     @property
+    def format(self) -> Weights:
+        """`weights`, as the training calls it."""
+        return "bf16" if self.weights == "full" else self.weights
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """What a picture depends on, for its settings: device and `dtype`, and what is not as it is by default."""
         own = {
             "weights": self.weights if self.weights != "full" else None,
+            "products": self.weights if self._in_8_bits else None,
             "gguf": stored_digest(self.gguf) if self.gguf else None,
             "vae_tiling": self.vae_tiling or None,
         }
         given = {name: value for name, value in own.items() if value is not None}
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), **given}
+
+    @property
+    def _in_8_bits(self) -> bool:
+        """Whether products are computed in the format of the weights."""
+        return self.weights != "full" and has_products(self.device, STORED[self.weights], self.dtype)
 
     def _check_offload(self) -> None:
         if self.offload != "layer":
@@ -73,8 +86,6 @@ class Placement:
                 "offload=layer streams layers to a device such as cuda, and device is cpu: use offload=model, which frees "
                 "the parts that are not in use"
             )
-        if self.weights == "nf4":
-            raise InputError("offload=layer cannot stream nf4 weights: use weights=int8 or fp8, or offload=model")
 
     def _check_weights(self) -> None:
         if self.gguf:
@@ -85,10 +96,9 @@ class Placement:
             raise InputError("quantised weights compute in bfloat16 or float32: float16 would overflow")
         if self.weights == "fp8" and self.device.type == "mps":
             raise InputError("weights=fp8 does not exist on mps: use weights=int8")
-        if self.weights == "nf4":
-            _need("bitsandbytes", "weights=nf4")
-            if self.device.type == "mps":
-                raise InputError("weights=nf4 does not exist on mps: use weights=int8")
+        check_weights(self.format, "weights")
+        if self.weights == "nf4" and self.device.type == "mps":
+            raise InputError("weights=nf4 does not exist on mps: use weights=int8")
 
 
 def make_placement(
@@ -133,14 +143,10 @@ def _check_device(device: torch.device) -> None:
 
 
 def _check_gguf(path: Path) -> None:
-    _need("gguf", "a GGUF file")
+    if find_spec("gguf") is None:
+        raise InputError("a GGUF file needs the package gguf: pip install gguf")
     if not path.is_file():
         raise InputError(f"no GGUF file at {path}")
     with path.open("rb") as opened:
         if opened.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise InputError(f"{path} is not a GGUF file")
-
-
-def _need(package: str, what: str) -> None:
-    if find_spec(package) is None:
-        raise InputError(f"{what} needs the package {package}: pip install {package}")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.errors import InputError, exit_codes
 from data_prep.model.directory import ModelDirectory
@@ -112,16 +112,6 @@ def write_gguf(weights: Mapping[str, Tensor], path: Path, prefix: str = "") -> N
     writer.close()
 
 
-def tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor of a module; bitsandbytes lists its scales in the state dict alone, our scales are buffers alone."""
-    seen = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    yield from seen.values()
-    parameters = dict(module.named_parameters())
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor) and name not in parameters and id(tensor) not in seen:
-            yield tensor
-
-
 class PeakMemory:
     """The most bytes held since it was made: by torch on cuda, else by the process, above what it held then. Linux only."""
 
@@ -163,7 +153,8 @@ def measure_edit(model: Path, args: argparse.Namespace, settings: dict[str, Any]
     highest = memory.bytes()
     np.save(picture, np.asarray(result.image))
     with editor.components.denoiser() as denoiser:
-        sizes = [(tensor.numel() * tensor.element_size(), tensor.device) for tensor in tensors(denoiser.dit)]
+        tensors = [*denoiser.dit.parameters(), *denoiser.dit.buffers()]
+        sizes = [(tensor.nbytes, tensor.device) for tensor in tensors]
     here = sum(size for size, device in sizes if device.type == placement.device.type)
     return Figures(sum(size for size, _ in sizes), here, highest, seconds, str(picture))
 

@@ -119,6 +119,23 @@ def test_what_is_wrong_is_named(override):
     assert "\n" not in str(caught.value)
 
 
+REFUSED = {
+    "parallel=zero3 model.weights=int8": "model.weights=int8 cannot be cut over the ranks as parallel=zero3 does",
+    "parallel=zero3_offload model.weights=nf4": "use parallel=single, ddp or zero2, or model.weights=bf16",
+    "adapter.dora=true model.weights=fp8": "which model.weights=fp8 rounds: use model.weights=bf16",
+    "model.weights=int4": "model.weights must be one of bf16, fp8, int8, nf4, got 'int4'",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_quantised_weights_are_refused_where_they_cannot_be(overrides):
+    with pytest.raises(InputError) as caught:
+        compose(["+exp=tiny_lbm", DATA, *overrides.split()])
+    assert REFUSED[overrides] in str(caught.value)
+    for strategy in ("single", "ddp", "zero2", "auto"):
+        assert compose(["+exp=tiny_lbm", DATA, f"parallel={strategy}", "model.weights=nf4"]).model.weights == "nf4"
+
+
 def test_a_model_must_be_chosen():
     with pytest.raises(InputError, match=r"model\.path is not set: choose a model with model=tiny"):
         compose([DATA])

@@ -7,13 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
+from data_prep.model.directory import ModelDirectory
+from eval.qwen.weights.adapters import use_adapters
+from eval.qwen.weights.components import load_placed_denoiser
+from eval.request.metadata import read_metadata
+from eval.request.placement import Placement
+from eval.request.request import AdapterUse
 from tests import children
 from tests.children import started, wait_until
 from tests.commands import run_script, warm_python
-from train.config import compose
+from train.config import compose, read_yaml
 from train.phases import read_split, run
 
 TIMING = ("seconds/", "samples_per_s", "memory_peak_gib")
@@ -266,6 +274,49 @@ def test_a_run_of_another_version_is_not_continued_as_if_nothing_were(command, t
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_quantised_base(command, tmp_path):
+    """Continued exactly; under the same weights alone; its adapter is the same file and loads beside any base. A run from before
+    the key was there continues."""
+    whole, broken, plain = tmp_path / "whole", tmp_path / "broken", tmp_path / "plain"
+    constant = "optim=adamw"  # whose schedule does not depend on the number of steps
+    int8 = ["model.weights=int8", "train.keep_last=9", constant]
+    train_many(
+        tmp_path,
+        command(whole, *int8),
+        command(broken, *int8, "train.num_steps=4"),
+        command(plain, constant, "train.num_steps=2"),
+    )
+    done = run_script(*command(broken, *int8))
+    assert "transformer: int8 weights, widened to float32 layer by layer" in done.stderr
+    assert metrics(broken) == metrics(whole)
+    assert metrics(whole)[:2] != metrics(plain)
+    for step in (4, 6):
+        assert adapter_bytes(broken, step) == adapter_bytes(whole, step)
+    with pytest.raises(InputError, match=r"model\.weights was int8 and is bf16"):
+        run(compose(command(whole, constant, "train.num_steps=8")[1:]))
+    for folder in (plain, *plain.glob("checkpoints/step-*")):
+        file = folder / "config.yaml"
+        file.write_text(file.read_text().replace("  weights: bf16\n", ""))
+    assert "continuing from" in run_script(*command(plain, constant, "train.num_steps=3")).stderr
+    assert [line["step"] for line in metrics(plain)] == [1, 2, 3]
+
+    files = [folder / "checkpoints" / f"step-{step:06d}" for folder, step in ((whole, 6), (plain, 2))]
+    tensors = [load_file(file / "adapter_model.safetensors") for file in files]
+    shapes = [{name: (tensor.dtype, tensor.shape) for name, tensor in each.items()} for each in tensors]
+    assert shapes[0] == shapes[1]
+    assert [read_metadata(file)["weights"] for file in files] == ["int8", "bf16"]
+    model = ModelDirectory.resolve(config_of(whole)["model"]["path"])
+    for weights in ("full", "nf4"):
+        denoiser = load_placed_denoiser(model, Placement(dtype=torch.float32, weights=weights))
+        use_adapters(denoiser, [AdapterUse(files[0])])
+        layers = [module for module in denoiser.dit.modules() if isinstance(module, LoraLayer)]
+        assert 2 * len(layers) == len(tensors[0])
+
+
+def config_of(run_dir: Path) -> dict:
+    return read_yaml(run_dir / "config.yaml")
+
+
 def test_help_reads_well():
     text = run_script("train/run.py", "--help", fresh=True).stdout
     assert "accelerate launch train/run.py +exp=NAME" in text
@@ -297,19 +348,30 @@ def test_variants_train(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_products_in_bf16_are_within_the_spread_of_seeds(command, tmp_path):
-    """Five seeds: a training in bf16, LoRA's products included, ends nearer to the float32 training of the same seed than
-    two seeds are to each other."""
+def test_lower_precision_is_within_the_spread_of_seeds(command, tmp_path):
+    """Five seeds: a training in bf16, LoRA's products included, or with frozen weights in fewer bits, ends nearer to the float32
+    training of the same seed than two seeds are to each other."""
     short = ["train.num_steps=40", "train.save_every=40", "train.micro_batch_size=4"]
-    names = {(seed, dtype): f"{dtype}-{seed}" for seed in range(5) for dtype in ("float32", "bfloat16")}
-    jobs = [
-        command(tmp_path / name, f"seed={seed}", f"model.dtype={dtype}", *short)
-        for (seed, dtype), name in names.items()
-    ]
-    train_many(tmp_path, *jobs)
-    ends = {key: sum(line["loss"] for line in metrics(tmp_path / name)[-10:]) / 10 for key, name in names.items()}
+    lower = {"bf16": ["model.dtype=bfloat16"], **{name: [f"model.weights={name}"] for name in ("fp8", "int8", "nf4")}}
+    jobs = {
+        (seed, name): overrides
+        for seed in range(5)
+        for name, overrides in {"float32": [], "bf16": lower["bf16"]}.items()
+    }
+    jobs |= {(0, name): overrides for name, overrides in lower.items()}
+    train_many(
+        tmp_path,
+        *(command(tmp_path / f"{n}-{seed}", f"seed={seed}", *each, *short) for (seed, n), each in jobs.items()),
+    )
+    ends = {
+        (seed, name): sum(line["loss"] for line in metrics(tmp_path / f"{name}-{seed}")[-10:]) / 10
+        for seed, name in jobs
+    }
     exact = [ends[seed, "float32"] for seed in range(5)]
-    assert all(abs(ends[seed, "bfloat16"] - exact[seed]) < (max(exact) - min(exact)) / 2 for seed in range(5)), ends
+    spread = max(exact) - min(exact)
+    assert all(abs(end - exact[seed]) < spread / 2 for (seed, _), end in ends.items()), ends
+    # A twentieth of what random starts do: nf4 was 1.7 % away, int8 and fp8 0.1 %, bf16 as near.
+    assert all(abs(end - exact[seed]) < 0.05 * exact[seed] for (seed, _), end in ends.items()), ends
 
 
 @pytest.mark.slow

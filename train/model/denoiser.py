@@ -18,6 +18,7 @@ from losses.patches import PATCH, patchify, unpatchify
 from train.model.attention import rope_table
 from train.model.block import Block
 from train.model.execution import Execution
+from train.model.quantize import Weights, check_weights, quantize_blocks
 
 TIMESTEPS = 1000  # the transformer is embedded with timestep = 1000 * sigma
 ROPE_THETA = 10_000
@@ -124,19 +125,24 @@ def load_denoiser(
     execution: Execution | None = None,
     place: Callable[[nn.Parameter], None] | None = None,
     read: bool = True,
+    weights: Weights = "bf16",
 ) -> Denoiser:
     """Reads `transformer/` of a model directory, frozen and in evaluation mode, one tensor at a time.
 
     Args:
         execution: as of `Denoiser`.
         place, read: as in `ModelDirectory.load_into`.
+        weights: what the blocks' linear layers are rounded to, each as it is read.
 
     Raises:
-        InputError: weights are missing or unexpected, or `zero_cond_t` contradicts the model.
+        InputError: weights are missing or unexpected, `zero_cond_t` contradicts the model, or the package of `weights` is
+            not installed.
     """
     zero_cond_t = resolve_zero_cond_t(zero_cond_t, directory)
+    check_weights(weights)
     with torch.device("meta"):
         dit = build_dit(directory.config("transformer"))
+    quantize_blocks(dit, weights, dtype)
     directory.load_into(dit, "transformer", torch.device(device), dtype, place=place, read=read)
     dit.requires_grad_(False).eval()
     return Denoiser(dit, zero_cond_t, execution)

@@ -32,7 +32,10 @@ ATTENTION = {
     *(getattr(_aten, f"_scaled_dot_product_{name}_attention").default for name in ("flash", "cudnn", "efficient")),
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-PRODUCTS = {*ATTENTION, _aten.mm.default, _aten.addmm.default, torch.ops.qwen_edit.low_rank_linear.default}
+PRODUCTS = {
+    *(*ATTENTION, _aten.mm.default, _aten.addmm.default),
+    *(torch.ops.qwen_edit.low_rank_linear.default, torch.ops.qwen_edit.quantized_linear.default),
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,16 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from train.model.quantize import (
+    QuantizedLinear,
+    add_input_gradient,
+    flat,
+    flat_rounded,
+    product,
+    round_rows,
+    rounded_input,
+)
+
 
 class WorkingCopies(NamedTuple):
     """A layer's LoRA weights in the model's dtype, detached."""
@@ -61,7 +71,7 @@ def waits_for_a_call(module: nn.Module) -> bool:
 
 def has_its_weights(layer: Any) -> bool:
     """Whether the frozen layer can be multiplied without being called."""
-    return type(layer.base_layer) is nn.Linear and not waits_for_a_call(layer.base_layer)
+    return type(layer.base_layer) in (nn.Linear, QuantizedLinear) and not waits_for_a_call(layer.base_layer)
 
 
 def linear(x: Tensor, *layers: Any) -> list[Tensor]:
@@ -80,10 +90,13 @@ def linear(x: Tensor, *layers: Any) -> list[Tensor]:
     else:
         stack = torch.cat([down.detach() for down in downs]).to(x.dtype)
         work_ups = [up.detach().to(x.dtype) for up in ups]
+    bases = [layer.base_layer for layer in layers]
     *outputs, _ = low_rank_linear(
         x,
-        [layer.base_layer.weight for layer in layers],
-        [layer.base_layer.bias for layer in layers],
+        *(rounded_input(x, bases[0]) or (None, None)),  # whose weights have one format
+        [base.weight for base in bases],
+        [getattr(base, "scale", None) for base in bases],
+        [base.bias for base in bases],
         downs,
         ups,
         [float(layer.scaling["default"]) for layer in layers],
@@ -123,7 +136,10 @@ def give_copies(groups: Iterable[Sequence[Any]], dtype: torch.dtype) -> tuple[li
 @torch.library.custom_op("qwen_edit::low_rank_linear", mutates_args=())
 def low_rank_linear(
     x: Tensor,
+    rounded: Tensor | None,
+    row_scale: Tensor | None,
     weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
@@ -135,7 +151,10 @@ def low_rank_linear(
 
     Args:
         x: (…, in).
-        weights, biases: frozen, (out_i, in) and (out_i,) or None, in x's dtype.
+        rounded, row_scale: x in 8 bits, from `rounded_input`, for products in 8 bits.
+        weights: frozen, (out_i, in) in x's dtype, or as a `QuantizedLinear` has them, with `weight_scales`.
+        weight_scales: None of plain weights.
+        biases: (out_i,) or None, in x's dtype.
         downs, ups: trained, (rank_i, in) and (out_i, rank_i), float32; known as A and B. They only receive the gradients.
         scales: alpha / rank.
         stack: all down_i in x's dtype, one below the other, (sum of ranks, in).
@@ -144,34 +163,34 @@ def low_rank_linear(
     Returns:
         Each y_i, (…, out_i), and x @ stack', (tokens, sum of ranks), which the backward pass needs.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    hidden = flat @ stack.t()
+    tokens, tokens_rounded = flat(x), flat_rounded(rounded, row_scale)
+    hidden = tokens @ stack.t()
     outputs = []
-    for weight, bias, up, scale, part in zip(
-        weights, biases, work_ups, scales, _columns(hidden, work_ups), strict=True
+    for weight, weight_scale, bias, up, scale, part in zip(
+        weights, weight_scales, biases, work_ups, scales, _columns(hidden, work_ups), strict=True
     ):
-        outputs.append(x.new_empty(*x.shape[:-1], len(weight)))
-        output = outputs[-1].view(-1, len(weight))
-        if bias is None:
-            torch.mm(flat, weight.t(), out=output)
-        else:
-            torch.addmm(bias, flat, weight.t(), out=output)
+        outputs.append(x.new_empty(*x.shape[:-1], len(up)))
+        output = outputs[-1].view(-1, len(up))
+        product(tokens, tokens_rounded, weight, weight_scale, bias, output)
         output.addmm_(part, up.t(), alpha=scale)
     return [*outputs, hidden]
 
 
 @low_rank_linear.register_fake
-def _(x, weights, biases, downs, ups, scales, stack, work_ups):
+def _(x, rounded, row_scale, weights, weight_scales, biases, downs, ups, scales, stack, work_ups):
     tokens = x.numel() // x.shape[-1]
-    return [*(x.new_empty(*x.shape[:-1], len(weight)) for weight in weights), x.new_empty(tokens, len(stack))]
+    return [*(x.new_empty(*x.shape[:-1], len(up)) for up in ups), x.new_empty(tokens, len(stack))]
 
 
 @torch.library.custom_op("qwen_edit::low_rank_linear_backward", mutates_args=())
 def low_rank_linear_backward(
     gradients: Sequence[Tensor],
+    rounded: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
     x: Tensor,
     hidden: Tensor,
     weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor | None],
     stack: Tensor,
     ups: Sequence[Tensor],
     scales: Sequence[float],
@@ -181,14 +200,14 @@ def low_rank_linear_backward(
 
     Args:
         gradients: of each y_i, (…, out_i).
+        rounded, row_scales: of each the gradient times the weight's scale, in 8 bits; empty for products with widened weights.
         ups: in x's dtype.
         input_gradient: whether the gradient of x is wanted.
 
     Returns:
         Of all down_i, one below the other (sum of ranks, in), of each up_i (out_i, rank_i), float32, and, if wanted, of x.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    flats = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+    tokens, flats = flat(x), [flat(gradient) for gradient in gradients]
     behind = torch.empty_like(hidden)  # the gradient of hidden
     d_ups = []
     for gradient, up, scale, part, slot in zip(
@@ -197,18 +216,19 @@ def low_rank_linear_backward(
         torch.addmm(slot, gradient, up, beta=0, alpha=scale, out=slot)
         d_up = _float_product(gradient.t(), part)
         d_ups.append(d_up if scale == 1 else d_up.mul_(scale))
-    results = [_float_product(behind.t(), flat), *d_ups]
+    results = [_float_product(behind.t(), tokens), *d_ups]
     if input_gradient:
         results.append(x.new_empty(x.shape))
-        d_x = results[-1].view(flat.shape)
+        d_x = results[-1].view(tokens.shape)
         torch.mm(behind, stack, out=d_x)
-        for gradient, weight in zip(flats, weights, strict=True):
-            d_x.addmm_(gradient, weight)
+        pairs = [*map(flat_rounded, rounded, row_scales)] or [None] * len(flats)
+        for gradient, pair, weight, weight_scale in zip(flats, pairs, weights, weight_scales, strict=True):
+            add_input_gradient(gradient, pair, weight, weight_scale, d_x)
     return results
 
 
 @low_rank_linear_backward.register_fake
-def _(gradients, x, hidden, weights, stack, ups, scales, input_gradient):
+def _(gradients, rounded, row_scales, x, hidden, weights, weight_scales, stack, ups, scales, input_gradient):
     wide = torch.promote_types(x.dtype, torch.float32)
     first = x.new_empty(len(stack), x.shape[-1], dtype=wide)
     return [
@@ -233,46 +253,67 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weights, biases, downs, _, scales, stack, work_ups = inputs
-    ctx.save_for_backward(x, output[-1], stack, *weights, *work_ups)
-    ctx.scales, ctx.ranks = scales, [len(down) for down in downs]
-    ctx.no_biases = None if any(bias is None for bias in biases) else [None] * len(biases)  # as autograd wants lists
+    x, rounded, _, weights, weight_scales, biases, downs, _, scales, stack, work_ups = inputs
+    ctx.save_for_backward(x, output[-1], stack, *weights, *weight_scales, *work_ups)
+    ctx.scales, ctx.ranks, ctx.in_8_bits = scales, [len(down) for down in downs], rounded is not None
+    ctx.no_scales, ctx.no_biases = _no_gradients(weight_scales), _no_gradients(biases)
+
+
+def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """As autograd wants it of a list that may hold None."""
+    return None if any(each is None for each in tensors) else [None] * len(tensors)
 
 
 def _backward(ctx, gradients):
     x, hidden, stack, *rest = ctx.saved_tensors
     count, wanted = len(ctx.scales), ctx.needs_input_grad[0]
-    weights, ups = rest[:count], rest[count:]
+    weights, weight_scales, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
     outputs = [
-        x.new_zeros(*x.shape[:-1], len(weight)) if gradient is None else gradient.contiguous()
-        for gradient, weight in zip(gradients[:-1], weights, strict=True)
+        x.new_zeros(*x.shape[:-1], len(up)) if gradient is None else gradient.contiguous()
+        for gradient, up in zip(gradients[:-1], ups, strict=True)
     ]
-    d_stack, *d_ups = low_rank_linear_backward(outputs, x, hidden, weights, stack, ups, ctx.scales, wanted)
+    pairs = []
+    if ctx.in_8_bits and wanted:  # here and not in the operation, so that the compiler makes one pass of it
+        pairs = [round_rows(g, w.dtype, s) for g, w, s in zip(outputs, weights, weight_scales, strict=True)]
+    rounded, row_scales = [pair.values for pair in pairs], [pair.scale for pair in pairs]
+    d_stack, *d_ups = low_rank_linear_backward(
+        outputs, rounded, row_scales, x, hidden, weights, weight_scales, stack, ups, ctx.scales, wanted
+    )
     d_x = d_ups.pop() if wanted else None
-    none = [None] * count
-    return d_x, none, ctx.no_biases, list(d_stack.split(ctx.ranks)), d_ups, None, None, none
+    none, d_downs = [None] * count, list(d_stack.split(ctx.ranks))
+    return d_x, None, None, none, ctx.no_scales, ctx.no_biases, d_downs, d_ups, None, None, none
 
 
 low_rank_linear.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.qwen_edit.low_rank_linear)
-def _forward_flops(x, weights, biases, downs, ups, scales, stack, work_ups, *args, out_val=None, **kwargs) -> int:
+def _forward_flops(x, rounded, row_scale, weights, weight_scales, biases, downs, ups, *args, **kwargs) -> int:
     """2mkn for each product of m x k and k x n."""
-    return 2 * _rows(x) * sum(_size(each) for each in (stack, *weights, *work_ups))
+    return 2 * math.prod(x[:-1]) * sum(_sizes(x, downs, ups))
 
 
 @register_flop_formula(torch.ops.qwen_edit.low_rank_linear_backward)
-def _backward_flops(gradients, x, hidden, weights, stack, ups, scales, input_gradient, *args, **kwargs) -> int:
+def _backward_flops(
+    gradients,
+    rounded,
+    row_scales,
+    x,
+    hidden,
+    weights,
+    weight_scales,
+    stack,
+    ups,
+    scales,
+    input_gradient,
+    *args,
+    **kwargs,
+) -> int:
     """The same products for the input, and one more for each trained weight's own gradient."""
-    trained = 2 * _size(stack) + 2 * sum(map(_size, ups))
-    frozen = sum(map(_size, weights))
-    return 2 * _rows(x) * (trained + frozen if input_gradient else trained - _size(stack))
+    frozen, down, up = _sizes(x, [stack], ups)
+    return 2 * math.prod(x[:-1]) * (down + 2 * up + (frozen + down if input_gradient else 0))
 
 
-def _rows(shape: Sequence[int]) -> int:
-    return math.prod(shape[:-1])
-
-
-def _size(shape: Sequence[int]) -> int:
-    return math.prod(shape)
+def _sizes(x: Sequence[int], downs: Sequence[Sequence[int]], ups: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+    """Of all frozen weights, all A and all B, from the shapes of x, A and B: how the frozen ones are stored is no matter."""
+    return x[-1] * sum(up[0] for up in ups), sum(map(math.prod, downs)), sum(map(math.prod, ups))

@@ -14,11 +14,10 @@ from data_prep.model.encoders import VAE, PromptEncoder, load_prompt_encoder, lo
 from eval.qwen.weights.adapters import use_adapters
 from eval.qwen.weights.encoders import PlacedPromptEncoder, PlacedVAE
 from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
-from eval.qwen.weights.quantization import quantize_blocks
 from eval.request.metadata import AdapterState, adapter_state
 from eval.request.placement import CPU, Placement
 from eval.request.request import AdapterUse
-from train.model.denoiser import Denoiser, build_dit, resolve_zero_cond_t
+from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -150,17 +149,13 @@ def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoise
         InputError: weights are missing or are not this transformer's.
     """
     device = CPU if placement.offload == "layer" else placement.device
+    if not placement.gguf:
+        return load_denoiser(model, device, placement.dtype, weights=placement.format)
+    from eval.qwen.weights.gguf_weights import load_gguf  # an optional package
+
     with torch.device("meta"):
         dit = build_dit(model.config("transformer"))
-    dit.requires_grad_(False).eval()
-    if placement.gguf:
-        from eval.qwen.weights.gguf_weights import load_gguf  # an optional package
-
-        load_gguf(dit, placement.gguf, device, placement.dtype)
-    else:
-        if placement.weights != "full":
-            quantize_blocks(dit, placement.weights, placement.dtype)
-        model.load_into(dit, "transformer", device, placement.dtype)
+    load_gguf(dit, placement.gguf, device, placement.dtype)
     return Denoiser(dit.requires_grad_(False), resolve_zero_cond_t(None, model)).eval()
 
 

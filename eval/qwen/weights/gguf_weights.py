@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from eval.qwen.weights.quantization import BLOCKS
+from train.model.quantize import BLOCKS
 
 PREFIX = "model.diffusion_model."
 PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)

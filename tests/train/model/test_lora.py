@@ -16,6 +16,8 @@ from train.model.denoiser import Denoiser, build_dit
 from train.model.lora import LoraLinear, linear, low_rank_linear
 
 SCALES = [1.0, 0.5, 2.0]
+PLAIN = [None] * 3
+"""No scales: the weights are not quantised."""
 REAL_WIDTH = {
     **{"num_layers": 2, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584},
     **{"in_channels": 64, "out_channels": 16, "axes_dims_rope": [16, 56, 56], "patch_size": 2, "zero_cond_t": True},
@@ -44,7 +46,8 @@ def operands(dtype: torch.dtype, trained: torch.dtype):
 
 def apply(x, weights, biases, downs, ups):
     stack = torch.cat([down.detach() for down in downs]).to(x.dtype)
-    return low_rank_linear(x, weights, biases, downs, ups, SCALES, stack, [up.detach().to(x.dtype) for up in ups])[:-1]
+    work_ups = [up.detach().to(x.dtype) for up in ups]
+    return low_rank_linear(x, None, None, weights, PLAIN, biases, downs, ups, SCALES, stack, work_ups)[:-1]
 
 
 # float32: 1e-6 is some ten roundings of sums of 24. bfloat16 rounds each factor to 8 bits (0.4 %): 1e-2 is three roundings.
@@ -74,7 +77,8 @@ def test_gradients_are_derivatives():
         return sum(
             output.pow(3).sum()
             for output in low_rank_linear(
-                x, weights, biases, trained[:3], trained[3:], SCALES, torch.cat(trained[:3]), trained[3:]
+                *(x, None, None, weights, PLAIN, biases, trained[:3], trained[3:], SCALES),
+                *(torch.cat(trained[:3]), trained[3:]),
             )[:-1]
         )
 
@@ -156,7 +160,7 @@ def expected_gradients(denoiser: Denoiser, adapter: Adapter, config: dict, lengt
     frozen = {name.replace(".base_layer", ""): value.double() for name, value in denoiser.dit.state_dict().items()}
     model.load_state_dict({name: value for name, value in frozen.items() if ".lora_" not in name})
     model.requires_grad_(False)
-    scale = adapter.layers["img_in"].scaling["default"]
+    scale = next(iter(adapter.layers.values())).scaling["default"]
     rank = adapter.config.r
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=list(adapter.layers)), model)
     trained = dict(model.named_parameters())

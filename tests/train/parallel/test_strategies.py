@@ -39,6 +39,15 @@ VARIANTS = {
     "unvalidated": [*OPTIMS["prodigy"]],
 }
 
+QUANTISED = {
+    "single-int8": (1, "single", "int8", (2, 1)),
+    "ddp-int8": (2, "ddp", "int8", (1, 1)),
+    "zero2-int8": (2, "zero2", "int8", (1, 1)),
+    "single-fp8": (1, "single", "fp8", (2, 1)),
+    "zero2-fp8": (2, "zero2", "fp8", (1, 1)),
+}
+"""Run -> processes, strategy, `model.weights` and cut of the batch."""
+
 SIZES = {"param_persistence_threshold": 0, "max_live_parameters": 30_000, "max_reuse_distance": 30_000}
 RELEASED = [
     *(f"+parallel.zero_options.stage3_{name}={value}" for name, value in SIZES.items()),
@@ -97,6 +106,9 @@ def runs(settings, tmp_path_factory) -> Path:
         for strategy in ("zero3", "zero3_offload"):
             released = RELEASED if name == "released" or strategy == "zero3_offload" else []
             add(2, f"{strategy}-{name}", 6, *overrides, *released, *cut_settings((1, 1)), f"parallel={strategy}")
+    for name, (num_processes, strategy, weights, cut) in QUANTISED.items():
+        overrides = [f"parallel={strategy}", f"model.weights={weights}", *OPTIMS["adamw"], *cut_settings(cut)]
+        add(num_processes, name, 6, *overrides)
     for num_processes, listed in jobs.items():
         (folder / "jobs.json").write_text(json.dumps(listed))
         launch(num_processes, "tests/train_many.py", folder / "jobs.json")
@@ -183,6 +195,15 @@ class TestVariants:
             assert ours["num_rows"] == 3
             for method in ("source", *(name for name in theirs if name.startswith("steps_"))):
                 assert ours[method] == pytest.approx(theirs[method], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", [name for name, (num_processes, *_) in QUANTISED.items() if num_processes == 2])
+def test_a_quantised_base_trains_the_same_on_two_ranks(runs, run):
+    """As `test_every_way_to_split_the_work_trains_the_same`, after fewer steps."""
+    weights = QUANTISED[run][2]
+    assert_same_training(runs / run, runs / f"single-{weights}", 6, rel=1e-6)
 
 
 @pytest.mark.slow

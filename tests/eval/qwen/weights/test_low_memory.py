@@ -17,13 +17,13 @@ from eval.qwen.weights.adapters import use_adapters
 from eval.qwen.weights.components import Components, load_placed_denoiser
 from eval.qwen.weights.encoders import PlacedVAE
 from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
-from eval.qwen.weights.quantization import ScaledLinear, round_rows
 from eval.request.placement import Placement, make_placement
 from eval.request.request import AdapterUse
 from scripts.bench import memory as bench
 from tests.eval.qwen.weights.test_adapters import velocity
 from tests.train.model.test_adapter import close, fresh, trained
 from train.model.denoiser import Denoiser
+from train.model.quantize import QuantizedLinear
 
 F32 = torch.float32
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -83,19 +83,6 @@ def num_bytes(denoiser: Denoiser) -> int:
     return sum(t.numel() * t.element_size() for t in [*blocks.parameters(), *blocks.buffers()])
 
 
-@pytest.mark.parametrize(("stored", "bits", "largest"), [("int8", 8, 127), ("fp8", 4, 448)])
-def test_round_rows_is_as_near_as_the_format_allows(stored, bits, largest):
-    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [[1e-6], [0.1], [1], [30], [0]]
-    )
-    packed, scale = round_rows(weight, stored)
-    assert packed.element_size() == 1
-    restored = packed.float() * scale[:, None]
-    step = scale[:, None] / 2 if stored == "int8" else (weight.abs() / 2**bits).clamp_min(scale[:, None] * 2**-10)
-    assert ((restored - weight).abs() <= step * 1.001).all()
-    assert packed.float().abs().amax(dim=1).tolist() == [largest] * 4 + [0]
-
-
 # int8: 1/254 of the largest weight of a row at most; fp8: 3 bits of mantissa; nf4: 16 levels. The bounds are about twice what
 # was measured, and a quantisation that does nothing falls below the lower ones.
 @pytest.mark.parametrize(
@@ -141,7 +128,7 @@ def test_weights_are_rounded_one_at_a_time(model, monkeypatch):
     monkeypatch.setattr(ModelDirectory, "tensors", watched)
     denoiser = load_placed_denoiser(model, Placement(dtype=F32, weights="int8"))
     linear = [module for module in denoiser.dit.transformer_blocks.modules() if isinstance(module, torch.nn.Linear)]
-    assert {type(module) for module in linear} == {ScaledLinear}
+    assert {type(module) for module in linear} == {QuantizedLinear}
     assert {module.weight.dtype for module in linear} == {torch.int8}
     assert len(seen) == len(model.shapes("transformer"))
 
@@ -185,7 +172,7 @@ def test_gguf_of_something_else(model, tmp_path, change, message):
         load_placed_denoiser(model, Placement(dtype=F32, gguf=tmp_path / "other.gguf"))
 
 
-@pytest.mark.parametrize("weights", ["full", "int8", "fp8"])
+@pytest.mark.parametrize("weights", ["full", "int8", "fp8", "nf4"])
 def test_streamed_layers(model, adapter, tmp_path, weights):
     """Layers that wait in files are really gone between calls, so that only the hooks can bring them."""
     expected, denoiser = (load_placed_denoiser(model, Placement(dtype=F32, weights=weights)) for _ in range(2))
@@ -290,7 +277,7 @@ def test_tiles_have_no_seams(model):
 
 
 def test_bench_measures_an_edit(model, tmp_path):
-    """int8 of 96-wide blocks: a byte a weight, two more of scale and two of bias for each output; bfloat16 around them."""
+    """int8 of 96-wide blocks: a byte a weight, four more of scale and two of bias for each output; bfloat16 around them."""
     args = Namespace(device="cpu", dtype="bfloat16", size=64, steps=1, repeat=1)
     full, int8 = (
         bench.measure_edit(model.path, args, s, tmp_path / f"{i}") for i, s in enumerate([{}, {"weights": "int8"}])
@@ -298,7 +285,7 @@ def test_bench_measures_an_edit(model, tmp_path):
     shapes = model.shapes("transformer")
     assert full.stored == full.on_device == 2 * sum(math.prod(shape) for shape in shapes.values())
     matrices = [s for name, s in shapes.items() if len(s) == 2 and name.startswith("transformer_blocks.")]
-    assert full.stored - int8.stored == sum(math.prod(shape) - 2 * shape[0] for shape in matrices)
+    assert full.stored - int8.stored == sum(math.prod(shape) - 4 * shape[0] for shape in matrices)
     assert full.seconds > 0
     assert bench.psnr(f"{full.picture}.npy", f"{full.picture}.npy") == "same"
     assert 25 < float(bench.psnr(f"{full.picture}.npy", f"{int8.picture}.npy").removesuffix(" dB")) < 70
@@ -336,9 +323,8 @@ def test_what_cannot_be_served_is_refused(options, message):
 def test_contradictions_and_missing_packages_are_refused(gguf_files, monkeypatch):
     with pytest.raises(InputError, match="gguf and weights=int8 both say"):
         make_placement("cpu", "float32", weights="int8", gguf=gguf_files["Q8_0"])
-    with pytest.raises(InputError, match="offload=layer cannot stream nf4"):
-        Placement(torch.device("meta"), offload="layer", weights="nf4")
-    monkeypatch.setattr("eval.request.placement.find_spec", lambda name: None)
+    for module in ("eval.request.placement", "train.model.quantize"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     with pytest.raises(InputError, match="weights=nf4 needs the package bitsandbytes: pip install bitsandbytes"):
         make_placement("cpu", "float32", weights="nf4")
     with pytest.raises(InputError, match="needs the package gguf: pip install gguf"):
