@@ -24,6 +24,7 @@ from train.model.adapter import Adapter, attach_lora
 from train.model.attention import find_attention
 from train.model.denoiser import load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
+from train.model.offload import offloaded
 from train.parallel.processes import Processes, check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
 from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
@@ -50,6 +51,7 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     build_loss(config, lambda latents: latents)
     build(config.optim, "optim", [nn.Parameter(torch.zeros(1))], num_steps=config.train.num_steps)
     resolve_zero_cond_t(config.model.zero_cond_t, model)
+    offloaded(model.config("transformer")["num_layers"], num_offloaded(config))
     spread = config.parallel
     if "train" not in config.phases:
         return  # the other phases take any launch
@@ -59,6 +61,11 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     if launched := launched_settings(os.environ):
         batch = settings.micro_batch_size, settings.accumulation(world_size), world_size
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
+
+
+def num_offloaded(config: Config) -> int:
+    """How many blocks are offloaded; `auto` is none."""
+    return 0 if config.train.offload_blocks == "auto" else config.train.offload_blocks
 
 
 def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
@@ -95,7 +102,9 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         torch.backends.cuda.matmul.allow_tf32 = True
     place = shard(zero, processes) if zero and stage == 3 else None
     read = processes.is_main or place is None  # `place` sends what rank 0 reads
-    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, execution, place, read)
+    denoiser = load_denoiser(
+        model, processes.device, dtype, config.model.zero_cond_t, execution, place, read, num_offloaded(config)
+    )
     adapter = attach_lora(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )

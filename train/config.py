@@ -126,6 +126,9 @@ class TrainConfig:
     """What the backward pass computes again: nothing (`off`), what is cheap (`selective`: the outputs of matrix products and
     attention are kept), or everything (`full`). A number of blocks: of the first so many everything but attention, the others
     selectively. `auto`: as little as the planned GPU's memory allows."""
+    offload_blocks: Literal["auto"] | int = "auto"
+    """Blocks of the transformer whose frozen weights wait in CPU memory and come to the GPU one block ahead. `auto`: as few as
+    the planned GPU's memory needs, none on a CPU."""
     attention: Literal["auto", "flash3"] = "auto"
     """Attention kernel. `auto`: PyTorch's choice for the device. `flash3`: FlashAttention-3, which must be installed."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -139,7 +142,8 @@ class TrainConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             if type(value) is int:
-                require(value >= 1, f"train.{item.name} must be at least 1, got {value}")
+                least = 0 if item.name == "offload_blocks" else 1
+                require(value >= least, f"train.{item.name} must be at least {least}, got {value}")
         require(
             self.attention == "auto" or self.gradient_checkpointing in ("off", "full"),
             f"train.attention={self.attention} needs train.gradient_checkpointing=off or full, got "
@@ -289,6 +293,12 @@ class Config:
             not (self.adapter.dora and self.parallel.stage == 3),
             f"adapter.dora=true needs every layer's whole weight, which parallel={self.parallel.name} cuts over the ranks: "
             "use parallel=single, ddp or zero2",
+        )
+        require(
+            self.train.offload_blocks in ("auto", 0) or self.parallel.stage != 3,
+            f"train.offload_blocks={self.train.offload_blocks} keeps whole blocks in CPU memory, and "
+            f"parallel={self.parallel.name} cuts them over the ranks: use parallel=single, ddp or zero2, or "
+            "train.offload_blocks=0",
         )
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(

@@ -13,12 +13,12 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from eval.qwen.weights.adapters import use_adapters
 from eval.qwen.weights.encoders import PlacedPromptEncoder, PlacedVAE
-from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
 from eval.qwen.weights.quantization import quantize_blocks
 from eval.request.metadata import AdapterState, adapter_state
 from eval.request.placement import CPU, Placement
 from eval.request.request import AdapterUse
 from train.model.denoiser import Denoiser, build_dit, resolve_zero_cond_t
+from train.model.offload import Offload
 
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -80,8 +80,6 @@ class Components:
         except InputError:
             self._adapters = before  # nothing has been touched
             raise
-        if self.placement.offload == "layer":
-            keep_adapters_on(denoiser, self.placement.device)
         self._adapters = state
 
     def free(self, *names: PartName) -> None:
@@ -137,31 +135,31 @@ class Components:
         return PlacedPromptEncoder(encoder, self.placement.device)
 
     def _load_denoiser(self) -> Denoiser:
-        denoiser = load_placed_denoiser(self.model, self.placement)
-        if self.placement.offload == "layer":
-            stream_layers(denoiser, self.placement.device)
-        return denoiser
+        return load_placed_denoiser(self.model, self.placement)
 
 
 def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoiser:
-    """The transformer in the numbers that a placement asks for, on its device, or on the CPU if its layers are streamed.
+    """The transformer in the numbers that a placement asks for, on its device; with `offload=layer` its blocks wait elsewhere.
 
     Raises:
-        InputError: weights are missing or are not this transformer's.
+        InputError: weights are missing or are not this transformer's, or there is no memory for them to wait in.
     """
-    device = CPU if placement.offload == "layer" else placement.device
+    device = placement.device
     with torch.device("meta"):
         dit = build_dit(model.config("transformer"))
     dit.requires_grad_(False).eval()
+    blocks = dit.transformer_blocks
+    offload = Offload(blocks, len(blocks), device) if placement.offload == "layer" else None
+    place = offload and offload.place
     if placement.gguf:
         from eval.qwen.weights.gguf_weights import load_gguf  # an optional package
 
-        load_gguf(dit, placement.gguf, device, placement.dtype)
+        load_gguf(dit, placement.gguf, device, placement.dtype, place)
     else:
         if placement.weights != "full":
             quantize_blocks(dit, placement.weights, placement.dtype)
-        model.load_into(dit, "transformer", device, placement.dtype)
-    return Denoiser(dit.requires_grad_(False), resolve_zero_cond_t(None, model)).eval()
+        model.load_into(dit, "transformer", device, placement.dtype, place=place)
+    return Denoiser(dit.requires_grad_(False), resolve_zero_cond_t(None, model), offload=offload).eval()
 
 
 def _module(part: Any) -> torch.nn.Module:
