@@ -4,11 +4,10 @@ Each such block is one piece of CPU memory, pinned where a GPU can read it. On t
 block's size; the weights of the blocks are views of them for good, every other block of the same slot. So addresses stay,
 which compiled graphs rely on, and what autograd saves of a weight is a view too, which keeps nothing more alive.
 
-Two things hold at every moment. A block is computed, forward and backward, only after `_bring` has made the computing stream
-wait for its copy. And a copy into a slot begins when all computing that was asked for before it is done: it is asked for only
-when the slot's last block has been computed, for a hook of a block runs before the block's own work and after that of all
-others. (Backward too: of what is ready autograd runs what was made last, so that nothing of a later block is left when the
-outputs of an earlier one get their gradient, and what was recomputed is part of it.)
+The order: hooks run before a block's forward pass and before its backward pass, when all work of the blocks before it has been
+asked for. (Backward too: of what is ready autograd runs what was made last, so nothing of a later block is left when an earlier
+one's outputs get their gradients; recomputing a block is part of its backward pass.) There the computing stream is made to wait
+for the block's copy, and the copy of the next into the other slot is asked for, which begins when all that is done.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ import functools
 import itertools
 import mmap
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,12 @@ def offloaded(num_blocks: int, count: int) -> list[int]:
     return [index * num_blocks // count for index in range(count)]
 
 
+def chosen(blocks: Iterable[nn.Module], count: int) -> list[nn.Module]:
+    """The blocks that `offloaded` names."""
+    every = list(blocks)
+    return [every[index] for index in offloaded(len(every), count)]
+
+
 class OffloadSizes(NamedTuple):
     """Bytes that offloading takes."""
 
@@ -54,9 +59,9 @@ class OffloadSizes(NamedTuple):
     """In CPU memory; as many are copied to the device in a forward pass, and again in a backward pass."""
 
 
-def offload_sizes(blocks: Sequence[nn.Module], count: int) -> OffloadSizes:
-    """What offloading `count` of the blocks takes. They may be on the meta device."""
-    sizes = [Layout(blocks[index]).num_bytes for index in offloaded(len(blocks), count)]
+def offload_sizes(blocks: Iterable[nn.Module], count: int) -> OffloadSizes:
+    """What offloading `count` of a transformer's blocks takes. They may be on the meta device."""
+    sizes = [Layout(block).num_bytes for block in chosen(blocks, count)]
     return OffloadSizes(max(sizes, default=0) * min(NUM_SLOTS, count), sum(sizes))
 
 
@@ -117,13 +122,13 @@ class Offload:
 
     def __init__(
         self,
-        blocks: Sequence[nn.Module],
+        blocks: Iterable[nn.Module],
         count: int,
         device: torch.device | str,
         folder: Path | None = None,
         streams: "Streams | None" = None,
     ):
-        self.blocks = [blocks[index] for index in offloaded(len(blocks), count)]
+        self.blocks = chosen(blocks, count)
         self.device, self.folder = torch.device(device), folder
         self.streams = streams or streams_of(self.device)
         self.waiting: dict[int, Waiting] = {}
@@ -322,10 +327,12 @@ def _memory(num_bytes: int, file: Path | None) -> Tensor:
 
 def _pin(memory: Tensor) -> None:
     """Lets the GPU read it while others work. PyTorch's own pinned memory is rounded up to a power of two, and never returned."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    runtime: Any = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
 
 
 def _unpin(memories: list[Tensor], streams: Streams) -> None:
     streams.copying.synchronize()
     for memory in memories:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostUnregister(memory.data_ptr()))
