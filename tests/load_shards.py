@@ -19,10 +19,10 @@ if __name__ == "__main__":
     cut = shard(zero_settings(3, False, 1000, True, True, {}, 1, 1), processes)
     whole = 0
 
-    def watched(parameter: torch.nn.Parameter) -> None:
+    def watched(owner: torch.nn.Module, name: str) -> None:
         global whole
-        cut(parameter)
-        whole += parameter.numel()
+        cut(owner, name)
+        whole += owner.get_parameter(name).numel()
 
     model = ModelDirectory.resolve(sys.argv[1])
     denoiser = load_denoiser(model, dtype=torch.float32, place=watched, read=processes.is_main)

@@ -26,6 +26,7 @@ from train.model.adapter import Adapter, attach_lora
 from train.model.attention import find_attention
 from train.model.denoiser import load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
+from train.model.offload import offloaded
 from train.model.quantize import check_weights, describe_products
 from train.parallel.processes import Processes, check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
@@ -55,6 +56,7 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     resolve_zero_cond_t(config.model.zero_cond_t, model)
     if "train" in config.phases:
         check_weights(config.model.weights)
+    offloaded(model.config("transformer")["num_layers"], num_offloaded(config))
     spread = config.parallel
     if "train" not in config.phases:
         return  # the other phases take any launch
@@ -64,6 +66,11 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     checked_group_size(settings.group_size, settings.micro_batch_size, math.prod(batch))
     if launched := launched_settings(os.environ):
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
+
+
+def num_offloaded(config: Config) -> int:
+    """How many blocks are offloaded; `auto` is none."""
+    return 0 if config.train.offload_blocks == "auto" else config.train.offload_blocks
 
 
 def build_model(config: Config, model: ModelDirectory, processes: Processes) -> tuple[Adapter, Parallel]:
@@ -102,7 +109,17 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
     read = processes.is_main or place is None  # `place` sends what rank 0 reads
     weights = config.model.weights
     processes.say(f"transformer: {describe_products(weights, processes.device, dtype)}")
-    denoiser = load_denoiser(model, processes.device, dtype, config.model.zero_cond_t, execution, place, read, weights)
+    denoiser = load_denoiser(
+        model,
+        processes.device,
+        dtype,
+        config.model.zero_cond_t,
+        execution,
+        place,
+        read,
+        weights,
+        num_offloaded(config),
+    )
     adapter = attach_lora(
         denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
     )

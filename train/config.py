@@ -138,8 +138,8 @@ class TrainConfig:
     attention are kept), or everything (`full`). A number of blocks: of the first so many everything but attention, the others
     selectively. `auto`: as little as the planned GPU's memory allows."""
     offload_blocks: Literal["auto"] | int = "auto"
-    """Number of the transformer's blocks whose frozen weights wait in CPU memory. `auto`: as few as the planned GPU's memory
-    needs; none on a CPU, and none under zero3."""
+    """Blocks of the transformer whose frozen weights wait in CPU memory and come to the GPU one block ahead. `auto`: as few as
+    the planned GPU's memory needs; none on a CPU, and none under zero3."""
     attention: Literal["auto", "flash3"] = "auto"
     """Attention kernel. `auto`: PyTorch's choice for the device. `flash3`: FlashAttention-3, which must be installed."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -105,7 +105,7 @@ class ModelDirectory:
         device: torch.device | str,
         dtype: torch.dtype,
         rename: Callable[[str], str | None] = str,
-        place: Callable[[nn.Parameter], None] | None = None,
+        place: Callable[[nn.Module, str], None] | None = None,
         read: bool = True,
     ) -> None:
         """Gives a module built on the meta device its weights, each tensor straight in its place: no second full copy.
@@ -114,7 +114,8 @@ class ModelDirectory:
 
         Args:
             rename: the module's name for a stored tensor, or None for a tensor that the module does without.
-            place: called with every parameter as soon as it is loaded, for example to keep only a part of it.
+            place: called for every tensor as soon as it is loaded, with the module whose own it is and its name there, for
+                example to keep only a part of it.
             read: false leaves the numbers undefined, for a `place` that gets them from another process, in the same order.
 
         Raises:
@@ -127,9 +128,10 @@ class ModelDirectory:
             if own := rename(name):
                 owner, _, leaf = own.rpartition(".")  # only its owner: the whole module would be walked for each tensor
                 weights = {leaf: tensor.to(device, dtype, copy=read)}
-                module.get_submodule(owner).load_state_dict(weights, strict=False, assign=True)
+                submodule = module.get_submodule(owner)
+                submodule.load_state_dict(weights, strict=False, assign=True)
                 if place:
-                    place(module.get_parameter(own))
+                    place(submodule, leaf)
 
     def _unread(
         self, component: str, device: torch.device | str, dtype: torch.dtype

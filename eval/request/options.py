@@ -95,7 +95,7 @@ EncoderDevice = Annotated[
     str | None, typer.Option(help="Where the text encoder and the VAE run.", show_default="as --device")
 ]
 Offload = Annotated[
-    OffloadName, typer.Option(help="What waits in CPU memory: unused parts, or the transformer's layers too.")
+    OffloadName, typer.Option(help="What waits in CPU memory: unused parts, or the transformer's blocks too.")
 ]
 Weights = Annotated[
     WeightsName, typer.Option(help="Of the transformer's layers: as --dtype, or rounded to fewer bits.")

@@ -32,7 +32,7 @@ class Placement:
     """Of the text encoder and the VAE; None for `device`."""
     offload: OffloadName = "none"
     """`model`: only the parts in use are on `device`, the others wait in CPU memory (freed if `device` is the CPU).
-    `layer`: the transformer's layers come from CPU memory one after the other, the next while one computes."""
+    `layer`: the transformer's blocks come from CPU memory one after the other, the next while one computes."""
     weights: WeightsName = "full"
     """Of the linear layers in the transformer's blocks: `full` as `dtype` says, or rounded as they are read. `device` may
     multiply int8 and fp8 as they are, and then rounds activations too."""
@@ -79,11 +79,9 @@ class Placement:
         return self.weights != "full" and has_products(self.device, STORED[self.weights], self.dtype)
 
     def _check_offload(self) -> None:
-        if self.offload != "layer":
-            return
-        if self.device.type == "cpu":
+        if self.offload == "layer" and self.device.type == "cpu":
             raise InputError(
-                "offload=layer streams layers to a device such as cuda, and device is cpu: use offload=model, which frees "
+                "offload=layer streams blocks to a device such as cuda, and device is cpu: use offload=model, which frees "
                 "the parts that are not in use"
             )
 

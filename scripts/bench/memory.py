@@ -153,10 +153,10 @@ def measure_edit(model: Path, args: argparse.Namespace, settings: dict[str, Any]
     highest = memory.bytes()
     np.save(picture, np.asarray(result.image))
     with editor.components.denoiser() as denoiser:
-        tensors = [*denoiser.dit.parameters(), *denoiser.dit.buffers()]
-        sizes = [(tensor.nbytes, tensor.device) for tensor in tensors]
-    here = sum(size for size, device in sizes if device.type == placement.device.type)
-    return Figures(sum(size for size, _ in sizes), here, highest, seconds, str(picture))
+        found = [*denoiser.dit.parameters(), *denoiser.dit.buffers()]
+    memories = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found if t.device == placement.device}
+    here = sum(memory.nbytes() for memory in memories.values())  # blocks that wait elsewhere share theirs
+    return Figures(sum(tensor.nbytes for tensor in found), here, highest, seconds, str(picture))
 
 
 def measure_vae(model: Path, args: argparse.Namespace, tiled: bool, picture: Path) -> Figures:

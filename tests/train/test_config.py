@@ -100,6 +100,8 @@ WRONG = {
     "train.micro_batch_size=1.5": "train.micro_batch_size must be a whole number, got 1.5",
     "train.attention=flash3": "needs train.gradient_checkpointing=off or full, got auto",
     "train.gradient_checkpointing=half": "must be one of auto, off, selective, full, or a whole number, got 'half'",
+    "train.offload_blocks=-1": "train.offload_blocks must be at least 0, got -1",
+    "train.offload_blocks=all": "train.offload_blocks must be one of auto, or a whole number, got 'all'",
     "model.dtype=float16": "model.dtype must be one of bfloat16, float32, got 'float16'",
     "data.caption_dropout=1.0": "data.caption_dropout must lie in [0, 1), got 1.0",
     "cache.workers=0": "cache.workers must be at least 1, got 0",

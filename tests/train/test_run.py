@@ -217,6 +217,7 @@ WRONG_LATER = {
     "loss.bridge_noise=-1": "bridge_noise must be 0 or more, got -1",
     "data.max_pixels=4096 data.vision_pixels=50176 phases=[train]": "phases=[cache",
     "optim=prodigy +optim.fused_back_pass=true": "fused_back_pass",
+    "train.offload_blocks=6": "train.offload_blocks=6, and the transformer has 5 blocks: set it to 0 … 5",
     "optim=prodigy optim.d_coef=0.5": "never lets the step size grow",
     "plan.gpu=4091": "plan.gpu=4091 is not known: did you mean 'RTX 4090'?",
     "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
@@ -345,6 +346,33 @@ def test_variants_train(command, tmp_path):
     assert {"loss/pixel_l1/main", "loss/latent/main"} <= metrics_keys(tmp_path / "pixel")
     assert {"loss/latent/main", "loss/latent/sub"} <= metrics(tmp_path / "sum")[0].keys()
     assert "loss/flow" in metrics_keys(tmp_path / "flow")
+
+
+OFFLOADED = {
+    "steps": ["train.grad_accum_steps=2"],
+    "sum": ["loss.combine=sum", "train.gradient_checkpointing=full"],
+    "validated": ["validate=tiny_lbm", "train.validate_every=1", "train.gradient_checkpointing=2"],
+}
+
+
+@pytest.mark.slow
+def test_offloaded_blocks_train_the_same(command, tmp_path):
+    """Bit for bit; also a run that is continued with other blocks offloaded, and as ZeRO-2."""
+    jobs = []
+    for name, overrides in OFFLOADED.items():
+        both = [*overrides, "train.num_steps=4"]
+        jobs.append(command(tmp_path / f"{name}-whole", *both, "train.offload_blocks=0"))
+        jobs.append(command(tmp_path / name, *both, "train.offload_blocks=3"))
+    jobs.append(command(tmp_path / "continued", *OFFLOADED["steps"], "train.num_steps=2", "train.offload_blocks=5"))
+    jobs.append(command(tmp_path / "continued", *OFFLOADED["steps"], "train.num_steps=4", "train.offload_blocks=2"))
+    zero2 = [*OFFLOADED["steps"], "train.num_steps=4", "parallel=zero2"]
+    jobs += [command(tmp_path / f"zero2-{n}", *zero2, f"train.offload_blocks={n}") for n in (0, 4)]
+    train_many(tmp_path, *jobs)
+    pairs = [(name, f"{name}-whole") for name in OFFLOADED]
+    for mine, theirs in [*pairs, ("continued", "steps-whole"), ("zero2-4", "zero2-0")]:
+        assert adapter_bytes(tmp_path / mine, 4) == adapter_bytes(tmp_path / theirs, 4)
+        losses = [[line.get("loss") for line in metrics(tmp_path / name)] for name in (mine, theirs)]
+        assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

@@ -193,7 +193,8 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
 
 def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:
     """Injects PEFT's layers in float32 and asserts that exactly `names` were touched."""
-    with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator
+    # PEFT initialises from the global generator, and DoRA's magnitudes from the frozen weights
+    with torch.random.fork_rng(devices=[]), denoiser.weights_at_rest():
         inject_adapter_in_model(config, denoiser.dit)
     layers = {name: module for name, module in denoiser.dit.named_modules() if isinstance(module, LoraLayer)}
     assert sorted(layers) == sorted(names), f"LoRA touched {len(layers)} modules instead of {len(names)}"
@@ -201,7 +202,8 @@ def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Ada
         if type(layer) is PeftLinear:
             layer.__class__ = LoraLinear
     adapter = Adapter({name: layers[name] for name in names}, config)
+    device = denoiser.dit.img_in.weight.device  # not that of the frozen weights, which may wait elsewhere
     for parameter in adapter.parameters():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(device, torch.float32)
         parameter.requires_grad_(True)
     return adapter

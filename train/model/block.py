@@ -9,7 +9,7 @@ from diffsynth.models.qwen_image_dit import QwenDoubleStreamAttention, QwenImage
 from torch import Tensor, nn
 
 from train.model.attention import Kernel, attend, rotate
-from train.model.lora import linear, waits_for_a_call
+from train.model.lora import linear
 
 
 class Modulation(NamedTuple):
@@ -164,7 +164,4 @@ def split_heads(x: Tensor, attn: QwenDoubleStreamAttention) -> Tensor:
 
 def normalised(x: Tensor, norm: Any, attn: QwenDoubleStreamAttention) -> Tensor:
     """Heads with a root mean square of 1, times a learned weight (Zhang & Sennrich, arXiv 1910.07467)."""
-    heads = split_heads(x, attn)
-    if waits_for_a_call(norm):
-        return norm(heads)
-    return F.rms_norm(heads, (attn.head_dim,), norm.weight, norm.eps)
+    return F.rms_norm(split_heads(x, attn), (attn.head_dim,), norm.weight, norm.eps)

@@ -5,6 +5,7 @@ text, rounds the timestep to bf16 and evaluates the feed-forward with another GE
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffsynth.models.general_modules import AdaLayerNorm, RMSNorm, TimestepEmbeddings
@@ -18,6 +19,7 @@ from losses.patches import PATCH, patchify, unpatchify
 from train.model.attention import rope_table
 from train.model.block import Block
 from train.model.execution import Execution
+from train.model.offload import Offload
 from train.model.quantize import Weights, check_weights, quantize_blocks
 
 TIMESTEPS = 1000  # the transformer is embedded with timestep = 1000 * sigma
@@ -54,13 +56,27 @@ class Denoiser(nn.Module):
         dit: the transformer, with or without LoRA layers injected.
         zero_cond_t: modulate the reference tokens as if sigma were 0 (Qwen-Image-Edit-2511: on, 2509: off).
         execution: how its blocks are executed; as they are, by default.
+        offload: of some of its blocks; it is started.
     """
 
-    def __init__(self, dit: QwenImageDiT, zero_cond_t: bool, execution: Execution | None = None):
+    def __init__(
+        self,
+        dit: QwenImageDiT,
+        zero_cond_t: bool,
+        execution: Execution | None = None,
+        offload: Offload | None = None,
+    ):
         super().__init__()
         self.dit = dit
         self.zero_cond_t = zero_cond_t
         (execution or Execution()).apply(dit.transformer_blocks)
+        self.offload = offload
+        if offload:
+            offload.start()
+
+    def weights_at_rest(self) -> AbstractContextManager[None]:
+        """Inside, every weight can be read: those of offloaded blocks in CPU memory, where they wait."""
+        return self.offload.at_rest() if self.offload else nullcontext()
 
     def forward(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Runs the transformer on a batch of one bucket.
@@ -123,9 +139,10 @@ def load_denoiser(
     dtype: torch.dtype = torch.bfloat16,
     zero_cond_t: bool | None = None,
     execution: Execution | None = None,
-    place: Callable[[nn.Parameter], None] | None = None,
+    place: Callable[[nn.Module, str], None] | None = None,
     read: bool = True,
     weights: Weights = "bf16",
+    offload_blocks: int = 0,
 ) -> Denoiser:
     """Reads `transformer/` of a model directory, frozen and in evaluation mode, one tensor at a time.
 
@@ -133,16 +150,19 @@ def load_denoiser(
         execution: as of `Denoiser`.
         place, read: as in `ModelDirectory.load_into`.
         weights: what the blocks' linear layers are rounded to, each as it is read.
+        offload_blocks: so many blocks wait in CPU memory, as soon as they are read; not together with `place`.
 
     Raises:
-        InputError: weights are missing or unexpected, `zero_cond_t` contradicts the model, or the package of `weights` is
-            not installed.
+        InputError: weights are missing or unexpected, `zero_cond_t` contradicts the model, the package of `weights` is not
+            installed, there are fewer blocks than `offload_blocks`, or there is no CPU memory for them.
     """
     zero_cond_t = resolve_zero_cond_t(zero_cond_t, directory)
     check_weights(weights)
     with torch.device("meta"):
         dit = build_dit(directory.config("transformer"))
     quantize_blocks(dit, weights, dtype)
-    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place, read=read)
     dit.requires_grad_(False).eval()
-    return Denoiser(dit, zero_cond_t, execution)
+    offload = Offload(dit.transformer_blocks, offload_blocks, device) if offload_blocks else None
+    place = offload.place if offload else place
+    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place, read=read)
+    return Denoiser(dit, zero_cond_t, execution, offload)

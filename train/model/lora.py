@@ -64,14 +64,9 @@ def is_plain(layer: Any) -> bool:
     )
 
 
-def waits_for_a_call(module: nn.Module) -> bool:
-    """Whether a hook of diffusers (offloading) brings the module's weights to the device only when it is called."""
-    return hasattr(module, "_diffusers_hook")
-
-
 def has_its_weights(layer: Any) -> bool:
     """Whether the frozen layer can be multiplied without being called."""
-    return type(layer.base_layer) in (nn.Linear, QuantizedLinear) and not waits_for_a_call(layer.base_layer)
+    return type(layer.base_layer) in (nn.Linear, QuantizedLinear)
 
 
 def linear(x: Tensor, *layers: Any) -> list[Tensor]:

@@ -197,12 +197,12 @@ def join(processes: Processes) -> None:
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of Idle, and of what needs no attention
 
 
-def shard(settings: dict[str, Any], processes: Processes) -> Callable[[nn.Parameter], None]:
+def shard(settings: dict[str, Any], processes: Processes) -> Callable[[nn.Module, str], None]:
     """Cuts a loaded parameter over the ranks (ZeRO-3) as soon as it is there, so that no rank holds all of them."""
     join(processes)
     import deepspeed
 
-    def cut(parameter: nn.Parameter) -> None:
-        deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=settings)
+    def cut(owner: nn.Module, name: str) -> None:
+        deepspeed.zero.Init(module=nn.ParameterList([owner.get_parameter(name)]), config_dict_or_path=settings)
 
     return cut

@@ -13,11 +13,11 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from eval.qwen.weights.adapters import use_adapters
 from eval.qwen.weights.encoders import PlacedPromptEncoder, PlacedVAE
-from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
 from eval.request.metadata import AdapterState, adapter_state
 from eval.request.placement import CPU, Placement
 from eval.request.request import AdapterUse
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
+from train.model.offload import Offload
 
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -79,8 +79,6 @@ class Components:
         except InputError:
             self._adapters = before  # nothing has been touched
             raise
-        if self.placement.offload == "layer":
-            keep_adapters_on(denoiser, self.placement.device)
         self._adapters = state
 
     def free(self, *names: PartName) -> None:
@@ -136,27 +134,27 @@ class Components:
         return PlacedPromptEncoder(encoder, self.placement.device)
 
     def _load_denoiser(self) -> Denoiser:
-        denoiser = load_placed_denoiser(self.model, self.placement)
-        if self.placement.offload == "layer":
-            stream_layers(denoiser, self.placement.device)
-        return denoiser
+        return load_placed_denoiser(self.model, self.placement)
 
 
 def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoiser:
-    """The transformer in the numbers that a placement asks for, on its device, or on the CPU if its layers are streamed.
+    """The transformer in the numbers that a placement asks for, on its device; with `offload=layer` its blocks wait elsewhere.
 
     Raises:
-        InputError: weights are missing or are not this transformer's.
+        InputError: weights are missing or are not this transformer's, or there is no memory for them to wait in.
     """
-    device = CPU if placement.offload == "layer" else placement.device
     if not placement.gguf:
-        return load_denoiser(model, device, placement.dtype, weights=placement.format)
+        waiting = model.config("transformer")["num_layers"] if placement.offload == "layer" else 0
+        return load_denoiser(model, placement.device, placement.dtype, weights=placement.format, offload_blocks=waiting)
     from eval.qwen.weights.gguf_weights import load_gguf  # an optional package
 
     with torch.device("meta"):
         dit = build_dit(model.config("transformer"))
-    load_gguf(dit, placement.gguf, device, placement.dtype)
-    return Denoiser(dit.requires_grad_(False), resolve_zero_cond_t(None, model)).eval()
+    dit.requires_grad_(False).eval()
+    blocks = dit.transformer_blocks
+    offload = Offload(blocks, len(blocks), placement.device) if placement.offload == "layer" else None
+    load_gguf(dit, placement.gguf, placement.device, placement.dtype, offload and offload.place)
+    return Denoiser(dit, resolve_zero_cond_t(None, model), offload=offload).eval()
 
 
 def _module(part: Any) -> torch.nn.Module:

@@ -4,6 +4,7 @@ Quantised linear layers stay as they are in the file and are dequantised when th
 else becomes plain numbers.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ PREFIX = "model.diffusion_model."
 PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
-def load_gguf(dit: nn.Module, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+def load_gguf(
+    dit: nn.Module,
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Callable[[nn.Module, str], None] | None = None,
+) -> None:
     """Gives a transformer on the meta device the weights of a GGUF file, one tensor at a time.
 
     Args:
         dtype: of what is not quantised, and in which the layers compute.
+        place: as of `ModelDirectory.load_into`.
 
     Raises:
         InputError: the file is broken, holds other tensors than the transformer has, or in a format that cannot be read.
@@ -40,6 +48,8 @@ def load_gguf(dit: nn.Module, path: Path, device: torch.device, dtype: torch.dty
         else:
             weight = _owned(dequantize(tensor.data, tensor.tensor_type)).to(device, dtype)
             module.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
+        if place:
+            place(module, leaf)
 
 
 def _read(path: Path) -> dict[str, ReaderTensor]:

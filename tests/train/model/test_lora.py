@@ -251,14 +251,18 @@ def test_copies_are_what_is_multiplied_by():
     assert torch.equal(denoiser(latents.float(), sigma, condition), changed)
 
 
+class Quantised(nn.Linear):
+    pass
+
+
 def test_layers_that_must_be_called_are_called():
-    """Quantised ones, and those that a hook brings to the device."""
+    """Such as quantised ones."""
     _, adapter = small(torch.float32)
     layers = [adapter.layers[f"transformer_blocks.0.attn.{name}"] for name in ("to_q", "to_k", "to_v")]
     x = drawn(1, 3, 128, seed=1, dtype=torch.float32)
     expected = linear(x, *layers)
     called = []
-    layers[1].base_layer._diffusers_hook = object()
+    layers[1].base_layer.__class__ = Quantised
     layers[1].base_layer.register_forward_hook(lambda *_: called.append(1))
     for mine, theirs in zip(linear(x, *layers), expected, strict=True):
         assert error(mine, theirs.double()) < 1e-6
@@ -274,37 +278,6 @@ def test_layers_without_lora_beside_those_with(monkeypatch):
     with_lora, without, _ = linear(x, attn.to_q, attn.to_k.base_layer, attn.to_v)
     assert torch.equal(without, attn.to_k.base_layer(x))
     assert torch.equal(with_lora, linear(x, attn.to_q)[0])
-
-
-def test_offloaded_modules_are_called():
-    """All weights of the blocks are rubbish, but while diffusers' hooks have brought them."""
-    denoiser, _ = small(torch.float32)
-    latents, sigma, condition = condition_of(SMALL, [5, 9])
-    arguments = latents.float(), sigma, condition.to(dtype=torch.float32)
-    with torch.no_grad():
-        expected = denoiser(*arguments)
-        for name, module in denoiser.dit.transformer_blocks.named_modules():
-            if (own := dict(module.named_parameters(recurse=False))) and ".lora_" not in name:
-                bring(module, own)
-        assert torch.allclose(denoiser(*arguments), expected, rtol=1e-4, atol=1e-5)
-
-
-def bring(module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-    """Hides a module's weights except during its forward pass, as group offloading does."""
-    kept = {name: parameter.data.clone() for name, parameter in own.items()}
-
-    def show(*_):
-        for name, parameter in own.items():
-            parameter.data.copy_(kept[name])
-
-    def hide(*_):
-        for parameter in own.values():
-            parameter.data.fill_(torch.nan)
-
-    module._diffusers_hook = object()
-    module.register_forward_pre_hook(show)
-    module.register_forward_hook(hide)
-    hide()
 
 
 def test_dora_is_pefts(monkeypatch):

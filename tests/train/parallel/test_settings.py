@@ -171,6 +171,17 @@ def test_dora_needs_whole_weights():
         compose(["+exp=tiny_lbm", "data.dataset=x", "parallel=zero3", "adapter.dora=true"])
 
 
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
+def test_offloaded_blocks_are_whole(strategy):
+    given = ["+exp=tiny_lbm", "data.dataset=x", f"parallel={strategy}"]
+    with pytest.raises(
+        InputError, match=f"train.offload_blocks=2 keeps whole .* parallel={strategy} cuts them .*: use"
+    ):
+        compose([*given, "train.offload_blocks=2"])
+    for none in ("auto", "0"):
+        compose([*given, f"train.offload_blocks={none}"])
+
+
 def test_what_the_plan_calls_harmless_can_be_changed_in_a_continued_run():
     """After an out-of-memory error a user follows the plan's advice and gives the command again."""
     config = compose(["+exp=tiny_lbm", "data.dataset=x", "parallel=zero3", "train.micro_batch_size=4"])

@@ -16,7 +16,6 @@ from data_prep.model.encoders import load_vae
 from eval.qwen.weights.adapters import use_adapters
 from eval.qwen.weights.components import Components, load_placed_denoiser
 from eval.qwen.weights.encoders import PlacedVAE
-from eval.qwen.weights.offloading import keep_adapters_on, stream_layers
 from eval.request.placement import Placement, make_placement
 from eval.request.request import AdapterUse
 from scripts.bench import memory as bench
@@ -172,22 +171,20 @@ def test_gguf_of_something_else(model, tmp_path, change, message):
         load_placed_denoiser(model, Placement(dtype=F32, gguf=tmp_path / "other.gguf"))
 
 
-@pytest.mark.parametrize("weights", ["full", "int8", "fp8", "nf4"])
-def test_streamed_layers(model, adapter, tmp_path, weights):
-    """Layers that wait in files are really gone between calls, so that only the hooks can bring them."""
-    expected, denoiser = (load_placed_denoiser(model, Placement(dtype=F32, weights=weights)) for _ in range(2))
-    stream_layers(denoiser, torch.device("cpu"), tmp_path)
-    assert list(tmp_path.glob("*.safetensors"))
-    waiting = denoiser.dit.transformer_blocks[0].attn.to_q.weight
-    assert not torch.equal(waiting.float(), expected.dit.transformer_blocks[0].attn.to_q.weight.float())
-    assert close(velocity(denoiser), velocity(expected))
-    for each in (denoiser, expected):
-        use_adapters(each, [AdapterUse(adapter)])
-    keep_adapters_on(denoiser, torch.device("cpu"))
-    assert close(velocity(denoiser), velocity(expected))
-    for each in (denoiser, expected):
-        use_adapters(each, [])
-    assert close(velocity(denoiser), velocity(expected))
+@pytest.mark.parametrize("kind", ["full", "int8", "fp8", "nf4", "gguf"])
+def test_streamed_layers(model, adapter, dora, gguf_files, kind, monkeypatch):
+    """The same pictures bit for bit, with adapters put on, changed and taken off; on a CPU, which `Placement` would refuse."""
+    monkeypatch.setattr(Placement, "_check_offload", lambda self: None)
+    stored = {"gguf": gguf_files["Q8_0"]} if kind == "gguf" else {"weights": kind}
+    streamed, expected = (Components(model, Placement(dtype=F32, offload=o, **stored)) for o in ("layer", "none"))
+    uses = [[], [AdapterUse(adapter)], [AdapterUse(adapter, 0.5)], []]
+    for adapters in [*uses, [AdapterUse(dora)], []] if kind == "full" else uses:
+        with streamed.denoiser(adapters) as mine, expected.denoiser(adapters) as theirs:
+            assert torch.equal(velocity(mine), velocity(theirs))
+            assert len(mine.offload.waiting) == len(mine.dit.transformer_blocks)
+            slots = {memory.untyped_storage().data_ptr() for memory in mine.offload.slots}
+            weights = {p for n, p in mine.dit.transformer_blocks.named_parameters() if ".lora_" not in n}
+            assert {parameter.untyped_storage().data_ptr() for parameter in weights} == slots
 
 
 def test_only_what_is_used_is_loaded(model, adapter):
