@@ -297,6 +297,14 @@ def test_encoders_on_another_device(model):
         assert next(vae.module.parameters()).device.type == "cpu"
 
 
+@pytest.mark.parametrize("weights", ["full", "int8", "fp8", "nf4"])
+def test_settings_say_where_products_are_in_8_bits(weights):
+    """`meta` stands for a GPU that has the units."""
+    gpu, cpu = (Placement(torch.device(name), weights=weights).numbers for name in ("meta", "cpu"))
+    assert gpu.get("products") == (weights if weights in ("int8", "fp8") else None)
+    assert "products" not in cpu
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
