@@ -5,10 +5,14 @@ import shlex
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.commands import run_script
 from tests.train.plan.planning import configure, fits, resolved, seconds
+from train.model.denoiser import build_dit
+from train.model.offload import offload_sizes
+from train.model.quantize import quantize_blocks
 from train.plan.advice import Suggestion, faster_strategy, training_advice
 from train.plan.gpus import GIB, find_gpu
 
@@ -146,3 +150,14 @@ def test_a_plan_that_does_not_fit_is_exit_code_2(tmp_path):
     assert "train.offload_blocks=auto" in done.stdout
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "does not fit" in error
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "fp8", "nf4"])
+def test_a_block_is_as_large_as_the_real_layers_are(planner, weights):
+    """As they are quantised and laid out in memory, on the meta device."""
+    with torch.device("meta"):
+        dit = build_dit(planner.transformer.config | {"num_layers": 3})
+    quantize_blocks(dit, weights, torch.bfloat16)
+    sizes = offload_sizes(dit.transformer_blocks, 3)
+    assert sizes.waiting == 3 * planner.transformer.block_bytes(weights)
+    assert sizes.slots == 2 * planner.transformer.block_bytes(weights)
