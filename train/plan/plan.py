@@ -122,7 +122,8 @@ class Plan:
         )
         yield (
             f"  an epoch   {self.steps_per_epoch:.4g} steps, in groups of {self.group_size} from one bucket; "
-            f"{self.empty_share:.1%} of the places stay empty"
+            f"{self.empty_share:.1%} of the places stay empty. {self.num_steps} steps are "
+            f"{self.num_steps / self.steps_per_epoch:.3g} epochs"
         )
         yield "  memory per GPU, GiB"
         for part, num_bytes in self.memory.gpu.items():
