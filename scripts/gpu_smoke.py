@@ -3,7 +3,7 @@
     accelerate launch scripts/gpu_smoke.py --out runs/gpu_smoke
     accelerate launch scripts/gpu_smoke.py --out runs/gpu_smoke_zero2 parallel=zero2 train.num_steps=5
     python scripts/gpu_smoke.py --out runs/gpu_smoke_all train.num_steps=6 \\
-        --vary parallel=single,zero3 --vary train.gradient_checkpointing=full,auto
+        --vary optim=adamw,prodigy --vary train.gradient_checkpointing=full,auto
     python scripts/gpu_smoke.py --size tiny --out runs/cpu_smoke
 
 Everything of phase 2 is what a run uses; nothing is downloaded, and no weights are on the disk. The first is the

@@ -12,7 +12,7 @@
 #
 # One run over several machines of a Slurm cluster. Options of sbatch go before the script, overrides after it:
 #
-#   sbatch --nodes=4 --partition=gpu scripts/slurm_multinode.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine
+#   sbatch --nodes=4 --partition=gpu scripts/slurm_multinode.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine train.global_batch_size=32
 #
 # run_dir, the data, the model and this repository must be on a disk that all machines share. Ten minutes before the time
 # limit the training saves its last complete step, and the job goes back into the queue; started again, as after a failed

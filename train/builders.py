@@ -21,7 +21,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
-from train.config import Config, to_yaml
+from train.config import Config, check_whole_blocks, to_yaml
 from train.model.adapter import Adapter, attach_lora
 from train.model.attention import find_attention
 from train.model.denoiser import load_denoiser, resolve_zero_cond_t
@@ -62,6 +62,7 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
         return  # the other phases take any launch
     check_launch(spread.strategy, config.model.dtype, os.environ)
     settings, world_size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
+    check_whole_blocks(config, world_size)
     batch = settings.micro_batch_size, settings.accumulation(world_size), world_size
     checked_group_size(settings.group_size, settings.micro_batch_size, math.prod(batch))
     if launched := launched_settings(os.environ):
@@ -88,9 +89,6 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
     execution = Execution.of(settings.gradient_checkpointing, **options)
     accumulation = settings.accumulation(processes.world_size)
     zero, stage = None, spread.stage
-    if stage == 3 and processes.world_size == 1 and not spread.offload:
-        processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
-        stage = 0
     if stage:
         zero = zero_settings(
             stage,

@@ -301,30 +301,35 @@ class Config:
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
         require(
-            not (self.adapter.dora and self.parallel.stage == 3),
-            f"adapter.dora=true needs every layer's whole weight, which parallel={self.parallel.name} cuts over the ranks: "
-            "use parallel=single, ddp or zero2",
-        )
-        quantised = f"model.weights={self.model.weights}"
-        require(
-            self.model.weights == "bf16" or self.parallel.stage != 3,
-            f"{quantised} cannot be cut over the ranks as parallel={self.parallel.name} does: use parallel=single, ddp or "
-            "zero2, or model.weights=bf16",
-        )
-        require(
-            self.parallel.stage != 3 or self.train.offload_blocks in ("auto", 0),
-            f"train.offload_blocks={self.train.offload_blocks} needs whole blocks on every rank, and "
-            f"parallel={self.parallel.name} cuts them: use parallel=single, ddp or zero2, or parallel=zero3_offload",
-        )
-        require(
             self.model.weights == "bf16" or not self.adapter.dora,
-            f"adapter.dora=true needs the lengths of the full weights, which {quantised} rounds: use model.weights=bf16",
+            f"adapter.dora=true needs the lengths of the full weights, which model.weights={self.model.weights} rounds: use "
+            "model.weights=bf16",
         )
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(
             not (prodigy and self.train.max_grad_norm is not None),
             f"train.max_grad_norm={self.train.max_grad_norm} together with Prodigy: clipping hides from it the "
             "gradients that its step size is estimated from; set train.max_grad_norm=null",
+        )
+
+
+def check_whole_blocks(config: Config, world_size: int) -> None:
+    """Refuses what needs whole blocks on every rank where they are cut; on one process `zero3` trains as `single`.
+
+    Raises:
+        InputError: names both settings.
+    """
+    if config.parallel.stage != 3 or (world_size == 1 and not config.parallel.offload):
+        return
+    needs = {
+        "adapter.dora=true": config.adapter.dora,
+        f"model.weights={config.model.weights}": config.model.weights != "bf16",
+        f"train.offload_blocks={config.train.offload_blocks}": config.train.offload_blocks not in ("auto", 0),
+    }
+    for setting in [name for name, given in needs.items() if given]:
+        raise InputError(
+            f"{setting} needs whole blocks on every rank, which parallel={config.parallel.name} cuts: use parallel=single, "
+            "ddp or zero2"
         )
 
 

@@ -155,6 +155,8 @@ def train_phase(
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
     with StopRequest() as request, closing(stream), loggers:
         decided = processes.gather(plan and plan.decided)[0]
+        if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
+            processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
         adapter, parallel = build_model(apply(config, decided), model, processes)
         optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
         if checkpoint:

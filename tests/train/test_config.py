@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import InputError
 from tests.commands import ROOT
-from train.config import CONFIGS, MOVED, Config, TrainConfig, compose, read_yaml, to_yaml
+from train.config import CONFIGS, MOVED, Config, TrainConfig, check_whole_blocks, compose, read_yaml, to_yaml
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
 DATA = "data.dataset=pairs.json"
@@ -122,8 +122,6 @@ def test_what_is_wrong_is_named(override):
 
 
 REFUSED = {
-    "parallel=zero3 model.weights=int8": "model.weights=int8 cannot be cut over the ranks as parallel=zero3 does",
-    "parallel=zero3_offload model.weights=nf4": "use parallel=single, ddp or zero2, or model.weights=bf16",
     "adapter.dora=true model.weights=fp8": "which model.weights=fp8 rounds: use model.weights=bf16",
     "model.weights=int4": "model.weights must be one of bf16, fp8, int8, nf4, got 'int4'",
 }
@@ -134,8 +132,24 @@ def test_quantised_weights_are_refused_where_they_cannot_be(overrides):
     with pytest.raises(InputError) as caught:
         compose(["+exp=tiny_lbm", DATA, *overrides.split()])
     assert REFUSED[overrides] in str(caught.value)
-    for strategy in ("single", "ddp", "zero2", "auto"):
-        assert compose(["+exp=tiny_lbm", DATA, f"parallel={strategy}", "model.weights=nf4"]).model.weights == "nf4"
+
+
+@pytest.mark.parametrize("setting", ["adapter.dora=true", "model.weights=int8", "train.offload_blocks=3"])
+def test_what_needs_whole_blocks_is_refused_where_they_are_cut(setting):
+    """Under zero3 on several processes; one alone trains as single, and other strategies leave blocks whole."""
+
+    def check(parallel: str, world_size: int) -> None:
+        check_whole_blocks(compose(["+exp=tiny_lbm", DATA, setting, f"parallel={parallel}"]), world_size)
+
+    for parallel, world_size in (("zero3", 2), ("zero3_offload", 1)):
+        with pytest.raises(InputError) as caught:
+            check(parallel, world_size)
+        sentence = (
+            f"{setting} needs whole blocks on every rank, which parallel={parallel} cuts: use parallel=single, ddp or"
+        )
+        assert sentence in str(caught.value)
+    for parallel, world_size in (("zero3", 1), ("ddp", 2), ("zero2", 2), ("auto", 2)):
+        check(parallel, world_size)
 
 
 def test_a_model_must_be_chosen():

@@ -65,6 +65,9 @@ def suggestion(
     """This change with what has to come with it to fit, or None."""
     for saving in savings(config):
         wanted = apply(config, AUTOMATIC, change, saving)
+        total = wanted.train.global_batch_size
+        if total and total % (wanted.train.micro_batch_size * num_gpus):
+            continue
         resolved = planner.without_auto(wanted, num_gpus, gpu)
         if planner.fits(resolved, num_gpus, gpu):
             automatic = {

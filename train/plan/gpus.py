@@ -4,10 +4,13 @@ import difflib
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_prep.errors import InputError
+from train.model.quantize import UNITS
 
 GIB = 2**30
 PCIE = {3: 15.8, 4: 31.5, 5: 63.0, 6: 121.0}
@@ -95,13 +98,30 @@ def find_gpu(name: str | int | None = None) -> Gpu:
         return replace(assumed, origin="assumed: there is no GPU here, set plan.gpu=NAME")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return replace(
-        _known(properties.name) or Gpu(properties.name, 0.0),
+        _known(properties.name) or _unknown(properties),
         name=properties.name,
         memory_gib=properties.total_memory / GIB,
         origin="this machine's",
         per_machine=torch.cuda.device_count(),
-        host_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+        host_gib=host_bytes() / GIB,
     )
+
+
+def host_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The memory of this machine, or of the container or job that this is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = cgroups / name
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def _unknown(properties: Any) -> Gpu:
+    """One that the table lacks: which 8-bit numbers it multiplies is known, and no speed."""
+    capability = properties.major, properties.minor
+    fp8, int8 = (0.0 if capability >= UNITS[stored] else None for stored in (torch.float8_e4m3fn, torch.int8))
+    return Gpu(properties.name, 0.0, fp8=fp8, int8=int8)
 
 
 def _known(name: str) -> Gpu | None:

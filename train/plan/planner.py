@@ -103,6 +103,10 @@ class Planner:
             }
             gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if is_sharded(config, world_size) else 0
             parts["gathered weights"] = gathered * self.dtype.itemsize
+            if is_sharded(config, world_size) and not offloaded:
+                parts["DeepSpeed's parts of what is whole besides, and a block on its way"] = (
+                    lora + frozen - blocks
+                ) // world_size + block
         parts[f"blocks that come from CPU memory, {SLOTS} at a time"] = min(SLOTS, waiting) * block
         parts["LoRA weights"] = lora
         parts["LoRA gradients"] = lora // world_size if zero == 2 else lora
@@ -172,8 +176,11 @@ class Planner:
 
     def strategy(self, config: Config, world_size: int, gpu: Gpu) -> str:
         """`parallel.strategy`, with `auto` decided: `single` for one process; `ddp` for several if each GPU has room for the
-        model, none of it waiting in CPU memory, else `zero3`. What only whole blocks can do is never cut.
+        model, none of it waiting in CPU memory, else `zero3`. What only whole blocks can do is never cut. On one process,
+        which has nothing to share out, `zero3` is `single`.
         """
+        if world_size == 1 and config.parallel.name == "zero3":
+            return "single"
         if config.parallel.strategy != "auto":
             return config.parallel.strategy
         if world_size == 1:
@@ -184,10 +191,10 @@ class Planner:
         return "ddp" if self.fits(self.without_auto(replicas, world_size, gpu), world_size, gpu) else "zero3"
 
     def saving(self, config: Config, world_size: int, gpu: Gpu) -> Change:
-        """`train.gradient_checkpointing` and `train.offload_blocks`, with `auto` decided: the fastest that fit.
+        """`train.gradient_checkpointing` and `train.offload_blocks`, with `auto` decided: as little of each as fits.
 
-        First more is recomputed, then blocks wait in CPU memory, as few as needed. If nothing fits, everything is recomputed
-        and all blocks wait there.
+        First more is recomputed, then blocks wait in CPU memory. If nothing fits, everything is recomputed and all blocks wait
+        there.
         """
         num_layers = self.transformer.num_layers
         settings: list[str | int] = ["off", "selective", *range(1, num_layers + 1), "full"]
@@ -236,15 +243,18 @@ class Planner:
         blocks = self.transformer.num_layers * self.transformer.block_bytes(weights)
         shards = (config.parallel, world_size, passes, accumulated, blocks, FLOAT * self.num_lora(config))
         gathered, reduced = communication(*shards)
-        waiting = blocks // world_size
-        if not config.parallel.offload:
-            waiting = waiting_blocks(config) * self.transformer.block_bytes(weights)
+        copied = (2 + rolled) * passes * (blocks // world_size)
+        if (
+            not config.parallel.offload
+        ):  # the last ones of a forward pass are there for the backward pass, and the other way
+            waiting, block = waiting_blocks(config), self.transformer.block_bytes(weights)
+            copied = passes * (2 * max(0, waiting - SLOTS) + rolled * waiting) * block
         return Step(
             flops=round(rest if kept.products else rest + frozen),
             flops_8bit=round(frozen if kept.products else 0),
             forward=forward,
             rounded=rounded,
-            copied=round((2 + rolled) * passes * waiting),
+            copied=round(copied),
             gathered=gathered,
             reduced=reduced,
             fetched_blocks=passes * self.transformer.num_layers if is_sharded(config, world_size) else 0,

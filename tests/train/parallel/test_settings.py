@@ -16,7 +16,7 @@ from train.loop import TrainingDiverged, check_agreement, over_ranks
 from train.optim import AdamW
 from train.parallel.processes import check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
-from train.plan.planner import harmless_changes
+from train.plan.advice import AUTOMATIC, savings
 from train.record.resume import MAY_CHANGE
 
 USERS = {
@@ -166,26 +166,10 @@ def test_accumulation_and_global_batch_contradict_each_other():
         compose(["+exp=lbm_2511", "data.dataset=x", "train.grad_accum_steps=4"])
 
 
-def test_dora_needs_whole_weights():
-    with pytest.raises(InputError, match=r"adapter\.dora=true needs every layer's whole weight, which parallel=zero3"):
-        compose(["+exp=tiny_lbm", "data.dataset=x", "parallel=zero3", "adapter.dora=true"])
-
-
-@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
-def test_offloaded_blocks_are_whole(strategy):
-    given = ["+exp=tiny_lbm", "data.dataset=x", f"parallel={strategy}"]
-    with pytest.raises(
-        InputError, match=f"train.offload_blocks=2 keeps whole .* parallel={strategy} cuts them .*: use"
-    ):
-        compose([*given, "train.offload_blocks=2"])
-    for none in ("auto", "0"):
-        compose([*given, f"train.offload_blocks={none}"])
-
-
 def test_what_the_plan_calls_harmless_can_be_changed_in_a_continued_run():
     """After an out-of-memory error a user follows the plan's advice and gives the command again."""
     config = compose(["+exp=tiny_lbm", "data.dataset=x", "parallel=zero3", "train.micro_batch_size=4"])
-    keys = {key for change in harmless_changes(config) for key in change}
+    keys = {*AUTOMATIC, *(key for change in savings(config) for key in change)}
     assert {"train.gradient_checkpointing", "train.micro_batch_size"} <= keys
     assert all(any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE) for key in keys)
 

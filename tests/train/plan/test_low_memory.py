@@ -14,7 +14,7 @@ from train.model.denoiser import build_dit
 from train.model.offload import offload_sizes
 from train.model.quantize import quantize_blocks
 from train.plan.advice import Suggestion, faster_strategy, training_advice
-from train.plan.gpus import GIB, find_gpu
+from train.plan.gpus import GIB, find_gpu, host_bytes
 
 SMALL = ["RTX 4090", "RTX 3090"]
 MIDDLE = ["RTX 6000 Ada", "L40S"]
@@ -90,6 +90,33 @@ def test_a_machine_without_the_memory_is_told(planner):
     assert not planner.fits(config, 8, several)
 
 
+def test_the_memory_is_the_containers(tmp_path):
+    whole = host_bytes(tmp_path)
+    for name, text in (("memory.max", "max"), ("memory.max", f"{whole // 2}\n")):
+        (tmp_path / name).write_text(text)
+        assert host_bytes(tmp_path) == (whole if text == "max" else whole // 2)
+
+
+def test_zero3_on_one_process_is_single_and_may_wait(planner):
+    """As the experiments are configured: a small card is not refused for what one process does not do."""
+    config = resolved(planner, "RTX 4090", "parallel=zero3")
+    assert config.parallel.strategy == "single"
+    assert config == resolved(planner, "RTX 4090", "parallel=single")
+    assert fits(planner, "RTX 4090", "parallel=zero3")
+
+
+def test_copies_of_a_step(planner):
+    """Two of the waiting blocks are there already when the forward and when the backward pass begin."""
+
+    def copied(*overrides: str) -> float:
+        config = resolved(planner, "RTX 4090", "train.global_batch_size=2", *overrides)
+        return planner.step(config, 1, find_gpu("RTX 4090")).copied / planner.transformer.block_bytes("bf16")
+
+    assert copied("train.offload_blocks=0") == copied("train.offload_blocks=2") == 0
+    assert copied("train.offload_blocks=10") == 2 * 2 * 8
+    assert copied("train.offload_blocks=10", "loss.rollout=0.5") == pytest.approx(2 * (2 * 8 + 0.5 * 0.45 * 10))
+
+
 def test_names_the_strategy_that_is_faster(planner):
     found = faster_strategy(planner, configure("parallel=zero3"), 8, find_gpu("H100"))
     assert isinstance(found, Suggestion)
@@ -108,6 +135,7 @@ def test_names_the_strategy_that_is_faster(planner):
         ("H100", 1, ["train.micro_batch_size=8", "train.gradient_checkpointing=off"]),
         ("RTX 4090", 2, ["parallel=zero2"]),
         ("RTX 3090", 2, ["parallel=zero3"]),
+        ("RTX 4090", 1, ["train.global_batch_size=5"]),  # which 2, 4 or 8 GPUs cannot share
     ],
 )
 def test_suggestions_fit_and_the_fastest_is_first(planner, gpu, world_size, overrides):
