@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.cookiejar import CookieJar
 from pathlib import Path
 
@@ -134,9 +134,13 @@ def choose(page: Page, field: str, option: str) -> None:
 
 
 def upload(page: Page, path: Path, box: str = "#source") -> None:
-    """Replaces what is there."""
-    page.set_input_files(f"{box} input[type=file]", path)
-    expect(page.locator(f"{box} img")).to_have_attribute("src", re.compile(path.name))
+    """Replaces what is there. Again if an answer that was on its way, as that of a button, takes it away."""
+    for _ in range(5):
+        page.set_input_files(f"{box} input[type=file]", path)
+        with suppress(AssertionError):
+            expect(page.locator(f"{box} img")).to_have_attribute("src", re.compile(path.name), timeout=PATIENCE / 5)
+            return
+    raise AssertionError(f"{path} does not appear in {box}")
 
 
 def toast(page: Page, text: str) -> None:
