@@ -18,8 +18,8 @@ from train.model.quantize import (
     QuantizedLinear,
     flat,
     flat_rounded,
-    input_gradient,
     product,
+    product_backward,
     round_rows,
     rounded_input,
 )
@@ -218,7 +218,7 @@ def low_rank_linear_backward(
         torch.mm(behind, stack, out=d_x)
         pairs = [*map(flat_rounded, rounded, row_scales)] or [None] * len(flats)
         for gradient, pair, weight, weight_scale in zip(flats, pairs, weights, weight_scales, strict=True):
-            input_gradient(gradient, pair, weight, weight_scale, d_x, add=True)
+            product_backward(gradient, pair, weight, weight_scale, d_x, add=True)
     return results
 
 

@@ -233,7 +233,7 @@ def product(
         torch.addmm(bias, x, plain.t(), out=out)
 
 
-def input_gradient(
+def product_backward(
     gradient: Tensor, rounded: Rounded | None, weight: Tensor, scale: Tensor | None, out: Tensor, add: bool
 ) -> None:
     """out = gradient @ weight.
@@ -328,7 +328,7 @@ def quantized_linear_backward(
     """
     d_x = gradient.new_empty(*gradient.shape[:-1], width)
     pair = flat_rounded(rounded, row_scale)
-    input_gradient(flat(gradient), pair, weight, scale, d_x.view(-1, width), add=False)
+    product_backward(flat(gradient), pair, weight, scale, d_x.view(-1, width), add=False)
     return d_x
 
 

@@ -32,8 +32,8 @@ from train.model.quantize import (
     check_weights,
     describe_products,
     has_products,
-    input_gradient,
     product,
+    product_backward,
     quantize_blocks,
     round_rows,
     round_weight,
@@ -224,7 +224,7 @@ def test_layouts_that_gpus_take(weights):
     with watched:
         product(x, round_rows(x, weight.dtype), weight, scale, None, output)
         for add in (False, True):
-            input_gradient(gradient, round_rows(gradient, weight.dtype, scale), weight, scale, d_x, add)
+            product_backward(gradient, round_rows(gradient, weight.dtype, scale), weight, scale, d_x, add)
     rows = max(5, watched.fewest)
     assert watched.shapes == [((rows, 96), (96, 64)), *[((rows, 64), (64, 96))] * 2]
     assert all(first[1] == 1 and second[0] == 1 for first, second in watched.strides)
@@ -262,7 +262,7 @@ def test_what_a_product_holds_is_planned(monkeypatch, weights, part):
         if part == "output":
             scaled_product(numbers, weight, scale, out)
         else:
-            input_gradient(out, numbers, weight, scale, out, add=part == "added gradient")
+            product_backward(out, numbers, weight, scale, out, add=part == "added gradient")
     held = {"int8": 2 * sums, "fp8": sums if part == "added gradient" else 0}[weights]
     turned, ones = (0, 0) if part == "output" else (weight.nbytes, 4 * 96 if weights == "fp8" else 0)
     expected = held + turned + ones
