@@ -280,9 +280,7 @@ def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor, add
         target.add_(torch._scaled_mm(rows, b.t(), scale_a=factors, **options))  # pyright: ignore
 
 
-def _scaled_int8(
-    values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor, add: bool
-) -> None:
+def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor, add: bool) -> None:
     """Some rows at a time, because their sums have twice as many bytes as the numbers, and are there as int32 and float32."""
     step = max(FEWEST_ROWS, SUMS_BYTES // (4 * len(b)))
     for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
