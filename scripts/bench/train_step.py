@@ -2,12 +2,15 @@
 
     python scripts/bench/train_step.py --json train_step.json
     python scripts/bench/train_step.py --rows theirs,full,auto --profile full
+    python scripts/bench/train_step.py --rows fp8,int8,nf4,offload
     python scripts/bench/train_step.py --layers 2 --side 128 --text 20 --device cpu --rows theirs,full-eager,mb4
     python scripts/bench/train_step.py --tiny
 
 Random weights of Qwen-Image-Edit's size, one reference, LoRA on all of `adapter=lora`'s modules. Both compute with the same
 frozen tensors, so that one GPU holds them. Theirs is DiffSynth's own loss, model function and modules, everything recomputed
-(`use_gradient_checkpointing`), LoRA by PEFT in bfloat16. Ours is the training loop's step, with LoRA in float32.
+(`use_gradient_checkpointing`), LoRA by PEFT in bfloat16. Ours is the training loop's step, with LoRA in float32. Rows of other
+frozen weights (`fp8`, `int8`, `nf4`, and `offload`, where a third of the blocks wait in CPU memory) have a model of their own
+beside the shared one, for as long as the row takes.
 
 A row warms up (which compiles), then alternates with what it is `against`, `--steps` of each, `--rounds` times. `samples/s`
 and `s/step` are medians; `ratio` is samples/s against the other's in the same row; `compile` is what the first step took
@@ -44,6 +47,7 @@ from train.loop import Stopwatch
 from train.model.adapter import attach_lora
 from train.model.denoiser import load_denoiser
 from train.model.execution import Execution
+from train.model.quantize import Weights
 from train.optim import AdamW, Optimizer, Prodigy
 from train.parallel.processes import Processes
 from train.plan.gpus import find_gpu
@@ -62,6 +66,15 @@ class Row:
     mixed: bool = False
     """Texts of different lengths."""
     against: str = "theirs"
+    weights: Weights = "bf16"
+    """`model.weights`."""
+    waiting: int = 0
+    """One of so many blocks waits in CPU memory."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether it computes with the frozen tensors of `theirs`."""
+        return self.weights == "bf16" and not self.waiting
 
     def lengths(self, text: int) -> list[int]:
         """Of each sample's text, the longest first."""
@@ -79,6 +92,10 @@ ROWS = {
     "mb2": Row("full", micro_batch=2),
     "mb2-mixed": Row("full", micro_batch=2, mixed=True, against="mb2"),
     "mb4": Row("full", micro_batch=4),
+    "fp8": Row("full", weights="fp8"),
+    "int8": Row("full", weights="int8"),
+    "nf4": Row("full", weights="nf4"),
+    "offload": Row("full", waiting=3),
 }
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "prodigy": Prodigy}
 DEFAULT_ROWS = "theirs,full-eager,full,selective,auto,mb2,mb2-mixed,adamw,prodigy"
@@ -163,13 +180,29 @@ class Race:
         settings = {"auto": self.planned, "attention": lambda: self.config["num_layers"]}
         setting = settings.get(row.checkpointing, lambda: row.checkpointing)()
         options = {"compiled": row.compiled and self.options.compile, "say": said.append}
-        execution = Execution.of(setting, **options)
-        runs, kept = self.ours.execute(execution), execution.kept(self.config["num_layers"])
+        execution, ours = Execution.of(setting, **options), self.ours if row.shares else self._own(row)
+        runs, kept = ours.execute(execution), execution.kept(self.config["num_layers"])
         lengths = row.lengths(self.text)
         batch = make_batch(lengths, self.options.side, self.config["joint_attention_dim"])
-        held = (lambda: 0) if self.options.alone else (lambda: self.theirs.held)
-        step = partial(self.ours.step, batch)
-        return Contender(partial(self.ours.switch, runs), step, len(lengths), kept_words(kept), held, said=said)
+        step = partial(ours.step, batch)
+
+        def held() -> int:
+            return self.theirs.held + (0 if row.shares else self.theirs.frozen + self.ours.held)
+
+        return Contender(partial(ours.switch, runs), step, len(lengths), kept_words(kept), held, said=said)
+
+    def _own(self, row: Row) -> Ours:
+        """A trainer whose frozen weights are nobody else's."""
+        count = -(-self.config["num_layers"] // row.waiting) if row.waiting else 0
+        device, weights = self.processes.device, row.weights
+        denoiser = load_denoiser(self.model, device, DTYPE, weights=weights, offload_blocks=count)
+        adapter = attach_lora(denoiser, self.options.rank, self.options.rank, DEFAULT_TARGETS)
+        return Ours(denoiser, adapter, self.processes)
+
+    def finish(self, name: str) -> None:
+        """After the row: a model of its own makes room for the next."""
+        if name in ROWS and not ROWS[name].shares:
+            self.contenders.pop(name, None)
 
     def planned(self) -> str | int:
         """What the planner makes of `auto` on this GPU, less what theirs needs on it."""
@@ -326,6 +359,7 @@ def main(options: argparse.Namespace) -> bool:
                 report.numbers["rows"][name]["profile"] = found = attempt(lambda name=name: race.profile(name))
                 report.save()
                 print_profile(name, found)
+            race.finish(name)
         report.numbers["seconds"] = time.monotonic() - start
         report.save()
         print(f"{report.numbers['seconds']:.0f} s in all")

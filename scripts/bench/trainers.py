@@ -154,6 +154,11 @@ class Theirs:
         """Bytes of what the other does not share."""
         return _held(self.parameters, self.optimizer)
 
+    @property
+    def frozen(self) -> int:
+        """Bytes of the transformer's weights."""
+        return sum(weight.nbytes for weight in self.pipe.dit.parameters() if not weight.requires_grad)
+
 
 def share(ours: QwenImageDiT, config: dict) -> QwenImageDiT:
     """DiffSynth's transformer with DiffSynth's blocks, on our frozen tensors. Neither may have LoRA yet."""

@@ -376,9 +376,8 @@ def test_offloaded_blocks_train_the_same(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_lower_precision_is_within_the_spread_of_seeds(command, tmp_path):
-    """Five seeds: a training in bf16, LoRA's products included, or with frozen weights in fewer bits, ends nearer to the float32
-    training of the same seed than two seeds are to each other."""
+def test_lower_precision_ends_where_float32_does(command, tmp_path):
+    """Trainings of the same seed: five in bf16, LoRA's products included, and one for each format of fewer bits."""
     short = ["train.num_steps=40", "train.save_every=40", "train.micro_batch_size=4"]
     lower = {"bf16": ["model.dtype=bfloat16"], **{name: [f"model.weights={name}"] for name in ("fp8", "int8", "nf4")}}
     jobs = {
@@ -396,9 +395,7 @@ def test_lower_precision_is_within_the_spread_of_seeds(command, tmp_path):
         for seed, name in jobs
     }
     exact = [ends[seed, "float32"] for seed in range(5)]
-    spread = max(exact) - min(exact)
-    assert all(abs(end - exact[seed]) < spread / 2 for (seed, _), end in ends.items()), ends
-    # A twentieth of what random starts do: nf4 was 1.7 % away, int8 and fp8 0.1 %, bf16 as near.
+    # Two seeds may differ by more than 100 %. nf4 was 1.7 % away, int8 and fp8 0.1 %, bf16 as near.
     assert all(abs(end - exact[seed]) < 0.05 * exact[seed] for (seed, _), end in ends.items()), ends
 
 

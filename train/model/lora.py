@@ -16,10 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from train.model.quantize import (
     QuantizedLinear,
-    add_input_gradient,
     flat,
     flat_rounded,
     product,
+    product_backward,
     round_rows,
     rounded_input,
 )
@@ -218,7 +218,7 @@ def low_rank_linear_backward(
         torch.mm(behind, stack, out=d_x)
         pairs = [*map(flat_rounded, rounded, row_scales)] or [None] * len(flats)
         for gradient, pair, weight, weight_scale in zip(flats, pairs, weights, weight_scales, strict=True):
-            add_input_gradient(gradient, pair, weight, weight_scale, d_x)
+            product_backward(gradient, pair, weight, weight_scale, d_x, add=True)
     return results
 
 

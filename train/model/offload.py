@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -65,12 +64,17 @@ def offload_sizes(blocks: Iterable[nn.Module], count: int) -> OffloadSizes:
     return OffloadSizes(max(sizes, default=0) * min(NUM_SLOTS, count), sum(sizes))
 
 
+def aligned(num_bytes: int) -> int:
+    """What a tensor takes in a piece of memory."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
 class Layout:
     """A block's frozen parameters and its buffers, one behind the other in one piece of memory."""
 
     def __init__(self, block: nn.Module):
         self.tensors = frozen(block)
-        ends = itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors)
+        ends = itertools.accumulate(aligned(tensor.nbytes) for tensor in self.tensors)
         *self.starts, self.num_bytes = 0, *ends
 
     def point_to(self, memory: Tensor) -> None:
@@ -113,7 +117,6 @@ class Offload:
         blocks: all blocks of the transformer, in order.
         count: how many are offloaded.
         device: where they compute.
-        folder: let them wait in files there instead of in memory.
         streams: of the device, by default.
 
     Raises:
@@ -125,11 +128,10 @@ class Offload:
         blocks: Iterable[nn.Module],
         count: int,
         device: torch.device | str,
-        folder: Path | None = None,
         streams: "Streams | None" = None,
     ):
         self.blocks = chosen(blocks, count)
-        self.device, self.folder = torch.device(device), folder
+        self.device = torch.device(device)
         self.streams = streams or streams_of(self.device)
         self.waiting: dict[int, Waiting] = {}
         self.slots: list[Tensor] = []
@@ -151,9 +153,10 @@ class Offload:
         if number is None:
             return
         tensors = frozen(self.blocks[number])
-        for tensor in tensors:
-            if not tensor.is_meta:
-                tensor.data = tensor.data.cpu()
+        with self._wanting_memory(number):
+            for tensor in tensors:
+                if not tensor.is_meta:
+                    tensor.data = tensor.data.cpu()
         if not any(tensor.is_meta for tensor in tensors):
             self._pack(number)
 
@@ -191,19 +194,26 @@ class Offload:
 
     def _pack(self, number: int) -> None:
         layout = Layout(self.blocks[number])
-        try:
-            memory = _memory(layout.num_bytes, self.folder and self.folder / f"block-{number:03}.weights")
-            if self.device.type == "cuda" and self.folder is None:
+        with self._wanting_memory(number):
+            memory = _memory(layout.num_bytes)
+            if self.device.type == "cuda":
                 _pin(memory)
                 self._pinned.append(memory)
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"no CPU memory for the weights of offloaded block {number + 1} of {len(self.blocks)}, "
-                f"{layout.num_bytes / 2**30:.2f} GiB each ({error}): offload fewer blocks, or free CPU memory"
-            ) from error
         layout.copy_to(memory)
         layout.point_to(memory)
         self.waiting[number] = Waiting(layout, memory)
+
+    @contextlib.contextmanager
+    def _wanting_memory(self, number: int) -> Iterator[None]:
+        """What fails inside fails for want of CPU memory for this block."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            size = Layout(self.blocks[number]).num_bytes / 2**30
+            raise InputError(
+                f"no CPU memory for the weights of offloaded block {number + 1} of {len(self.blocks)}, "
+                f"{size:.2f} GiB each ({error}): offload fewer blocks, or free CPU memory"
+            ) from error
 
     def _before_forward(self, number: int, block: nn.Module, args: Any) -> None:
         self._bring(number)
@@ -316,13 +326,9 @@ def streams_of(device: torch.device) -> Streams:
     return Streams(copying, functools.partial(torch.cuda.current_stream, device), torch.cuda.stream, share)
 
 
-def _memory(num_bytes: int, file: Path | None) -> Tensor:
-    """Memory for bytes, of whole pages; a mapped file if one is named."""
-    if file is None:
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
-    with file.open("w+b") as opened:
-        opened.truncate(num_bytes)
-        return torch.frombuffer(mmap.mmap(opened.fileno(), num_bytes), dtype=torch.uint8)
+def _memory(num_bytes: int) -> Tensor:
+    """Memory for bytes, of whole pages."""
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def _pin(memory: Tensor) -> None:

@@ -31,9 +31,11 @@ UNITS = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
 NF4_BLOCK = 64
 """Weights that share a scale, in the order of memory."""
 SUMS_BYTES = 64 * 2**20
-"""Of int8 products' 32-bit sums, that are there at a time."""
+"""Of 8-bit products' sums, that are there at a time: some rows of int8's 32-bit ones, or of a gradient that is added."""
 FEWEST_ROWS = 17
 """`torch._int_mm` takes no fewer on CUDA."""
+UNIT_SIZE = 16
+"""Inputs and outputs of a layer must be multiples of it for matrix units of 8 bits."""
 
 
 class Rounded(NamedTuple):
@@ -145,19 +147,6 @@ def describe_products(weights: Weights, device: torch.device, dtype: torch.dtype
     return f"{weights} weights, widened to {name} layer by layer: nothing else is rounded"
 
 
-def transient_bytes(dit: nn.Module) -> int:
-    """What a product may need for its duration beside its operands, which no count of tensors sees.
-
-    The largest layer's weight, widened or turned, and what int8 sums up in.
-
-    Args:
-        dit: after `quantize_blocks`, on any device.
-    """
-    layers = [module for module in dit.modules() if isinstance(module, QuantizedLinear)]
-    widest = max((layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers), default=0)
-    return widest + (SUMS_BYTES * 2 if any(layer.weight.dtype == torch.int8 for layer in layers) else 0)
-
-
 def round_weight(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     """A weight (out, in) as `QuantizedLinear` keeps it: its stored numbers and scales, where it is."""
     if stored != torch.uint8:
@@ -196,10 +185,15 @@ def rounded_input(x: Tensor, layer: nn.Linear) -> Rounded | None:
 
     A vector for each sample, as the modulation's, is multiplied so: it would gain nothing, and all tokens depend on it.
     """
-    stored, sizes = layer.weight.dtype, (layer.in_features, layer.out_features)
-    if x.ndim < 3 or any(size % 16 for size in sizes) or not has_products(x.device, stored, x.dtype):
+    stored = layer.weight.dtype
+    if x.ndim < 3 or not fits_units(layer.in_features, layer.out_features):
         return None
-    return round_rows(x.detach(), stored)
+    return round_rows(x.detach(), stored) if has_products(x.device, stored, x.dtype) else None
+
+
+def fits_units(inputs: int, outputs: int) -> bool:
+    """Whether a layer of these sizes can be multiplied in 8 bits."""
+    return inputs % UNIT_SIZE == outputs % UNIT_SIZE == 0
 
 
 def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -239,54 +233,65 @@ def product(
         torch.addmm(bias, x, plain.t(), out=out)
 
 
-def add_input_gradient(
-    gradient: Tensor, rounded: Rounded | None, weight: Tensor, scale: Tensor | None, out: Tensor
+def product_backward(
+    gradient: Tensor, rounded: Rounded | None, weight: Tensor, scale: Tensor | None, out: Tensor, add: bool
 ) -> None:
-    """out += gradient @ weight.
+    """out = gradient @ weight.
 
     Args:
         gradient: (tokens, out).
         rounded: the gradient times the weight's scale, in 8 bits; None to widen the weight.
         weight, scale: as of `product`.
         out: (tokens, in).
+        add: out += that.
     """
-    if rounded is None:
+    if rounded is not None:
+        # The units read both factors along the summed dimension: 8 bits a weight are copied, and let go again.
+        scaled_product(rounded, weight.t().contiguous(), None, out, add)
+    elif add:
         out.addmm_(gradient, widened(weight, scale, gradient.dtype))
-        return
-    # The units read both factors along the summed dimension: 8 bits a weight are copied, and let go again.
-    scaled_product(rounded, weight.t().contiguous(), None, out)
+    else:
+        torch.mm(gradient, widened(weight, scale, gradient.dtype), out=out)
 
 
-def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """out = a @ (scale * b)', or without a scale out += a @ b', by the units for 8 bits.
+def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor, add: bool = False) -> None:
+    """out = a @ (scale * b)', by the units for 8 bits.
 
     Args:
         a: (rows, n).
         b: (columns, n), its rows one after the other in memory.
-        scale: of each row of b, (columns,).
+        scale: of each row of b, (columns,); None for 1, as of gradients.
         out: (rows, columns).
+        add: out += that, without a scale.
     """
+    assert scale is None or not add, "outputs are written, gradients may be added"
     values, row_scale = a
     if b.dtype == torch.int8:
-        _scaled_int8(values, row_scale, b, scale, out)
-    elif scale is not None:  # summed up in Hopper's faster registers, as torchao does it, and gradients in full
-        options: dict[str, Any] = {"out_dtype": out.dtype, "use_fast_accum": True}
-        torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=scale[None], **options, out=out)  # pyright: ignore
-    else:
-        ones = row_scale.new_ones(1, len(b))
-        out.add_(torch._scaled_mm(values, b.t(), scale_a=row_scale, scale_b=ones, out_dtype=out.dtype))  # pyright: ignore
+        _scaled_int8(values, row_scale, b, scale, out, add)
+        return
+    columns = row_scale.new_ones(1, len(b)) if scale is None else scale[None]
+    # Outputs are summed up in Hopper's faster registers, as torchao does it, and gradients in full.
+    options: dict[str, Any] = {"scale_b": columns, "out_dtype": out.dtype, "use_fast_accum": scale is not None}
+    if not add:
+        torch._scaled_mm(values, b.t(), scale_a=row_scale, **options, out=out)  # pyright: ignore
+        return
+    step = max(1, SUMS_BYTES // (out.itemsize * len(b)))
+    for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
+        target.add_(torch._scaled_mm(rows, b.t(), scale_a=factors, **options))  # pyright: ignore
 
 
-def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """Some rows at a time, because their sums have twice as many bytes as the numbers."""
+def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor, add: bool) -> None:
+    """Some rows at a time, because their sums have twice as many bytes as the numbers, and are there as int32 and float32."""
     step = max(FEWEST_ROWS, SUMS_BYTES // (4 * len(b)))
     for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
-        padded = F.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
+        missing = FEWEST_ROWS - len(rows)
+        padded = F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows  # padding by nothing would copy
         sums = torch._int_mm(padded, b.t())[: len(rows)] * factors  # pyright: ignore
-        if scale is None:
+        if add:
             target.add_(sums)
         else:
-            torch.mul(sums, scale, out=target)
+            torch.mul(sums, 1 if scale is None else scale, out=target)
+        del sums  # before the next ones are made
 
 
 @torch.library.custom_op("qwen_edit::quantized_linear", mutates_args=())
@@ -319,8 +324,9 @@ def quantized_linear_backward(
         gradient: of its output, (…, out).
         rounded, row_scale: the gradient times the weight's scale, in 8 bits.
     """
-    d_x = gradient.new_zeros(*gradient.shape[:-1], width)
-    add_input_gradient(flat(gradient), flat_rounded(rounded, row_scale), weight, scale, d_x.view(-1, width))
+    d_x = gradient.new_empty(*gradient.shape[:-1], width)
+    pair = flat_rounded(rounded, row_scale)
+    product_backward(flat(gradient), pair, weight, scale, d_x.view(-1, width), add=False)
     return d_x
 
 
@@ -347,8 +353,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, gradient):
     weight, scale = ctx.saved_tensors
+    gradient = gradient.contiguous()  # and so are its rounded rows, as the units want them
     rounded = round_rows(gradient, weight.dtype, scale) if ctx.in_8_bits else (None, None)
-    d_x = quantized_linear_backward(gradient.contiguous(), *rounded, weight, scale, ctx.width)
+    d_x = quantized_linear_backward(gradient, *rounded, weight, scale, ctx.width)
     return d_x, None, None, None, None, None
 
 

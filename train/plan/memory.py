@@ -26,12 +26,11 @@ from losses.batch import Condition
 from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
+from train.model.offload import aligned
 from train.optim import Optimizer
 from train.plan.quantised import Format, Layer
 
 META = torch.device("meta")
-ALIGNMENT = 256
-"""Bytes: of what lies in one buffer."""
 Shape = tuple[int, ...]
 
 
@@ -132,7 +131,7 @@ class Transformer:
         self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
     def block_bytes(self, weights: str) -> int:
-        """Of one block's frozen weights in this format (`model.weights`), each tensor beginning at a multiple of 256."""
+        """Of one block's frozen weights in this format (`model.weights`), each tensor aligned."""
         kept, sizes = Format(weights, False, False, self.dtype.itemsize), []
         for module in self.dit.transformer_blocks[0].modules():
             own = dict(module.named_parameters(recurse=False))
@@ -140,7 +139,7 @@ class Transformer:
                 del own["weight"]
                 sizes.append(kept.stored_bytes(Layer(module.in_features, module.out_features, 0)))
             sizes += [parameter.numel() * self.dtype.itemsize for parameter in own.values()]
-        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        return sum(map(aligned, sizes))
 
     def frozen_bytes(self, weights: str) -> int:
         """Of all frozen weights, the blocks' in this format."""

@@ -6,11 +6,10 @@ backward pass turns a copy of the weight; elsewhere, for nf4, and for the modula
 
 from typing import NamedTuple
 
-SUMS_BYTES = 128 * 2**20
-"""Of int8 products' 32-bit sums, in two forms."""
+from train.model.quantize import NF4_BLOCK, SUMS_BYTES, fits_units
+
 FEW_ROWS = 2
-"""Of one sample: the modulation's."""
-NF4_BLOCK = 64
+"""Of one sample: the modulation's, whose vectors are not rounded."""
 
 
 class Layer(NamedTuple):
@@ -52,7 +51,7 @@ class Format(NamedTuple):
 
     def in_8_bits(self, layer: Layer) -> bool:
         """Whether its products are."""
-        return self.products and layer.tokens > FEW_ROWS
+        return self.products and layer.tokens > FEW_ROWS and fits_units(layer.inputs, layer.outputs)
 
     def workspace_bytes(self, layer: Layer, batch_size: int) -> int:
         """What its product holds for a moment, forward or backward, beside input and output."""
@@ -60,10 +59,11 @@ class Format(NamedTuple):
             return 0
         if not self.in_8_bits(layer):
             return layer.numel * self.itemsize
-        int8 = self.weights == "int8"
+        int8, rows, wider = self.weights == "int8", layer.tokens * batch_size, max(layer.inputs, layer.outputs)
         floats = 0 if self.compiled else 4 * (3 if int8 else 2)  # scaled, divided and rounded one after the other
-        rounded = layer.tokens * batch_size * max(layer.inputs, layer.outputs) * (1 + floats)
-        return rounded + layer.numel + (SUMS_BYTES if int8 else 0)
+        # int8: as int32 and as float32; fp8: of a gradient that is added to another
+        sums = 2 * min(SUMS_BYTES, 4 * rows * wider) if int8 else min(SUMS_BYTES, self.itemsize * rows * layer.inputs)
+        return rows * wider * (1 + floats) + layer.numel + sums
 
     def traffic_bytes(self, layer: Layer, batch_size: int, passes: float) -> float:
         """What its products read and write in GPU memory beyond those in bf16.

@@ -1,12 +1,14 @@
 """`scripts/bench/train_step.py` races what it says it races."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from diffsynth.models.qwen_image_dit import QwenImageDiT
 
-from scripts.bench.train_step import DEFAULT_ROWS, ROWS, Contender, kept_words, kind_of
+from scripts.bench.train_step import DEFAULT_ROWS, ROWS, Contender, Race, kept_words, kind_of, parse_arguments
 from scripts.bench.trainers import DTYPE, Ours, Theirs, make_batch, share
 from scripts.gpu_smoke import RandomModel, write_model
 from tests.commands import run_script
@@ -17,7 +19,7 @@ from train.model.execution import Execution
 from train.parallel.processes import Processes
 
 BENCH = "scripts/bench/train_step.py"
-ROWS_OF_THE_TEST = f"{DEFAULT_ROWS},attention"
+ROWS_OF_THE_TEST = f"{DEFAULT_ROWS},attention,fp8,int8,nf4,offload"
 
 
 @pytest.mark.slow
@@ -62,6 +64,32 @@ def test_every_row_at_the_tiny_size(tmp_path):
     assert sum(kernels["kinds"].values()) == pytest.approx(kernels["ms"])
     assert kernels["kinds"]["matrix products"] > 0
     assert "launches" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "dtype", "waiting"), [("int8", torch.int8, 0), ("offload", DTYPE, 2)])
+def test_a_row_with_its_own_weights_leaves_the_shared_ones(tmp_path, monkeypatch, name, dtype, waiting):
+    """And they are gone when it is over, but for what is shared."""
+    monkeypatch.setattr("sys.argv", [BENCH, "--tiny", "--layers", "5", "--rows", name, "--device", "cpu"])
+    race = Race(parse_arguments(), tmp_path)
+    before = {key: weight.data_ptr() for key, weight in race.theirs.pipe.dit.named_parameters()}
+    contender = race.contender(name)
+    contender.warm_up()
+    ours = contender.step.func.__self__
+    denoiser = weakref.ref(ours.parallel.denoiser)
+    block = denoiser().dit.transformer_blocks[0]
+    assert block.img_mlp.net[2].base_layer.weight.dtype == dtype
+    assert len(denoiser().offload.waiting if waiting else []) == waiting
+    assert contender.others() == race.theirs.held + race.theirs.frozen + race.ours.held
+    frozen = sum(weight.nbytes for weight in race.ours.parallel.denoiser.parameters() if not weight.requires_grad)
+    assert race.theirs.frozen == frozen
+    assert before == {key: weight.data_ptr() for key, weight in race.theirs.pipe.dit.named_parameters()}
+    race.finish(name)
+    del contender, ours, block
+    gc.collect()
+    assert denoiser() is None
+    shared = race.contender("full")
+    race.finish("full")
+    assert race.contender("full") is shared
 
 
 def test_a_row_that_fails_is_named_and_the_others_are_measured(tmp_path):
