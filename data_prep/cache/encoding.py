@@ -62,7 +62,8 @@ def prepare_row(key: str, row: Row, geometry: Geometry) -> PreparedRow:
     image = open_image(row.image)
     size = geometry.target_size(Size.of(image))
     edit_images = [open_image(path) for path in row.edit_image]
-    references = [fit(each, geometry.reference_size(Size.of(each))) for each in edit_images]
+    sizes = geometry.reference_sizes([Size.of(each) for each in edit_images], Size.of(image), row.bridge_image)
+    references = [fit(each, its_size) for each, its_size in zip(edit_images, sizes, strict=True)]
     aligned = references[row.bridge_image]
     return PreparedRow(
         key=key,
