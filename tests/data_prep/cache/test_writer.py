@@ -330,6 +330,26 @@ def test_bad_rows_are_skipped_and_reported(tmp_path, tiny_model_dir):
     assert lines[2]["reason"] == "the mask has another shape than its image: 64x32, its image is 64x64"
 
 
+@pytest.mark.parametrize(
+    ("column", "prompt", "reason"),
+    [
+        ("prompt", "put <|image_pad|> here", r"the instruction holds <\|image_pad\|>, which the model reserves"),
+        ("negative_prompt", "no <|im_end|>", r"the instruction holds <\|im_end\|>"),
+        ("prompt", "red " * 5000, r"the instruction has \d+ tokens, the model takes at most 4096"),
+    ],
+)
+def test_one_bad_prompt_is_a_rejected_row_and_the_others_are_cached(tmp_path, tiny_model_dir, column, prompt, reason):
+    rows = write_rows(tmp_path, 3)
+    rows[1][column] = prompt
+    dataset = write_dataset(tmp_path, rows)
+    summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, negative=True, on_error="skip")
+    assert [record.id for record in CacheReader(tmp_path / "cache")] == ["r0", "r2"]
+    assert (summary.num_rows, summary.num_encoded) == (2, 2)
+    [line] = report(tmp_path)
+    assert (line["row"], line["id"]) == (2, "r1")
+    assert re.match(reason, line["reason"])
+
+
 def test_unreadable_files_stop_a_strict_build_before_anything_is_encoded(tmp_path, tiny_model_dir):
     dataset = write_dataset(tmp_path, spoil(tmp_path))
     message = r"row 2 \(.*t1\.png\): no such file\. 3 of 7 rows cannot be used, all listed in .*: mend them or set"
