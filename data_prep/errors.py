@@ -12,6 +12,10 @@ class InputError(ValueError):
     """The configuration or the input is wrong. The message says in one or two sentences what, where, and the way out."""
 
 
+class BadPrompt(InputError):
+    """An instruction that the text encoder cannot take; the other rows are not concerned."""
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Ends the process with code 2 and a plain message on `InputError`, with its traceback and code 1 on anything else.

@@ -31,7 +31,7 @@ from data_prep.files import write_text
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
-from data_prep.rows.rows import RejectedRow, Row, read_rows
+from data_prep.rows.rows import RejectedRow, Row
 from eval.qwen.modes import SamplerChoice, choose_sampler
 from eval.qwen.weights.components import Components
 from eval.reports.card import BASE, CardRequest, check_card, write_card
@@ -62,6 +62,7 @@ from eval.scores.metrics.catalog import ALL, METRICS, load_battery
 from eval.scores.metrics.metric import check_names
 from eval.scores.metrics.sources import CLIP, DINO, Places
 from eval.scores.recorder import Recorder
+from eval.scores.splits import EVERY, HELD_OUT, rows_of_split
 from eval.scores.validation import Validation, choose_rows
 from train.record.loggers import Picture
 
@@ -116,6 +117,13 @@ def score(
     root: Annotated[
         str | None, typer.Option(help="Folder that the rows' paths are relative to.", show_default="the dataset's own")
     ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            help=f"Score the rows of this split, or “{EVERY}”. A dataset without a column split is scored whole. Figures of "
+            "rows that are not known to be held out are marked as such, and a card does not publish them as an evaluation."
+        ),
+    ] = HELD_OUT,
     steps: Annotated[
         list | None,
         typer.Option(
@@ -183,7 +191,7 @@ def score(
     private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Scores adapters, or the base model, on a dataset file, beside the source unchanged.
+    """Scores adapters, or the base model, on a dataset file's held-out rows, beside the source unchanged.
 
     The ground truth is ref_gt, or image where a row has none; with back_mask also inside and outside. A metric whose weights
     cannot be had is reported as such, and the rest goes on.
@@ -206,7 +214,8 @@ def score(
         )
 
     directory = ModelDirectory.resolve(find_model(model))
-    rows = chosen_rows(list(read_rows(dataset, root)), num_rows, seed)
+    scored = rows_of_split(dataset, root, split)
+    rows = chosen_rows(scored.rows, num_rows, seed)
     readers = cache_rows(subjects, rows, directory, placement, out, on_error)
     components, recorder, pictures = Components(directory, placement), Recorder(battery, out), {}
     for subject in subjects:
@@ -219,6 +228,8 @@ def score(
         "dataset": dataset,
         "dataset_digest": file_digest(dataset) if Path(dataset).is_file() else None,
         "root": root,
+        "split": split,
+        "caution": scored.caution,
         "num_rows": num_rows,
         "batch_size": batch_size,
         "seed": seed,

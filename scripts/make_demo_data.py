@@ -58,7 +58,7 @@ def sepia(picture: Image.Image) -> Image.Image:
 
 
 def make_pairs(photograph: Image.Image, name: str, folder: Path, size: int, rng: random.Random) -> list[dict]:
-    """Writes one crop's files and returns its two rows."""
+    """Writes one crop's files and returns its two rows, without their split."""
     clean = photographs.random_crop(photograph, size, rng)
     label = sticker(rng.randint(size // 4, size * 2 // 5), rng)
     place = (rng.randint(0, size - label.width), rng.randint(0, size - label.height))
@@ -100,7 +100,8 @@ def main() -> None:
         rows = []
         for i in range(count):
             stem = list(pictures)[i % len(pictures)]
-            rows += make_pairs(pictures[stem], f"{split}_{i:04d}_{stem}", args.out, args.size, rng)
+            pairs = make_pairs(pictures[stem], f"{split}_{i:04d}_{stem}", args.out, args.size, rng)
+            rows += [pair | {"split": split} for pair in pairs]
         (args.out / f"{split}.json").write_text(json.dumps(rows, indent=1))
         print(f"{args.out / split}.json: {len(rows)} rows from {len(pictures)} photographs")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_prep.cache.reader import CacheHeader, bucket_name
 from data_prep.cache.shards import to_arrow
+from data_prep.errors import BadPrompt
 from data_prep.model.geometry import Geometry, Size, background_cells, fit, fit_back_mask, stretch, to_pixels
 from data_prep.rows.images import check_mask_shape, open_image, open_mask
 from data_prep.rows.rows import EMPTY_PROMPT, Row
@@ -62,7 +63,8 @@ def prepare_row(key: str, row: Row, geometry: Geometry) -> PreparedRow:
     image = open_image(row.image)
     size = geometry.target_size(Size.of(image))
     edit_images = [open_image(path) for path in row.edit_image]
-    references = [fit(each, geometry.reference_size(Size.of(each))) for each in edit_images]
+    sizes = geometry.reference_sizes([Size.of(each) for each in edit_images], Size.of(image), row.bridge_image)
+    references = [fit(each, its_size) for each, its_size in zip(edit_images, sizes, strict=True)]
     aligned = references[row.bridge_image]
     return PreparedRow(
         key=key,
@@ -85,15 +87,20 @@ def _prepare_mask(row: Row, image: Image.Image, size: Size) -> Tensor:
 @torch.no_grad()
 def encode_rows(
     prepared: Sequence[PreparedRow], encoders: Encoders, header: CacheHeader, batch_size: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any] | BadPrompt]:
     """Encodes a few rows: images of one size go through the VAE together, `batch_size` at a time.
 
     Returns:
-        One value of `SHARD_SCHEMA` per row, tensors in the header's dtype.
+        One value of `SHARD_SCHEMA` per row, tensors in the header's dtype, or why its prompts cannot be encoded.
     """
-    images = [image for row in prepared for image in (row.target, row.source, *row.references)]
+    texts = [_encode_prompts(row, encoders.prompt_encoder, header) for row in prepared]
+    good = [row for row, text in zip(prepared, texts, strict=True) if not isinstance(text, BadPrompt)]
+    images = [image for row in good for image in (row.target, row.source, *row.references)]
     latents = _encode_images(images, encoders.vae, batch_size)
-    return [_to_values(row, latents, encoders.prompt_encoder, header) for row in prepared]
+    return [
+        text if isinstance(text, BadPrompt) else _to_values(row, latents, text, header)
+        for row, text in zip(prepared, texts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -116,18 +123,28 @@ def _encode_images(images: list[Image.Image], vae: ImageEncoder, batch_size: int
     return latents
 
 
+def _encode_prompts(
+    prepared: PreparedRow, prompt_encoder: TextEncoder, header: CacheHeader
+) -> dict[str, Tensor] | BadPrompt:
+    """The hidden states of each of the record's prompts, by its column."""
+    prompts = {"prompt_emb": prepared.row.prompt}
+    if header.caption_dropout:
+        prompts["empty_prompt_emb"] = EMPTY_PROMPT
+    if header.negative:
+        prompts["negative_prompt_emb"] = prepared.row.negative_prompt or EMPTY_PROMPT
+    try:
+        found = {text: prompt_encoder.encode(text, prepared.vision) for text in dict.fromkeys(prompts.values())}
+    except BadPrompt as error:
+        return error
+    return {name: found[text] for name, text in prompts.items()}
+
+
 def _to_values(
-    prepared: PreparedRow, latents: dict[int, Tensor], prompt_encoder: TextEncoder, header: CacheHeader
+    prepared: PreparedRow, latents: dict[int, Tensor], embeddings: dict[str, Tensor], header: CacheHeader
 ) -> dict[str, Any]:
     row, dtype = prepared.row, getattr(torch, header.dtype)
     target = latents[id(prepared.target)]
     edit_latents = [latents[id(image)] for image in prepared.references]
-    prompts = {"prompt_emb": row.prompt}
-    if header.caption_dropout:
-        prompts["empty_prompt_emb"] = EMPTY_PROMPT
-    if header.negative:
-        prompts["negative_prompt_emb"] = row.negative_prompt or EMPTY_PROMPT
-    embeddings = {prompt: prompt_encoder.encode(prompt, prepared.vision) for prompt in dict.fromkeys(prompts.values())}
     return {
         "key": prepared.key,
         "id": row.id,
@@ -136,5 +153,5 @@ def _to_values(
         "source_latents": to_arrow(latents[id(prepared.source)].to(dtype)),
         "edit_latents": [to_arrow(each.to(dtype)) for each in edit_latents],
         "mask": None if prepared.mask is None else to_arrow(prepared.mask.to(dtype)),
-        **{name: to_arrow(embeddings[prompt].to(dtype)) for name, prompt in prompts.items()},
+        **{name: to_arrow(embedding.to(dtype)) for name, embedding in embeddings.items()},
     }

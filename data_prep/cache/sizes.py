@@ -40,6 +40,8 @@ class RowSize:
     references: tuple[Size, ...]
     text_tokens: int
     """Length of the prompt embeddings, instruction and images as Qwen2.5-VL sees them."""
+    bridge: int | None = None
+    """Which reference the bridge starts from, for sizes of images; None for what is already cached."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,18 @@ class DatasetSizes:
     """Where this is from, in words."""
 
     @functools.cached_property
-    def _groups(self) -> dict[tuple[Size, tuple[Size, ...]], list[int]]:
+    def _groups(self) -> dict[tuple[Size, tuple[Size, ...], int | None], list[int]]:
         """The text lengths of the rows of each size: a large dataset has few sizes."""
-        groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
+        groups: dict[tuple[Size, tuple[Size, ...], int | None], list[int]] = {}
         for row in self.rows:
-            groups.setdefault((row.target, row.references), []).append(row.text_tokens)
+            groups.setdefault((row.target, row.references, row.bridge), []).append(row.text_tokens)
         return groups
 
     def buckets(self, geometry: Geometry) -> list[Bucket]:
         """The buckets under a geometry, the longest sequence first."""
         groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
-        for (target, references), texts in self._groups.items():
-            sizes = geometry.target_size(target), tuple(map(geometry.reference_size, references))
+        for (target, references, bridge), texts in self._groups.items():
+            sizes = geometry.target_size(target), geometry.reference_sizes(references, target, bridge)
             groups.setdefault(sizes, []).extend(texts)
         found = [Bucket(*key, max(texts), len(texts) / len(self.rows)) for key, texts in groups.items()]
         return sorted(found, key=lambda bucket: -bucket.length)
@@ -163,7 +165,7 @@ def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
         return None
     words = -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
     sizes = tuple(size for size in references if size)
-    return RowSize(target, sizes, text_length(words, sizes, geometry, vision_side))
+    return RowSize(target, sizes, text_length(words, sizes, geometry, vision_side), row.bridge_image)
 
 
 def text_length(words: int, references: Iterable[Size], geometry: Geometry, vision_side: int = 28) -> int:

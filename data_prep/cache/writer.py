@@ -27,7 +27,7 @@ from data_prep.cache.keys import Failure, KeyedRow, key_rows
 from data_prep.cache.ranks import Ranks
 from data_prep.cache.reader import CacheFolder, CacheHeader, target_size, write_index
 from data_prep.cache.shards import SHARD_SCHEMA, SUB_NOISE_SCHEMA, read_arrow, to_arrow, write_arrow
-from data_prep.errors import InputError
+from data_prep.errors import BadPrompt, InputError
 from data_prep.files import remove_leftovers, write_text
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
@@ -96,7 +96,7 @@ def build_cache(
         caption_dropout: also encode an empty instruction with each row's images.
         negative: also encode each row's negative prompt.
         on_error: with "raise", rejected rows stop the build: unreadable files before anything is encoded, broken
-            images after the good rows are encoded, whose shards stay. The index is then not written.
+            images and bad prompts after the good rows are encoded, whose shards stay. The index is then not written.
         rank: this process, from 0.
         world_size: processes that share the work.
         barrier: returns when every rank has called it.
@@ -158,7 +158,7 @@ class _Encoding:
     shown: bool
 
     def run(self, missing: list[KeyedRow]) -> dict[str, Failure]:
-        """Writes a shard for every `shard_size` records. Returns the keys of those whose images are broken."""
+        """Writes a shard for every `shard_size` records. Returns the keys of those whose images or prompts cannot be used."""
         if not missing:
             return {}
         encoders = self.load_encoders()
@@ -169,7 +169,9 @@ class _Encoding:
                 keys = [each.key for each in missing[start : start + self.shard_size]]
                 results = dict(zip(keys, prepared, strict=False))  # takes as many as there are keys
                 broken.update({key: result for key, result in results.items() if isinstance(result, Failure)})
-                self._write([each for each in results.values() if isinstance(each, PreparedRow)], encoders)
+                broken.update(
+                    self._write([each for each in results.values() if isinstance(each, PreparedRow)], encoders)
+                )
                 advance(len(keys))
         return broken
 
@@ -179,17 +181,22 @@ class _Encoding:
         except RejectedImage as error:
             return Failure.of(error)
 
-    def _write(self, prepared: list[PreparedRow], encoders: Encoders) -> None:
-        """White's latents first: a record that is there can rely on them."""
+    def _write(self, prepared: list[PreparedRow], encoders: Encoders) -> dict[str, Failure]:
+        """White's latents first: a record that is there can rely on them. Returns the keys of rows with a bad prompt."""
         for size in {Size.of(each.target) for each in prepared}:
             path = self.store.sub_noise(self.header, *size.latent)
             if not path.exists():
                 white = encode_white(size, encoders.vae).to(getattr(torch, self.header.dtype))
                 write_arrow(path, [{"sub_noise": to_arrow(white)}], SUB_NOISE_SCHEMA)
-        if prepared:
-            values = encode_rows(prepared, encoders, self.header, self.batch_size)
-            name = hashlib.blake2b("".join(each.key for each in prepared).encode(), digest_size=8).hexdigest()
+        answers = encode_rows(prepared, encoders, self.header, self.batch_size)
+        if values := [answer for answer in answers if not isinstance(answer, BadPrompt)]:
+            name = hashlib.blake2b("".join(value["key"] for value in values).encode(), digest_size=8).hexdigest()
             write_arrow(self.store.shard(name), values, SHARD_SCHEMA)
+        return {
+            each.key: Failure(str(each.row.image), str(answer))
+            for each, answer in zip(prepared, answers, strict=True)
+            if isinstance(answer, BadPrompt)
+        }
 
 
 def _job_id(rows: list[Row | RejectedRow], header: CacheHeader) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLProcessor
 
-from data_prep.errors import InputError
+from data_prep.errors import BadPrompt, InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.rows.rows import MAX_SOURCES
 
@@ -23,6 +23,8 @@ SYSTEM = (
 TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 DROPPED_TOKENS = 64  # the template up to the user's turn
+MAX_PROMPT_TOKENS = 4096
+"""Of an instruction: the positions that the transformer has for text and images."""
 LATENT_CHANNELS = 16
 
 
@@ -142,13 +144,26 @@ class PromptEncoder:
 
         Raises:
             ValueError: no image, or more than three.
+            BadPrompt: the instruction is too long, or holds a token of the template, which is no text to the model.
         """
+        self._check_prompt(prompt)
         if not 1 <= len(images) <= MAX_SOURCES:
             raise ValueError(f"an instruction needs 1 to {MAX_SOURCES} images, got {len(images)}")
         inputs = self.processor(text=[edit_text(prompt, len(images))], images=list(images), return_tensors="pt")
         # mm_token_type_ids is among the inputs: without it image tokens silently get 1-D positions instead of M-RoPE.
         output = self.model(**inputs.to(self.model.device), use_cache=False)
         return output.last_hidden_state[0, DROPPED_TOKENS:]
+
+    def _check_prompt(self, prompt: str) -> None:
+        tokenizer = self.processor.tokenizer
+        reserved = [token for token in tokenizer.added_tokens_encoder if token.startswith("<|") and token in prompt]
+        if reserved:
+            raise BadPrompt(f"the instruction holds {reserved[0]}, which the model reserves for itself: remove it")
+        length = len(tokenizer(prompt, verbose=False).input_ids)
+        if length > MAX_PROMPT_TOKENS:
+            raise BadPrompt(
+                f"the instruction has {length} tokens, the model takes at most {MAX_PROMPT_TOKENS}: shorten it"
+            )
 
 
 def edit_text(prompt: str, num_images: int) -> str:

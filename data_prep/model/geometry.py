@@ -5,6 +5,7 @@ Sizes are height x width in pixels, in multiples of 32: 8 for the VAE, 2 for the
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from torch.nn import functional
 MULTIPLE = 32
 LATENT_CELL = 8
 """Pixels of a latent cell's side: the VAE's down-sampling factor."""
+SAME_ASPECT = 0.01
+"""Aspects that differ by at most this fraction agree: the rounding of a resized photograph's sides."""
 
 
 class Size(NamedTuple):
@@ -48,7 +51,8 @@ class Geometry:
     vision_pixels: int = 384 * 384
     """Area of what Qwen2.5-VL sees, in pixels: every image is brought to it, up or down."""
     reference_pixels: int | None = None
-    """Largest area of a reference for the VAE; None: as the target, so that source and target align pixel by pixel."""
+    """Largest area of a reference for the VAE; None: as the target, and the bridge's source takes the target's size when their
+    aspects agree, so that source and target align pixel by pixel."""
 
     def __post_init__(self):
         for name in ("max_pixels", "vision_pixels", "reference_pixels"):
@@ -61,8 +65,28 @@ class Geometry:
         return bucket_size(size, self.max_pixels)
 
     def reference_size(self, size: Size) -> Size:
-        """The size at which a reference image of this size is given to the VAE as `edit_latents`."""
+        """The size at which a reference image of this size is given to the VAE as `edit_latents`, but for a bridge's source."""
         return bucket_size(size, self.reference_pixels or self.max_pixels)
+
+    def source_follows(self, source: Size, target: Size) -> bool:
+        """Whether the bridge's source takes the target's size as a reference too, whatever the sizes of the two files are."""
+        aspects = source.height * target.width / (source.width * target.height)
+        return self.reference_pixels is None and abs(aspects - 1) <= SAME_ASPECT
+
+    def reference_sizes(self, references: Sequence[Size], target: Size, bridge: int | None) -> tuple[Size, ...]:
+        """The sizes at which a row's references are given to the VAE as `edit_latents`.
+
+        Args:
+            references: sizes of the images.
+            target: size of the target image.
+            bridge: which reference the bridge starts from; None where the sizes are already those of a cache.
+        """
+        return tuple(
+            self.target_size(target)
+            if place == bridge and self.source_follows(size, target)
+            else self.reference_size(size)
+            for place, size in enumerate(references)
+        )
 
     def vision_size(self, size: Size) -> Size:
         """The size at which a reference is shown to Qwen2.5-VL, which was trained on one area: upstream's formula."""

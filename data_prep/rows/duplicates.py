@@ -17,7 +17,7 @@ from typing import Any
 import imagehash
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -36,6 +36,9 @@ NUM_BLOCKS, BLOCK_BITS = 12, 9
 """Two of these blocks must be equal. Whatever differs in at most 10 of their 108 bits, those of the lowest frequencies, is
 found; of what was cropped by 3 %, 94 %. Two blocks without a bit say nothing: only plain pictures, all of whose blocks are
 so, are compared for that."""
+FLAT, FLAT_BORDER, RIM = 24, 0.98, 5
+"""Levels of 255 within which a background has one colour, and the share of the picture's edge that it takes;
+a window in pixels that takes an outline's own mixed pixels, and JPEG's rings around it, for background."""
 BRIGHTNESS_BITS = 12
 MAX_BRIGHTNESS = (1 << BRIGHTNESS_BITS) - 1
 KEY_SHIFT = 32
@@ -46,13 +49,29 @@ SLICE = 1 << 16
 def image_hash(image: Image.Image) -> bytes:
     """The perceptual hash of a picture, `HASH_BYTES` long. Its size and aspect do not count, its colours a little.
 
+    A background of one colour counts for the colours alone: two objects cut out on white are not alike for their outline.
+
     Args:
         image: upright, of any size; made RGB.
     """
     small = image.convert("RGB").reduce(max(1, min(image.size) // 256))
-    signs = imagehash.phash(small, hash_size=DCT_SIDE).hash[_BY_FREQUENCY]
+    signs = imagehash.phash(_without_background(small), hash_size=DCT_SIDE).hash[_BY_FREQUENCY]
     colours = np.asarray(small.resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX))
     return np.packbits(signs).tobytes() + colours.tobytes()
+
+
+def _without_background(picture: Image.Image) -> Image.Image:
+    """The picture with the mean colour of the rest in place of a background of one colour, if it has one."""
+    pixels = np.asarray(picture).astype(np.int16)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colour = np.median(border, axis=0)
+    if (np.abs(border - colour).max(axis=-1) <= FLAT).mean() < FLAT_BORDER:
+        return picture
+    flat = Image.fromarray(np.abs(pixels - colour).max(axis=-1) <= FLAT).convert("L")
+    background = np.asarray(flat.filter(ImageFilter.MaxFilter(RIM))) > 0
+    if not background.all():
+        pixels[background] = pixels[~background].mean(axis=0)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def plain_pictures(hashes: NDArray[np.uint8]) -> NDArray[np.bool_]:

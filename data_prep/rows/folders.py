@@ -6,15 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from data_prep.errors import InputError
-
-
-def image_suffixes() -> frozenset[str]:
-    """`.jpg`, `.png`, …: what Pillow can open, by name."""
-    Image.init()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
+from data_prep.rows.images import image_suffixes
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ Everything that reads a photograph or a mask goes through `open_image` or `open_
 the editor and the web page see the same pixels.
 """
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import pillow_heif
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_ASPECT = 100
 """Longest side over shortest. The Qwen2.5-VL image processor refuses 200, and nothing useful is beyond 100."""
@@ -26,6 +28,14 @@ ANIMATED = ("GIF", "WEBP", "PNG", "TIFF")
 MASK_TOLERANCE = 0.01
 """A mask whose aspect differs from its image's by more than this fraction belongs to another image."""
 
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Colour space of a profile -> Pillow's mode of the pixels that it describes."""
+SAME_COLOURS = 1
+"""Levels of 255. A profile that changes no colour by more is sRGB's own, and the pixels stay as they are."""
+
+pillow_heif.register_heif_opener()
 
 # `_check_size` rejects whatever is above this limit, with a reason; the warning would only be noise beside it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -51,9 +61,10 @@ class OpenedImage:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Reads a photograph: EXIF rotation applied, any mode made 8-bit RGB, transparency composited on white.
+    """Reads a photograph: EXIF rotation applied, any mode made 8-bit sRGB, transparency composited on white.
 
-    Of an animation it is the first frame. CMYK is converted by Pillow's formula, without colour management.
+    Of an animation it is the first frame. Colours are converted from the file's ICC profile; without one they are taken for
+    sRGB's, and CMYK is converted by Pillow's formula.
 
     Raises:
         RejectedImage: missing, unreadable, empty, truncated, not an image, too large, too small or too thin.
@@ -75,6 +86,8 @@ def inspect_image(path: str | Path) -> OpenedImage:
 def open_mask(path: str | Path) -> Image.Image:
     """Reads a mask as 8-bit grey (mode L), 255 = background to preserve. Transparent pixels count as 0, "edit here".
 
+    Its values are no colours: an ICC profile is left out.
+
     Raises:
         RejectedImage: as `open_image`.
     """
@@ -88,7 +101,7 @@ def inspect_mask(path: str | Path) -> OpenedImage:
         RejectedImage: as `open_image`.
     """
     conversions: list[str] = []
-    image = _decode(Path(path), conversions, background="black")
+    image = _decode(Path(path), conversions, is_mask=True)
     grey = _composite(image, "black") if _has_alpha(image) else _to_8_bit(image, Path(path))
     return OpenedImage(grey.convert("L"), tuple(conversions))
 
@@ -99,7 +112,7 @@ def open_cut_out(path: str | Path) -> Image.Image:
     Raises:
         RejectedImage: as `open_image`.
     """
-    image = _decode(Path(path))
+    image = _decode(Path(path), [])
     return image.convert("RGBA") if _has_alpha(image) else _to_rgb(image, Path(path)).convert("RGBA")
 
 
@@ -129,6 +142,12 @@ def file_digest(path: str | Path) -> str:
             raise RejectedImage(path, f"cannot be read: {error}") from None
 
 
+def image_suffixes() -> frozenset[str]:
+    """`.jpg`, `.heic`, …: what Pillow can open, by name."""
+    Image.init()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
+
+
 def image_size_text(image: Image.Image) -> str:
     """`640x480`, width first, as people write it."""
     return f"{image.width}x{image.height}"
@@ -145,15 +164,16 @@ def _open(path: Path) -> BufferedReader:
         raise RejectedImage(path, f"cannot be read: {error.strerror}") from None
 
 
-def _decode(path: Path, conversions: list[str] | None = None, background: str = "white") -> Image.Image:
-    """Decodes the whole file, so that a truncated one is found here and not later in a worker."""
+def _decode(path: Path, conversions: list[str], is_mask: bool = False) -> Image.Image:
+    """Decodes the whole file, so that a truncated one is found here and not later in a worker. A photograph is then sRGB."""
     try:
         with _open(path) as file, Image.open(file) as image:
             _check_size(image, path)
             image.load()
-            if conversions is not None:
-                conversions += _conversions(image, path, background)
-            return ImageOps.exif_transpose(image)
+            conversions += _conversions(image, path, "black" if is_mask else "white")
+            upright = ImageOps.exif_transpose(image)
+            profile = upright.info.pop("icc_profile", None)
+            return _to_srgb(upright, profile, path, conversions) if profile and not is_mask else upright
     except UnidentifiedImageError:
         raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -171,7 +191,7 @@ def _conversions(image: Image.Image, path: Path, background: str) -> Iterator[st
     promised = Image.registered_extensions().get(path.suffix.lower())
     if promised not in (None, image.format) and {promised, image.format} != {"JPEG", "MPO"}:
         yield f"its name says {promised}, it is {image.format}"
-    if image.mode in ("CMYK", "LAB"):
+    if image.mode == "LAB" or (image.mode == "CMYK" and not image.info.get("icc_profile")):
         yield f"{image.mode} made RGB without colour management"
     if image.mode == "I" or image.mode.startswith("I;16"):
         yield "16 bits made 8"
@@ -197,6 +217,55 @@ def _check_size(image: Image.Image, path: Path) -> None:
 
 def _bomb_reason() -> str:
     return f"more than {Image.MAX_IMAGE_PIXELS} pixels (Pillow's decompression-bomb limit)"
+
+
+def _to_srgb(image: Image.Image, profile: bytes, path: Path, conversions: list[str]) -> Image.Image:
+    """Converts colours from an ICC profile, and says so if any of them changes. The transparency stays."""
+    image = _to_8_bit(image, path)
+    try:
+        mode, transform = _transform(profile)
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        mode, transform = "", None
+    if mode not in (
+        ("CMYK",) if image.mode == "CMYK" else ("L", "RGB") if image.mode in ("1", "L", "LA") else ("RGB",)
+    ):
+        conversions.append("its ICC profile is broken or of another colour space, and is left out")
+        return image
+    if transform is None:
+        return image
+    conversions.append("its colours made sRGB, as its ICC profile says")
+    converted = ImageCms.applyTransform(image.convert(mode), transform)
+    assert converted is not None
+    converted.info.clear()  # Pillow puts sRGB's profile there
+    if _has_alpha(image):
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """The mode of pixels that a profile describes, and the way from them to sRGB; None if they are sRGB's already.
+
+    Raises:
+        PyCMSError, OSError: the profile is broken.
+        KeyError: neither of RGB nor of grey nor of CMYK.
+    """
+    opened = ImageCms.core.profile_frombytes(profile)
+    mode = PROFILE_MODES[opened.xcolor_space]
+    transform = ImageCms.buildTransform(
+        *(ImageCms.ImageCmsProfile(opened), SRGB, mode, "RGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    if mode == "CMYK":
+        return mode, transform
+    levels = np.linspace(0, 255, 18, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(18, -1, 3)
+    colours = colours if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
+    converted = ImageCms.applyTransform(Image.fromarray(colours), transform)
+    before = colours if mode == "RGB" else colours[..., None]
+    change = np.abs(np.asarray(converted, dtype=int) - before).max()
+    return mode, None if change <= SAME_COLOURS else transform
 
 
 def _has_alpha(image: Image.Image) -> bool:

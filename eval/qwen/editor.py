@@ -19,7 +19,7 @@ from data_prep.model.geometry import Geometry, Size, fit, to_image
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 from eval.qwen.control import make_map
 from eval.qwen.depth import DepthSource
-from eval.qwen.encoding import Encoded, RequestEncoder, join_conditions, join_edits
+from eval.qwen.encoding import Encoded, RequestEncoder, join_conditions, join_edits, reference_sizes
 from eval.qwen.masks import paste_back
 from eval.qwen.modes import Plan, check_request, edit_mask, make_plan, result_size
 from eval.qwen.samplers import Keep, OnStep, describe_sampler
@@ -131,7 +131,7 @@ class Editor(BaseEditor):
         job = self.prepare(request)
         if request.controls or request.count > 1:
             return None
-        references = tuple(job.geometry.reference_size(Size.of(image)) for image in request.images)
+        references = tuple(reference_sizes(request.images, job.size, job.geometry))
         return job.plan, tuple(request.adapters), job.size, references, _is_masked(request)
 
     def edit_together(
@@ -190,7 +190,7 @@ class Editor(BaseEditor):
     def _maps(self, job: Job) -> list[Image.Image]:
         """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
         controls, image = job.request.controls, job.request.images[0]
-        image = fit(image, job.geometry.reference_size(Size.of(image)))
+        image = fit(image, reference_sizes([image], job.size, job.geometry)[0])
         with self.depth.model() if _sees_depth(job.request) else nullcontext() as depth:
             return [make_map(control, image, depth) for control in controls]
 

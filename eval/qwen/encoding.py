@@ -80,9 +80,10 @@ class RequestEncoder:
             empty: also encode the condition without an instruction.
         """
         source = fit(images[0], size)
-        own, extra = ([self._reference(image) for image in some] for some in (images, maps))
-        aligned = size == self.geometry.reference_size(Size.of(images[0]))
-        source_latents = own[0][1] if aligned else self._image(source)
+        sizes = reference_sizes(images, size, self.geometry)
+        own = [(image, self._image(fit(image, its_size))) for image, its_size in zip(images, sizes, strict=True)]
+        extra = [(image, self._image(fit(image, reference_sizes([image], size, self.geometry)[0]))) for image in maps]
+        source_latents = own[0][1] if size == sizes[0] else self._image(source)
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
@@ -99,9 +100,6 @@ class RequestEncoder:
             controlled=controlled,
         )
 
-    def _reference(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
-        return image, self._image(fit(image, self.geometry.reference_size(Size.of(image))))
-
     def _image(self, image: Image.Image) -> Tensor:
         return self.vae.encode(to_pixels(image)[None]).to(self.device)
 
@@ -109,6 +107,12 @@ class RequestEncoder:
         vision = [stretch(image, self.geometry.vision_size(Size.of(image))) for image, _ in references]
         prompt_emb = self.prompt_encoder.encode(prompt, vision)
         return pad_condition([prompt_emb], [latents for _, latents in references]).to(self.device)
+
+
+def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry) -> list[Size]:
+    """The sizes at which references are given to the VAE: the first, the source, at the result's size as in training."""
+    sizes = [geometry.reference_size(Size.of(image)) for image in images]
+    return [size, *sizes[1:]] if geometry.source_follows(Size.of(images[0]), size) else sizes
 
 
 def join_edits(edits: Sequence[Edit]) -> Edit:

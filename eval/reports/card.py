@@ -156,6 +156,7 @@ def card_adapter(report: Report) -> str:
 
 
 def _card_data(card: Card, report: Report) -> ModelCardData:
+    """The hub's metadata. Figures are an evaluation, and so in it, only if their rows are known to be held out."""
     name = card_name(card, report)
     results = [
         EvalResult(
@@ -169,7 +170,7 @@ def _card_data(card: Card, report: Report) -> ModelCardData:
         for method in report["methods"]
         if method["adapter"] == card_adapter(report)
         for metric, score in method["scores"].items()
-        if metric in CHARTED
+        if metric in CHARTED and not report["settings"]["caution"]
     ]
     return ModelCardData(
         base_model=card.base_model,
@@ -182,7 +183,7 @@ def _card_data(card: Card, report: Report) -> ModelCardData:
             *(["latent-bridge-matching"] if card.metadata.get("objective") == "lbm" else []),
         ],
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
 
 

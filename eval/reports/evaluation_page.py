@@ -245,6 +245,8 @@ def print_report(report: Report) -> None:
                 shown = (f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells[part])
                 table.add_row(method["label"], *shown)
             console.print(table)
+    if report["settings"]["caution"]:
+        console.print(f"caution: {report['settings']['caution']}", highlight=False, markup=False, soft_wrap=True)
     for reason, names in unmeasured_groups(report).items():
         line = f"not measured: {', '.join(names)} ({reason})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

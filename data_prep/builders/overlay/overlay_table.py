@@ -14,7 +14,7 @@ from data_prep.builders.coco.annotations import COCO_DIGITS
 from data_prep.builders.overlay.style import PARSERS
 from data_prep.errors import InputError
 from data_prep.jobs.items import Item
-from data_prep.rows.folders import image_suffixes
+from data_prep.rows.images import image_suffixes
 from data_prep.rows.rows import RejectedRow, is_absent, resolve_path
 from data_prep.rows.tables import BadRow, read_file
 

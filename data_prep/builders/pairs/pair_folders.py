@@ -10,8 +10,8 @@ from pathlib import Path
 from data_prep.builders.pairs.captions import ENDINGS
 from data_prep.errors import InputError
 from data_prep.jobs.items import Item
-from data_prep.rows.folders import image_suffixes, walk_files
-from data_prep.rows.images import RejectedImage
+from data_prep.rows.folders import walk_files
+from data_prep.rows.images import RejectedImage, image_suffixes
 from data_prep.rows.rows import MAX_SOURCES, RejectedRow
 
 LAYOUT = (

@@ -18,6 +18,7 @@ FIELDS = np.dtype(
         ("usable", "?"),
         ("split", "u1"),
         ("sizes", "<u4", (1 + MAX_SOURCES, 2)),
+        ("bridge", "<u4"),
         ("tokens", "<u4"),
         ("drift", "<f4", (3,)),
         ("hashes", "u1", (2, HASH_BYTES)),
@@ -26,7 +27,8 @@ FIELDS = np.dtype(
         ("group", "<u8"),
     ]
 )
-"""Sizes are (height, width) of the target and the sources, 0 where there is none; drift is NaN where it is unknown."""
+"""Sizes are (height, width) of the target and the sources, 0 where there is none; bridge is the source that the bridge starts
+from; drift is NaN where it is unknown."""
 CHUNK = 4096
 
 
@@ -51,6 +53,7 @@ class Columns:
         entry = self._next()
         entry["usable"], entry["split"] = True, self._split(row.split)
         entry["sizes"][: len(measured["sizes"])] = measured["sizes"]
+        entry["bridge"] = row.bridge_image
         entry["tokens"] = measured["tokens"]
         entry["drift"] = measured["drift"] or np.nan
         for place, value in enumerate(measured["hashes"]):

@@ -76,11 +76,11 @@ def lay_out(
         text_width: of the text encoder's hidden states.
         vision_side: pixels of the side of one vision token.
     """
-    target_size, reference_size = functools.cache(geometry.target_size), functools.cache(geometry.reference_size)
+    target_size, reference_sizes = functools.cache(geometry.target_size), functools.cache(geometry.reference_sizes)
     buckets: dict[tuple[Size, tuple[Size, ...]], int] = defaultdict(int)
     total = 0
     for group in _groups(columns):
-        target, references = target_size(group.target), tuple(map(reference_size, group.references))
+        target, references = target_size(group.target), reference_sizes(group.references, group.target, group.bridge)
         if group.trained:
             buckets[target, references] += group.trained
         latents = 2 * num_tokens(target) + sum(map(num_tokens, references))
@@ -96,6 +96,7 @@ class _Group:
 
     target: Size
     references: tuple[Size, ...]
+    bridge: int
     trained: int
     cached: int
     words: int
@@ -105,17 +106,16 @@ class _Group:
 def _groups(columns: Columns) -> list[_Group]:
     cached = columns.in_split(TRAINED, VALIDATED)
     trained, tokens = columns.in_split(TRAINED)[cached], columns["tokens"][cached]
-    sizes = columns["sizes"][cached]
-    keys = sizes.reshape(len(sizes), math.prod(FIELDS["sizes"].shape)).view(
-        np.dtype((np.void, FIELDS["sizes"].itemsize))
-    )[:, 0]
+    sizes, bridges = columns["sizes"][cached], columns["bridge"][cached]
+    alike = np.column_stack([sizes.reshape(len(sizes), math.prod(FIELDS["sizes"].shape)), bridges])
+    keys = np.ascontiguousarray(alike).view(np.dtype((np.void, alike.itemsize * alike.shape[1])))[:, 0]
     _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     num_cached, num_trained, words = (np.bincount(group, w, len(first)) for w in (None, trained, tokens))
     found = []
     for place, index in enumerate(first):
         target, *references = (Size(*size) for size in sizes[index].tolist() if size[0])
         numbers = (int(each[place]) for each in (num_trained, num_cached, words))
-        found.append(_Group(target, tuple(references), *numbers))
+        found.append(_Group(target, tuple(references), int(bridges[index]), *numbers))
     return found
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,15 @@ from data_prep.cache.encoding import Encoders
 from data_prep.cache.keys import record_key
 from data_prep.cache.reader import CacheHeader, CacheReader, Record
 from data_prep.cache.shards import read_arrow
+from data_prep.cache.sizes import cached_sizes, estimated_sizes
 from data_prep.cache.writer import build_cache
+from data_prep.check.measures.column_store import Columns
+from data_prep.check.report.summary import lay_out
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
 from data_prep.rows.images import open_image
 from data_prep.rows.rows import Row, read_rows
+from eval.qwen.encoding import reference_sizes
 from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
 from tests.children import PATIENCE, started, wait_until
 
@@ -88,6 +93,30 @@ def test_records_are_what_the_encoders_give_for_the_images_of_the_row(tmp_path, 
     assert record.mask is not None
     assert torch.equal(record.mask, torch.arange(12).lt(6).float().expand(1, 8, 12))
     assert record.row["back_mask"] == str(tmp_path / "m.png")
+
+
+def test_an_original_and_its_smaller_target_have_one_grid(tmp_path, tiny_model_dir):
+    """In the record, in the plan's estimate, in the report of `check` and in the editor."""
+    source = write_image(tmp_path / "s.png", 1, 384, 192)
+    row = {"prompt": "edit", "image": write_image(tmp_path / "t.png", 2, 64, 32), "edit_image": [source, source]}
+    dataset = write_dataset(tmp_path, [row | {"bridge_image": 1}])
+    cache_dataset(dataset, tmp_path / "cache", tiny_model_dir)
+    record = CacheReader(tmp_path / "cache")[0]
+    assert torch.equal(record.edit_latents[1], record.source_latents)
+    assert record.edit_latents[1].shape == record.target_latents.shape == (16, 4, 8)
+    assert record.edit_latents[0].shape != record.target_latents.shape
+
+    expected = Size(32, 64), (Size(64, 128), Size(32, 64))
+    for sizes in (cached_sizes(tmp_path / "cache"), estimated_sizes(read_rows(dataset), GEOMETRY)):
+        assert [(bucket.target, bucket.references) for bucket in sizes.buckets(GEOMETRY)] == [expected]
+    measured = {"sizes": [(32, 64), (192, 384), (192, 384)], "tokens": 1, "drift": None, "hashes": [], "digest": "0"}
+    with closing(Columns(tmp_path)) as columns:
+        for row in read_rows(dataset):
+            assert isinstance(row, Row)
+            columns.add(row, measured)
+        assert [(bucket.target, bucket.references) for bucket in lay_out(columns, GEOMETRY).buckets] == [expected]
+    edited = reference_sizes([open_image(tmp_path / source)] * 2, Size(32, 64), GEOMETRY)
+    assert edited == [Size(32, 64), Size(64, 128)]
 
 
 def test_no_negative_prompt_is_the_empty_instruction_as_in_the_editor(tmp_path, tiny_model_dir):
@@ -299,6 +328,26 @@ def test_bad_rows_are_skipped_and_reported(tmp_path, tiny_model_dir):
     assert [line["row"] for line in lines] == [2, 3, 4, 5, 7]
     assert lines[0] == {"row": 2, "id": "r1", "path": str(tmp_path / "t1.png"), "reason": "no such file"}
     assert lines[2]["reason"] == "the mask has another shape than its image: 64x32, its image is 64x64"
+
+
+@pytest.mark.parametrize(
+    ("column", "prompt", "reason"),
+    [
+        ("prompt", "put <|image_pad|> here", r"the instruction holds <\|image_pad\|>, which the model reserves"),
+        ("negative_prompt", "no <|im_end|>", r"the instruction holds <\|im_end\|>"),
+        ("prompt", "red " * 5000, r"the instruction has \d+ tokens, the model takes at most 4096"),
+    ],
+)
+def test_one_bad_prompt_is_a_rejected_row_and_the_others_are_cached(tmp_path, tiny_model_dir, column, prompt, reason):
+    rows = write_rows(tmp_path, 3)
+    rows[1][column] = prompt
+    dataset = write_dataset(tmp_path, rows)
+    summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, negative=True, on_error="skip")
+    assert [record.id for record in CacheReader(tmp_path / "cache")] == ["r0", "r2"]
+    assert (summary.num_rows, summary.num_encoded) == (2, 2)
+    [line] = report(tmp_path)
+    assert (line["row"], line["id"]) == (2, "r1")
+    assert re.match(reason, line["reason"])
 
 
 def test_unreadable_files_stop_a_strict_build_before_anything_is_encoded(tmp_path, tiny_model_dir):

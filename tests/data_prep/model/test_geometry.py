@@ -54,11 +54,27 @@ def test_the_aspect_is_kept_within_one_step_of_rounding(size, max_pixels):
     assert abs(target.width - ideal.width) < 32
 
 
-@given(SIZES, AREAS)
-def test_references_follow_the_target_unless_told_otherwise(size, max_pixels):
-    assert Geometry(max_pixels).reference_size(size) == Geometry(max_pixels).target_size(size)
-    other = Geometry(max_pixels, reference_pixels=512 * 512)
-    assert other.reference_size(size) == Geometry(512 * 512).target_size(size)
+PHOTOGRAPHS = st.builds(lambda height, width: Size(64 * height, 64 * width), st.integers(4, 60), st.integers(4, 60))
+
+
+@given(PHOTOGRAPHS, st.sampled_from([1 / 4, 1 / 2, 3 / 4, 5 / 4, 2, 4]), AREAS)
+def test_the_bridges_source_follows_the_target_whatever_the_sizes_of_the_two_files(target, scale, max_pixels):
+    source = Size(round(scale * target.height), round(scale * target.width))
+    geometry = Geometry(max_pixels)
+    first, second = geometry.reference_sizes([source, source], target, 0)
+    assert first == geometry.target_size(target)
+    assert second == geometry.target_size(source)  # no bridge starts from it
+    own = Geometry(max_pixels, reference_pixels=512 * 512)
+    assert own.reference_sizes([source], target, 0) == (Geometry(512 * 512).target_size(source),)
+
+
+def test_a_source_of_another_aspect_is_sized_by_its_own_file():
+    geometry, target = Geometry(1024 * 1024), Size(768, 1024)
+    assert geometry.reference_sizes([Size(3000, 4000)], target, 0) == (target,)
+    assert geometry.reference_sizes([Size(3000, 4028)], target, 0) == (target,)  # 0.7 % wider
+    for other in (Size(3000, 4200), Size(3000, 3800), Size(4000, 3000)):
+        assert geometry.reference_sizes([other], target, 0) == (geometry.reference_size(other),)
+    assert geometry.reference_sizes([target, Size(3000, 4000)], target, 1)[1] == target
 
 
 @pytest.mark.parametrize(

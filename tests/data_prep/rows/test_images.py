@@ -1,12 +1,22 @@
 """Every kind of image file that a real dataset holds is either read as upright RGB or rejected with a reason."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from data_prep.rows.images import RejectedImage, inspect_image, open_image, open_mask
+from data_prep.cache.sizes import image_size
+from data_prep.rows.images import (
+    RejectedImage,
+    image_suffixes,
+    inspect_image,
+    inspect_mask,
+    open_cut_out,
+    open_image,
+    open_mask,
+)
 
 GRADIENT = np.linspace(0, 255, 64 * 48, dtype=np.uint8).reshape(48, 64)
 
@@ -112,6 +122,105 @@ def test_what_was_converted_is_told(photograph, tmp_path):
     told = {name: "; ".join(opened.conversions) for name, opened in found.items()}
     assert told == {name: expected for name, (_, _, expected) in files.items()}
     assert all(opened.image.mode == "RGB" for opened in found.values())
+
+
+# Columns: red, green and blue in XYZ under D50. SMPTE EG 432-1 and IEC 61966-2-1, adapted by Bradford's matrix.
+DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+
+
+def linear(values: np.ndarray) -> np.ndarray:
+    """sRGB's and Display P3's curve."""
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def encoded(values: np.ndarray) -> np.ndarray:
+    """The curve's inverse, on [0, 1]."""
+    values = values.clip(0, 1)
+    return np.where(values <= 0.0031308, values * 12.92, 1.055 * values ** (1 / 2.4) - 0.055)
+
+
+def icc_profile(primaries: np.ndarray, curve=linear) -> bytes:
+    """An ICC profile, version 2, of three primaries and a curve."""
+    xyz = [struct.pack(">4s4x3i", b"XYZ ", *(round(value * 65536) for value in each)) for each in primaries.T]
+    white = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061)
+    points = np.round(curve(np.linspace(0, 1, 1024)) * 65535).astype(">u2").tobytes()
+    curves = struct.pack(">4s4xI", b"curv", 1024) + points
+    tags = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), xyz, strict=True)) | {b"wtpt": white}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curves)
+    offset, table, data = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, offset + len(data), len(content))
+        data += content
+    size = offset + len(data)
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s28x3i48x", size, 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp", 63190, 65536, 54061
+    )
+    return header + table + data
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_display_p3_becomes_srgb(mode, photograph, tmp_path):
+    """Against the formula in float64. Two levels: lcms rounds to 16 bits and to 8, the profile's table has 1024 points."""
+    stored = photograph.quantize(64) if mode == "P" else photograph.convert(mode)
+    if mode == "RGBA":
+        stored.putalpha(Image.fromarray(GRADIENT))
+    opened = open_cut_out(save(stored, tmp_path / "phone.png", icc_profile=icc_profile(DISPLAY_P3)))
+    colours = linear(np.asarray(stored.convert("RGB"), np.float64) / 255)
+    expected = 255 * encoded(colours @ (np.linalg.inv(SRGB) @ DISPLAY_P3).T)
+    assert np.abs(expected - np.asarray(stored.convert("RGB"))).max() > 20  # or there would be nothing to see
+    assert np.abs(np.asarray(opened)[..., :3] - expected).max() <= 2
+    assert np.array_equal(np.asarray(opened)[..., 3], GRADIENT if mode == "RGBA" else np.full_like(GRADIENT, 255))
+    assert "icc_profile" not in opened.info  # or it would be applied again
+
+
+def test_srgbs_own_profiles_change_nothing(photograph, tmp_path):
+    created = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in {"made.png": icc_profile(SRGB), "created.png": created}.items():
+        opened = inspect_image(save(photograph, tmp_path / name, icc_profile=profile))
+        assert_close(opened.image, photograph, 0)
+        assert opened.conversions == ()
+
+
+def test_what_a_profile_did_is_told(photograph, tmp_path):
+    p3 = icc_profile(DISPLAY_P3)
+    applied = ("its colours made sRGB, as its ICC profile says",)
+    assert inspect_image(save(photograph, tmp_path / "p3.jpg", icc_profile=p3)).conversions == applied
+    dark = icc_profile(SRGB, lambda values: values**3)
+    grey = inspect_image(save(Image.fromarray(GRADIENT), tmp_path / "grey.png", icc_profile=dark))
+    assert grey.conversions == applied
+    expected = 255 * encoded((GRADIENT / 255) ** 3)
+    assert np.abs(np.asarray(grey.image) - expected[..., None]).max() <= 2
+    left_out = ("its ICC profile is broken or of another colour space, and is left out",)
+    for name, profile in {"broken.png": b"no profile", "print.jpg": p3}.items():
+        stored = photograph.convert("CMYK") if name == "print.jpg" else photograph
+        opened = inspect_image(save(stored, tmp_path / name, icc_profile=profile))
+        assert opened.conversions == left_out
+    assert_close(open_image(tmp_path / "broken.png"), photograph, 0)
+
+
+def test_a_masks_values_are_no_colours(tmp_path):
+    dark = icc_profile(SRGB, lambda values: values**3)
+    opened = inspect_mask(save(Image.fromarray(GRADIENT), tmp_path / "mask.png", icc_profile=dark))
+    assert np.array_equal(np.asarray(opened.image), GRADIENT)
+    assert opened.conversions == ()
+
+
+def test_heic_is_read_upright_and_in_srgb(photograph, tmp_path):
+    """HEVC keeps colours of a smooth picture within a few levels at this quality; a shift of P3 would be over 20."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = photograph.transpose(Image.Transpose.ROTATE_90)
+    path = save(lying, tmp_path / "phone.heic", quality=100, chroma=444, exif=exif.tobytes())
+    assert_close(open_image(path), photograph, 6)
+    assert image_size(path) == (48, 64)
+    assert path.suffix in image_suffixes()
+    p3 = save(photograph, tmp_path / "p3.heic", quality=100, chroma=444, icc_profile=icc_profile(DISPLAY_P3))
+    same = open_image(save(photograph, tmp_path / "p3.png", icc_profile=icc_profile(DISPLAY_P3)))
+    assert_close(open_image(p3), same, 8)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RejectedImage, match=r"phone\.heic: "):
+        open_image(path)
 
 
 def cut_in_half(format):

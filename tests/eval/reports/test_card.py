@@ -35,6 +35,8 @@ def report():
     settings = {
         "dataset": "/data/pairs.json",
         "dataset_digest": "0123abcd",
+        "split": "validation",
+        "caution": None,
         "seed": 0,
         "device": "cpu",
         "dtype": "float32",
@@ -62,7 +64,7 @@ def test_a_card_says_what_it_is_and_is_written_again(adapter, report, pictures):
     assert 'load_lora_weights("me/my-lora"' in read.text
     assert "rank: 7" in read.text
     assert f"weights `{file_digest(adapter / 'adapter_model.safetensors')}`" in read.text
-    assert "rows of pairs.json (`0123abcd`)" in read.text
+    assert "2 rows (split validation) of pairs.json (`0123abcd`)" in read.text
     assert "](samples/row-0.jpg)\n\nremove \\[the\\] \\| \\*sign\\*\n" in read.text
     assert "secret" not in read.text
     assert "Not measured: fid." in read.text
@@ -74,6 +76,18 @@ def test_a_card_says_what_it_is_and_is_written_again(adapter, report, pictures):
     assert card.files == ["adapter_model.safetensors", "adapter_config.json", "README.md", "samples/row-0.jpg"]
     assert "row-1.jpg" not in text
     assert (adapter / "samples" / "of-mine.jpg").exists()
+
+
+def test_rows_that_are_not_held_out_are_no_evaluation(adapter, report, pictures):
+    report["settings"]["caution"] = "2 of the 2 rows are training rows."
+    read = ModelCard.load(
+        write_card(check_card(CardRequest(adapter, "mit", repository="me/my-lora")), report, pictures)
+    )
+    assert read.data.eval_results is None
+    assert "model-index" not in read.content
+    assert "## Evaluation" not in read.text
+    assert "## Figures, not an evaluation on held-out rows\n\n**2 of the 2 rows are training rows.**\n" in read.text
+    assert "The first rows of the evaluation" not in read.text
 
 
 def test_a_bridge_says_that_it_needs_its_sampler(adapter, report, tmp_path):

@@ -338,6 +338,35 @@ def test_fewer_rows_a_card_and_a_hub_that_is_not_there(tiny_model_dir, tiny_pair
     assert report["settings"]["dataset_digest"] == file_digest(dataset)
 
 
+def test_training_rows_are_scored_only_when_asked_for_and_never_as_an_evaluation(
+    tiny_model_dir, tiny_pairs, tmp_path, capsys
+):
+    """One file with both splits: the held-out rows by default; all of them marked in terminal, report, page and card."""
+    adapter = write_adapter(tmp_path / "mine" / "checkpoints" / "step-000001", tiny_model_dir, "lbm", SMALL)
+    rows = [row for name in ("train", "validation") for row in json.loads((tiny_pairs / f"{name}.json").read_text())]
+    wanted = {"model": str(tiny_model_dir), "adapter": [AdapterUse(adapter)], "root": str(tiny_pairs), "steps": [1]}
+    wanted |= {"metrics": ["psnr"], "device": "cpu", "dtype": "float32", "publish_card": True, "license": "mit"}
+    (tmp_path / "both.json").write_text(json.dumps(rows[10:14]))
+
+    def scored_rows(**changed) -> tuple[list[str], str | None, str]:
+        run.score(**wanted, dataset=str(tmp_path / "both.json"), out=tmp_path / "out", **changed)
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        return [row["id"] for row in report["per_row"]], report["settings"]["caution"], capsys.readouterr().out
+
+    assert scored_rows()[:2] == ([row["id"] for row in rows[12:14]], None)
+    assert ModelCard.load(adapter / "README.md").data.eval_results
+    page = tmp_path / "out" / "report.html"
+    assert "not held out" not in page.read_text()
+    ids, caution, printed = scored_rows(split="all")
+    assert ids == [row["id"] for row in rows[10:14]]
+    assert caution == "2 of the 4 rows are training rows (split=train), not held out."
+    assert f"caution: {caution}" in printed
+    assert caution in page.read_text()
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.eval_results is None
+    assert caution in card.text
+
+
 def test_rows_are_chosen_by_the_seed_and_rejected_ones_are_all_reported():
     rows = [Row(n, f"r{n}", "edit", Path("t.png"), (Path("s.png"),)) for n in range(1, 21)]
     bad = RejectedRow(21, "r21", "x.png", "broken")
