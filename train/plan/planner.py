@@ -17,6 +17,7 @@ from data_prep.model.geometry import Geometry, Size
 from train.config import Config
 from train.model.denoiser import resolve_zero_cond_t
 from train.model.execution import Execution
+from train.model.offload import NUM_SLOTS
 from train.optim import Optimizer
 from train.plan.encoder_sizes import EncoderSizes
 from train.plan.gpus import GIB, Gpu
@@ -28,8 +29,6 @@ ALLOWANCE = 3 * GIB // 2
 """For what PyTorch does not count: the CUDA context, kernels' workspaces, and fragmentation."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Elements that DeepSpeed's ZeRO-3 keeps gathered at most, its default."""
-SLOTS = 2
-"""Blocks that are on the GPU of those that wait in CPU memory: the one that computes, and the next."""
 FLOAT = 4
 
 Change = dict[str, Any]
@@ -107,7 +106,7 @@ class Planner:
                 parts["DeepSpeed's parts of what is whole besides, and a block on its way"] = (
                     lora + frozen - blocks
                 ) // world_size + block
-        parts[f"blocks that come from CPU memory, {SLOTS} at a time"] = min(SLOTS, waiting) * block
+        parts[f"blocks that come from CPU memory, {NUM_SLOTS} at a time"] = min(NUM_SLOTS, waiting) * block
         parts["LoRA weights"] = lora
         parts["LoRA gradients"] = lora // world_size if zero == 2 else lora
         if zero == 2:
@@ -200,7 +199,7 @@ class Planner:
         settings: list[str | int] = ["off", "selective", *range(1, num_layers + 1), "full"]
         if config.train.gradient_checkpointing != "auto":
             settings = [config.train.gradient_checkpointing]
-        counts: list[int] = [0, *range(SLOTS + 1, num_layers + 1)]  # fewer are on the GPU all the same
+        counts: list[int] = [0, *range(NUM_SLOTS + 1, num_layers + 1)]  # fewer are on the GPU all the same
         if config.train.offload_blocks != "auto":
             counts = [config.train.offload_blocks]
         elif config.parallel.stage == 3 or config.train.device == "cpu":
@@ -248,7 +247,7 @@ class Planner:
             not config.parallel.offload
         ):  # the last ones of a forward pass are there for the backward pass, and the other way
             waiting, block = waiting_blocks(config), self.transformer.block_bytes(weights)
-            copied = passes * (2 * max(0, waiting - SLOTS) + rolled * waiting) * block
+            copied = passes * (2 * max(0, waiting - NUM_SLOTS) + rolled * waiting) * block
         return Step(
             flops=round(rest if kept.products else rest + frozen),
             flops_8bit=round(frozen if kept.products else 0),
