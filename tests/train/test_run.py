@@ -363,8 +363,9 @@ def test_offloaded_blocks_train_the_same(command, tmp_path):
         both = [*overrides, "train.num_steps=4"]
         jobs.append(command(tmp_path / f"{name}-whole", *both, "train.offload_blocks=0"))
         jobs.append(command(tmp_path / name, *both, "train.offload_blocks=3"))
-    jobs.append(command(tmp_path / "continued", *OFFLOADED["steps"], "train.num_steps=2", "train.offload_blocks=5"))
-    jobs.append(command(tmp_path / "continued", *OFFLOADED["steps"], "train.num_steps=4", "train.offload_blocks=2"))
+    continued = [*OFFLOADED["steps"], "optim.schedule_steps=4"]
+    jobs.append(command(tmp_path / "continued", *continued, "train.num_steps=2", "train.offload_blocks=5"))
+    jobs.append(command(tmp_path / "continued", *continued, "train.num_steps=4", "train.offload_blocks=2"))
     zero2 = [*OFFLOADED["steps"], "train.num_steps=4", "parallel=zero2"]
     jobs += [command(tmp_path / f"zero2-{n}", *zero2, f"train.offload_blocks={n}") for n in (0, 4)]
     train_many(tmp_path, *jobs)
