@@ -42,7 +42,7 @@ requeue=
 save() {
   echo "the time limit is near: saving, then back into the queue" >&2
   requeue=yes
-  scancel --signal=USR1 "$SLURM_JOB_ID" # to launch.sh on every machine, not to this script
+  scancel --signal=USR1 "$SLURM_JOB_ID" || true # to launch.sh on every machine, not to this script
 }
 trap save USR1
 

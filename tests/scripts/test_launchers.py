@@ -120,7 +120,7 @@ def test_the_environment_that_is_used(tmp_path):
     repo, bare = tmp_path / "repo", tmp_path / "bin"
     shutil.copytree(SCRIPTS, repo / "scripts", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
     bare.mkdir()
-    for name in ("bash", "dirname", "readlink", "grep", "tr"):
+    for name in ("bash", "dirname", "readlink", "grep", "tr", "mktemp", "rm", "sleep", "touch"):
         (bare / name).symlink_to(str(shutil.which(name)))
 
     def used(**environment: str) -> str:
@@ -214,10 +214,13 @@ def test_slurm_finds_the_repository_or_says_so(slurm, spooled, printing, tmp_pat
 def test_slurm_passes_a_failure_on_and_requeues_before_the_time_limit(slurm, spooled, printing, tmp_path):
     program(tmp_path / "slurm/srun", "exit 3")
     assert bash(spooled, folder=tmp_path, **printing | slurm).returncode == 3
-    program(tmp_path / "slurm/srun", "kill -USR1 $PPID; sleep 1; exit 4")
-    done = bash(spooled, folder=tmp_path, **printing | slurm)
-    assert done.stdout == "scontrol requeue 4711\n"
-    assert done.returncode == 4  # it has waited on
+    program(tmp_path / "slurm/scancel", 'echo "scancel $*"')
+    for code in (4, 0):  # the training has been stopped, or it was complete: then nothing is left to do
+        program(tmp_path / "slurm/srun", f"kill -USR1 $PPID; sleep 1; exit {code}")
+        done = bash(spooled, folder=tmp_path, **printing | slurm)
+        requeued = "scontrol requeue 4711\n" if code else ""
+        assert done.stdout == f"scancel --signal=USR1 4711\n{requeued}"
+        assert done.returncode == code  # it has waited on
 
 
 @pytest.mark.slow
