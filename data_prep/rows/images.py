@@ -220,7 +220,7 @@ def _bomb_reason() -> str:
 
 
 def _to_srgb(image: Image.Image, profile: bytes, path: Path, conversions: list[str]) -> Image.Image:
-    """Converts colours from an ICC profile, and says so if any of them changes. The transparency stays."""
+    """Converts colours from an ICC profile, and says so if that cannot be done. The transparency stays."""
     image = _to_8_bit(image, path)
     try:
         mode, transform = _transform(profile)
@@ -233,7 +233,6 @@ def _to_srgb(image: Image.Image, profile: bytes, path: Path, conversions: list[s
         return image
     if transform is None:
         return image
-    conversions.append("its colours made sRGB, as its ICC profile says")
     converted = ImageCms.applyTransform(image.convert(mode), transform)
     assert converted is not None
     converted.info.clear()  # Pillow puts sRGB's profile there

@@ -14,6 +14,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import PromptEncoder
 from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import open_image
+from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.editor import Editor
 from eval.qwen.encoding import RequestEncoder, join_edits
 from eval.qwen.modes import choose_sampler
@@ -80,7 +81,8 @@ def test_it_encodes_as_the_cache_does(editor, tiny_model_dir, tmp_path):
         with editor.components.encoders() as (vae, prompt_encoder):
             encoder = RequestEncoder(vae, prompt_encoder, GEOMETRY, torch.device("cpu"))
             size = GEOMETRY.target_size(Size.of(images[0]))
-            edit = encoder.encode(images, record.row["prompt"], record.row["negative_prompt"], size).edit
+            negative = record.row["negative_prompt"] or EMPTY_PROMPT
+            edit = encoder.encode(images, record.row["prompt"], negative, size).edit
         assert torch.allclose(edit.source_latents[0], record.source_latents, atol=1e-5)
         assert torch.allclose(edit.sub_noise[0], record.sub_noise, atol=1e-5)
         assert torch.allclose(edit.condition.prompt_emb[0], record.prompt_emb, atol=1e-5)
