@@ -32,7 +32,8 @@ def test_products_are_not_pointwise_and_lora_is_one():
     weight, down, up = (torch.empty(*shape, device=META) for shape in ((128, 256), (4, 256), (128, 4)))
     copies = [each.bfloat16() for each in (weight, down, up)]
     with Watch() as watch:
-        torch.ops.qwen_edit.low_rank_linear(x, [copies[0]], [None], [down], [up], [1.0], copies[1], [copies[2]])
+        frozen = [copies[0]], [None], [None]
+        torch.ops.qwen_edit.low_rank_linear(x, None, None, *frozen, [down], [up], [1.0], copies[1], [copies[2]])
         x @ copies[0].t()
     read_and_written = 2 * (64 * 256 + 128 * 256 + 4 * 256 + 128 * 4 + 64 * 128 + 64 * 4)
     assert watch.traffic.bytes["low_rank_linear"] == read_and_written

@@ -70,7 +70,8 @@ def test_ranks_share_what_zero_shares(planner):
         return planner.training(config, world_size, find_gpu("H100")).total / GIB
 
     assert total("ddp", 2) == total("ddp", 8)
-    assert total("zero3", 2) - total("zero3", 8) == pytest.approx(38 * (1 / 2 - 1 / 8), rel=0.01)
+    shared = 38 + 1.83  # the blocks; and DeepSpeed's parts of LoRA and of what is around the blocks
+    assert total("zero3", 2) - total("zero3", 8) == pytest.approx(shared * (1 / 2 - 1 / 8), rel=0.01)
     assert total("zero3_offload", 2) < total("zero3", 8) < total("zero2", 8)
 
 
