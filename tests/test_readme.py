@@ -24,8 +24,8 @@ COMMANDS = [
     if line.strip() and not line.startswith("#")
 ]
 QUICK = (
-    "adapter.rank=4 train.num_steps=1 train.grad_accum_steps=1 train.micro_batch_size=1 "
-    "data.max_pixels=4096 data.vision_pixels=12544"
+    "adapter.rank=4 train.num_steps=1 train.grad_accum_steps=1 train.global_batch_size=null "
+    "train.micro_batch_size=1 data.max_pixels=4096 data.vision_pixels=12544"
 )
 FULL_SIZE = "model.path=models/tiny model.dtype=float32 model.zero_cond_t=null logger=none validate.num_rows=1"
 

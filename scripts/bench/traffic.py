@@ -50,7 +50,7 @@ PRODUCTS = {
     *("mm", "addmm", "addmm_", "bmm", "low_rank_linear", "low_rank_linear_backward"),
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
 }
-NOT_READ = {"low_rank_linear": (3, 4)}
+NOT_READ = {"low_rank_linear": (6, 7)}
 """Arguments that are only there to receive gradients."""
 BANDWIDTH = {
     "B300": 8.0,
