@@ -24,7 +24,7 @@ launch() { accelerate launch --num_processes 1 --num_machines 1 --mixed_precisio
 [ -f "$MODEL/model_index.json" ] || python scripts/make_tiny_model.py --out "$MODEL"
 python scripts/make_demo_data.py --out "$DIR/data" --train "$CROPS" --validation "$HELD_OUT"
 
-launch train/run.py +exp=tiny_lbm run_dir="$DIR/lbm" "${settings[@]}"
+launch train/run.py +exp=tiny_lbm run_dir="$DIR/lbm" "${settings[@]}" loss.rollout=0.7
 launch train/run.py +exp=tiny_sft run_dir="$DIR/flow" "${settings[@]}"
 
 python eval/run.py --title "The demo's held-out photographs" --model "$MODEL" --adapter "$DIR/lbm" --adapter "$DIR/flow" \

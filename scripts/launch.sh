@@ -80,6 +80,7 @@ export LAUNCH_FOLDER TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_SECONDS:-600}
 trap 'rm -rf "$LAUNCH_FOLDER"' EXIT
 asked=
 
+# shellcheck disable=SC2329
 ask_to_stop() { # signal's number
   if [ -n "$asked" ] || ! compgen -G "$LAUNCH_FOLDER/pid-*" >/dev/null; then
     kill -TERM -- "-$launched" 2>/dev/null || true # nothing trains yet, or somebody is impatient
