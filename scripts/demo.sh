@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job, end to end: tiny model, real photographs, two edits, cache, train with both objectives, validate, score, report.
 #
-#   bash scripts/demo.sh                                                        about 9 minutes on two cores
+#   bash scripts/demo.sh                                                        about 12 minutes on two cores
 #   DEMO_DIR=runs/quick DEMO_STEPS=2 DEMO_CROPS=8 bash scripts/demo.sh          the same, reduced
 set -euo pipefail
 cd "$(dirname "$0")/.."
