@@ -240,6 +240,10 @@ class ParallelConfig:
         """Of ZeRO; 0 without it."""
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
 
+    def cuts_blocks(self, world_size: int) -> bool:
+        """Whether a rank lacks weights that it multiplies by: on one process `zero3` trains as `single`."""
+        return self.stage == 3 and (world_size > 1 or self.offload)
+
     @property
     def name(self) -> str:
         """As on the command line: `parallel=NAME`."""
@@ -319,7 +323,7 @@ def check_whole_blocks(config: Config, world_size: int) -> None:
     Raises:
         InputError: names both settings.
     """
-    if config.parallel.stage != 3 or (world_size == 1 and not config.parallel.offload):
+    if not config.parallel.cuts_blocks(world_size):
         return
     needs = {
         "adapter.dora=true": config.adapter.dora,

@@ -201,10 +201,11 @@ def validate(run: Training) -> None:
             run.loggers.problem(f"the validation after step {run.step} failed: {type(error).__name__}: {error}")
     run.parallel.publish()
     if result is not None:
-        run.loggers.log(run.step, {f"validation/{name}": value for name, value in result.numbers.items()})
+        numbers = {f"validation/{name}": value for name, value in result.numbers.items()}
+        run.loggers.log(run.step, numbers)
         run.loggers.images(run.step, result.images)
         if run.processes.is_main:
-            run.checkpoints.judge(run.step, {f"validation/{name}": value for name, value in result.numbers.items()})
+            run.checkpoints.judge(run.step, numbers)
 
 
 def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -100,9 +100,9 @@ class Planner:
                 f"frozen weights, 1/{world_size} of the blocks'": 0 if offloaded else -(-blocks // world_size),
                 "frozen weights around the blocks": frozen - blocks,
             }
-            gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if is_sharded(config, world_size) else 0
+            gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if config.parallel.cuts_blocks(world_size) else 0
             parts["gathered weights"] = gathered * self.dtype.itemsize
-            if is_sharded(config, world_size) and not offloaded:
+            if config.parallel.cuts_blocks(world_size) and not offloaded:
                 parts["DeepSpeed's parts of what is whole besides, and a block on its way"] = (
                     lora + frozen - blocks
                 ) // world_size + block
@@ -256,7 +256,7 @@ class Planner:
             copied=round(copied),
             gathered=gathered,
             reduced=reduced,
-            fetched_blocks=passes * self.transformer.num_layers if is_sharded(config, world_size) else 0,
+            fetched_blocks=passes * self.transformer.num_layers if config.parallel.cuts_blocks(world_size) else 0,
         )
 
     def seconds(self, config: Config, world_size: int, gpu: Gpu) -> float | None:
@@ -374,11 +374,6 @@ def waiting_blocks(config: Config) -> int:
 def can_shard(config: Config) -> bool:
     """Whether frozen weights can be cut over the ranks (ZeRO-3)."""
     return not config.adapter.dora and config.model.weights == "bf16" and config.train.offload_blocks in ("auto", 0)
-
-
-def is_sharded(config: Config, world_size: int) -> bool:
-    """Whether a rank lacks weights that it multiplies by: on one process `zero3` trains as `single`."""
-    return config.parallel.stage == 3 and (world_size > 1 or config.parallel.offload)
 
 
 def utilisation(config: Config) -> float:
