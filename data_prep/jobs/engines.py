@@ -2,14 +2,17 @@
 
 import logging
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_prep.errors import InputError
 from data_prep.jobs.items import Engine, Part
@@ -45,7 +48,7 @@ def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
         try:
-            pool = ProcessPoolExecutor(processes, context, _end_with_parent)
+            pool = _Workers(processes, context, _end_with_parent)
             yield from ahead(function, parts, pool, depth=4 * processes)
         except BrokenProcessPool:
             raise RuntimeError(
@@ -54,6 +57,37 @@ def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
             ) from None
 
     return run
+
+
+class _Workers(ProcessPoolExecutor):
+    """Processes that do not see Ctrl-C, which a terminal sends to all.
+
+    Only the main process answers: it waits for the items in hand, while a worker that is interrupted, perhaps as it
+    imports, prints a traceback.
+    """
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """As its base does, which starts a worker where one is missing."""
+        with _ctrl_c_waits():
+            return super().submit(fn, *args, **kwargs)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C is answered afterwards, and never by processes that start inside: they inherit that the signal is blocked."""
+    multiprocessing.resource_tracker.ensure_running()  # whoever starts it unblocks the signal
+    pressed: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()  # which answers what other threads receive
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _end_with_parent() -> None:
