@@ -18,7 +18,6 @@ from data_prep.cli import run_command
 from data_prep.files import make_folder
 from eval.bases.auto import open_editor
 from eval.page.limits import Limits, check_exposure, check_port, parse_auth
-from eval.request.lookup import checkpoint_folder
 from eval.request.options import (
     DEVICE,
     DTYPE,
@@ -36,6 +35,7 @@ from eval.request.options import (
 )
 from eval.request.placement import make_placement
 from eval.request.sizes import SizeLimits
+from train.record.lookup import checkpoint_folder
 
 PORT = 7999
 

@@ -119,7 +119,15 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         num_offloaded(config),
     )
     adapter = attach_lora(
-        denoiser, lora.rank, lora.alpha or lora.rank, lora.target_modules, lora.rslora, lora.dora, config.seed
+        denoiser,
+        lora.rank,
+        lora.alpha,
+        lora.target_modules,
+        lora.rslora,
+        lora.dora,
+        config.seed,
+        lora.rank_pattern,
+        lora.alpha_pattern,
     )
     if zero and stage == 3:
         return adapter, Zero3(denoiser, adapter, processes, zero, spread.offload)

@@ -197,6 +197,10 @@ class AdapterConfig:
     """Scale is alpha / rank; equal to the rank by default."""
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
     """Suffixes of the linear modules' names."""
+    rank_pattern: dict[str, int] | None = None
+    """Suffix of modules' names -> another rank for them, such as {img_mod.1: 8}; the longest suffix counts."""
+    alpha_pattern: dict[str, float] | None = None
+    """The same for alpha. Without it, and without `alpha`, every module's alpha is its own rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     dora: bool = False
@@ -205,6 +209,13 @@ class AdapterConfig:
     def __post_init__(self):
         require(self.rank >= 1, f"adapter.rank must be positive, got {self.rank}")
         require(self.alpha is None or self.alpha > 0, f"adapter.alpha must be positive, got {self.alpha}")
+        for name, kinds in ("rank_pattern", (int,)), ("alpha_pattern", (int, float)):
+            for suffix, value in (getattr(self, name) or {}).items():
+                require(
+                    type(value) in kinds and value > 0,
+                    f"adapter.{name}: the value of {suffix} must be a positive {'whole ' * (name == 'rank_pattern')}number, "
+                    f"got {value!r}",
+                )
         require(len(self.target_modules) > 0, "adapter.target_modules is empty: name at least one, such as to_q")
 
 

@@ -166,7 +166,15 @@ def download(hub_id: str, weights: bool = True) -> Path:
             f"no model at {hub_id}: set model.path to a folder or to a hub id such as Qwen/Qwen-Image-Edit-2511"
         )
     files = "*" if weights else "*.json"
-    patterns = ["model_index.json", *(f"{name}/{files}" for name in COMPONENTS)]
+    return fetch(hub_id, ["model_index.json", *(f"{name}/{files}" for name in COMPONENTS)])
+
+
+def fetch(hub_id: str, patterns: list[str]) -> Path:
+    """The folder of a hub repository's files of these patterns, downloaded or found in the hub's cache.
+
+    Raises:
+        InputError: the hub does not have it or cannot be reached.
+    """
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import InputError
 from eval.bases.loading import first_line
-from eval.request.metadata import adapter_file, read_metadata
+from eval.request.metadata import read_metadata
 from eval.request.request import AdapterUse
+from train.model.adapter_files import adapter_file
 
 ONE_PER_MODULE = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 """How the names of the first matrices end: PEFT's and diffusers', kohya's, and diffusers' older one."""

@@ -13,7 +13,7 @@ from gradio.data_classes import ImageData
 from eval.page.jobs import Jobs
 from eval.page.limits import Limits
 from eval.request.base import BaseEditor
-from eval.request.lookup import FoundAdapter, found_adapters
+from train.record.lookup import FoundAdapter, found_adapters
 
 QUIET: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
 """For handlers that take a moment. They too go through Gradio's queue: without it, their errors never reach the page."""

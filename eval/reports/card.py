@@ -16,10 +16,11 @@ from data_prep.files import atomic_file, write_text
 from data_prep.model.directory import HUB_ID
 from eval.reports.evaluation_page import CHARTED, ScoreCell, score_tables
 from eval.reports.summary import Report
-from eval.request.metadata import adapter_file, read_metadata, stored_digest
+from eval.request.metadata import read_metadata, stored_digest
 from eval.scores.metrics.metric import Metric
 from eval.scores.validation import steps_label
 from train.model.adapter import CONFIG_FILE
+from train.model.adapter_files import adapter_file
 from train.record.loggers import Picture
 
 BASE = "base"

@@ -12,23 +12,11 @@ from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.request.request import AdapterUse
-from train.model.adapter_files import WEIGHTS_FILE
+from train.model.adapter_files import adapter_file
 
 AdapterState = tuple[tuple[Path, int, int, float], ...]
 """Resolved file, time of writing, bytes and weight of each adapter."""
 DEFAULT_GEOMETRY = Geometry(max_pixels=1024 * 1024)
-
-
-def adapter_file(path: Path) -> Path:
-    """The safetensors file of a checkpoint folder, or the file itself.
-
-    Raises:
-        InputError: there is none.
-    """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"no adapter at {file}: give a checkpoint folder or its {WEIGHTS_FILE}")
-    return file
 
 
 def stored_digest(file: Path) -> str:

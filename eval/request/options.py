@@ -9,9 +9,9 @@ import torch
 import typer
 
 from data_prep.model.geometry import Size
-from eval.request.lookup import find_adapter
 from eval.request.placement import OffloadName, WeightsName
 from eval.request.request import AdapterUse, Control, Focus
+from train.record.lookup import find_adapter
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -9,8 +9,7 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
-from eval.request.lookup import find_adapter
-from eval.request.metadata import adapter_file, read_metadata, stored_digest
+from eval.request.metadata import read_metadata, stored_digest
 from eval.request.placement import WeightsName
 from eval.request.provenance import pixel_digest, read_png
 from eval.request.request import (
@@ -24,6 +23,8 @@ from eval.request.request import (
     Focus,
     ModeName,
 )
+from train.model.adapter_files import adapter_file
+from train.record.lookup import find_adapter
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
 from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
 from data_prep.jobs.items import Item
 from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask
-from eval.request.metadata import adapter_file
 from eval.request.request import EditRequest
 from eval.tables.table import Job, describe
+from train.model.adapter_files import adapter_file
 
 KEY_DIGITS = 16
 VERSION = 1

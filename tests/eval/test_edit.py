@@ -18,7 +18,6 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.edit import edit
 from eval.qwen.editor import Editor
-from eval.request.lookup import find_adapter
 from eval.request.provenance import read_png, write_png
 from eval.request.repeat import read_repeat
 from eval.request.request import AdapterUse, Control, EditRequest, EditResult
@@ -27,6 +26,7 @@ from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
 from tests.commands import ROOT, run_script
 from tests.tiny_depth import write_depth
+from train.record.lookup import find_adapter
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 

@@ -7,10 +7,10 @@ Measured: bare keys load 0 modules in diffusers without a word, and `transformer
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,6 +24,7 @@ from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from train.model.denoiser import Denoiser
 from train.model.lora import LoraLinear, give_copies, is_plain
 
+Value = TypeVar("Value")
 PREFIX = "diffusion_model."
 UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
@@ -126,6 +127,7 @@ class Adapter:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
         config = self.config.to_dict() | {
             "lora_alpha": self.config.r,  # the scale is inside B
+            "alpha_pattern": self.config.rank_pattern,
             "use_rslora": False,
             "target_modules": sorted(self.layers),
             "base_model_name_or_path": metadata.get("base_model"),
@@ -137,26 +139,40 @@ class Adapter:
 def attach_lora(
     denoiser: Denoiser,
     rank: int,
-    alpha: float,
+    alpha: float | None,
     target_modules: Sequence[str],
     rslora: bool = False,
     dora: bool = False,
     seed: int = 0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> Adapter:
     """Injects trainable LoRA layers into the denoiser's transformer; B starts at zero, so nothing changes yet.
 
     Args:
+        alpha: the scale is alpha / rank; None: 1, whatever the rank of a module.
         target_modules: suffixes of linear modules' names, such as `to_q` or `img_mlp.net.2`.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
         seed: of A's initialisation, which depends on each module's name and on nothing else.
+        rank_pattern, alpha_pattern: suffix of modules' names -> another rank or alpha for them; see `by_suffix`.
 
     Raises:
-        InputError: a target matches no linear module.
+        InputError: a target matches no linear module, or a pattern no target.
     """
     names = match_modules(denoiser.dit, target_modules)
-    scale: Any = alpha  # PEFT says int, and computes with any number
-    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=names, use_rslora=rslora, use_dora=dora)
+    ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern")
+    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, alpha, "adapter.alpha_pattern")
+    alphas = {name: ranks[name] if own is None else own for name, own in alphas.items()}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or rank,  # pyright: ignore  # PEFT says int, and computes with any number
+        target_modules=names,
+        use_rslora=rslora,
+        use_dora=dora,
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != (alpha or rank)},
+    )
     adapter = inject_lora(denoiser, config, names)
     parameters = adapter.named_parameters()
     for name in names:
@@ -180,7 +196,7 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
     unused = {f"transformer_blocks.{last}.{suffix}" for suffix in UNUSED_IN_LAST_BLOCK}
     matched = set()
     for target in target_modules:
-        hits = {name for name in linear if name == target or name.endswith(f".{target}")}
+        hits = {name for name in linear if ends_in(name, target)}
         if not hits:
             valid = sorted({name.split(".", 2)[-1] for name in linear} | {name.rsplit(".", 1)[-1] for name in linear})
             nearest = difflib.get_close_matches(target, valid, n=1, cutoff=0.0)[0]
@@ -189,6 +205,31 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
             )
         matched |= hits
     return [name for name in linear if name in matched - unused]
+
+
+def by_suffix(names: Sequence[str], pattern: Mapping[str, Value], default: Value, key: str) -> dict[str, Value]:
+    """For each module the value of the longest suffix that its name ends in, or the default.
+
+    Args:
+        key: where the pattern stands in the configuration.
+
+    Raises:
+        InputError: no module's name ends in a suffix.
+    """
+    for suffix in pattern:
+        if not any(ends_in(name, suffix) for name in names):
+            raise InputError(
+                f"{key} names {suffix!r}, in which the name of no module with LoRA ends: see adapter.target_modules"
+            )
+    longest_first = sorted(pattern, key=len, reverse=True)
+    return {
+        name: next((pattern[suffix] for suffix in longest_first if ends_in(name, suffix)), default) for name in names
+    }
+
+
+def ends_in(name: str, suffix: str) -> bool:
+    """Whether the last parts of a module's name are these."""
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from data_prep.cache.sizes import Bucket, num_tokens
 from data_prep.model.encoders import LATENT_CHANNELS
 from losses.batch import Condition
-from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, match_modules
+from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, by_suffix, ends_in, match_modules
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
 from train.model.offload import aligned
@@ -89,6 +89,8 @@ class LoraSizes:
     rank: int
     target_modules: tuple[str, ...]
     dora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    """Suffix of modules' names, and another rank for them."""
 
 
 class Flops(NamedTuple):
@@ -161,9 +163,10 @@ class Transformer:
             InputError: a target matches no linear module.
         """
         shapes = {}
-        for name in match_modules(self.dit, lora.target_modules):
+        names = match_modules(self.dit, lora.target_modules)
+        for name, rank in by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern").items():
             linear = self.linear[name]
-            shapes[name] = [(lora.rank, linear.in_features), (linear.out_features, lora.rank)]
+            shapes[name] = [(rank, linear.in_features), (linear.out_features, rank)]
             if lora.dora:
                 shapes[name].append((linear.out_features,))
         return shapes
@@ -190,7 +193,9 @@ class Transformer:
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
             denoiser = Denoiser(dit, self.zero_cond_t)
-            adapter = attach_lora(denoiser, lora.rank, lora.rank, lora.target_modules, dora=lora.dora)
+            names = match_modules(dit, lora.target_modules)
+            ranks = {suffix: rank for suffix, rank in lora.rank_pattern if any(ends_in(name, suffix) for name in names)}
+            adapter = attach_lora(denoiser, lora.rank, None, lora.target_modules, dora=lora.dora, rank_pattern=ranks)
         adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -347,7 +347,8 @@ def geometry_of(config: Config) -> Geometry:
 
 def lora_sizes(config: Config) -> LoraSizes:
     """How large the adapter is."""
-    return LoraSizes(config.adapter.rank, tuple(config.adapter.target_modules), config.adapter.dora)
+    lora = config.adapter
+    return LoraSizes(lora.rank, tuple(lora.target_modules), lora.dora, tuple((lora.rank_pattern or {}).items()))
 
 
 def forwards_per_sample(config: Config) -> int:

@@ -12,7 +12,6 @@ from data_prep.model.geometry import Size
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.page.limits import Limits, read_picture
-from eval.request.lookup import FoundAdapter
 from eval.request.request import (
     ASPECTS,
     CONTROLLED,
@@ -26,6 +25,7 @@ from eval.request.request import (
     Focus,
     ModeName,
 )
+from train.record.lookup import FoundAdapter
 
 MODE_NAMES: dict[ModeName, str] = {
     "edit": "Edit by instruction",

@@ -10,10 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from eval.qwen.weights.adapter_files import LowRank, low_rank_sum, read_adapter
-from eval.request.metadata import adapter_file
 from eval.request.request import AdapterUse
 from train.model.adapter import inject_lora
+from train.model.adapter_files import adapter_file
+from train.model.adapter_reader import LowRank, linear_modules, low_rank_sum, read_adapter
 from train.model.denoiser import Denoiser
 
 
@@ -37,12 +37,6 @@ def use_adapters(denoiser: Denoiser, adapters: Sequence[AdapterUse]) -> None:
     remove_adapters(denoiser)
     if combined:
         _attach(denoiser, combined, dora_weight=used[0].weight)
-
-
-def linear_modules(dit: nn.Module) -> dict[str, nn.Linear]:
-    """The transformer's linear modules by their name, without those that adapters brought."""
-    found = {name: module for name, module in dit.named_modules() if isinstance(module, nn.Linear)}
-    return {name.removesuffix(".base_layer"): module for name, module in found.items() if ".lora_" not in name}
 
 
 def remove_adapters(denoiser: Denoiser) -> None:

@@ -37,12 +37,12 @@ from eval.page.tabs.runs import (
 )
 from eval.page.tabs.runs_tab import show_run
 from eval.reports.chart import line_chart
-from eval.request.lookup import FoundAdapter
 from eval.request.placement import Placement
 from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter
 from tests.children import PATIENCE, wait_until
 from tests.pictures import picture, save
+from train.record.lookup import FoundAdapter
 
 SIDE = 64
 SMALL = Geometry(max_pixels=SIDE * SIDE, vision_pixels=56 * 56)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
-from eval.request.lookup import find_adapter, find_model, found_adapters
+from eval.request.lookup import find_model
 from eval.request.options import parse_adapter
 from eval.request.request import AdapterUse
 from train.model.adapter_files import WEIGHTS_FILE
+from train.record.lookup import find_adapter, found_adapters
 
 
 def write_run(folder: Path, *steps: int, latest: int | None = None, age: int = 0) -> None:

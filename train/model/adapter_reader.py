@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from eval.request.metadata import adapter_file
-from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_file
 
 PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_")
 DIFFUSERS_HEADER = "lora_adapter_metadata"
@@ -145,6 +144,12 @@ def _scale(name: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]
     if set_here is None:
         return 1.0
     return set_here / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def linear_modules(dit: nn.Module) -> dict[str, nn.Linear]:
+    """The transformer's linear modules by their name, without those that adapters brought."""
+    found = {name: module for name, module in dit.named_modules() if isinstance(module, nn.Linear)}
+    return {name.removesuffix(".base_layer"): module for name, module in found.items() if ".lora_" not in name}
 
 
 def low_rank_sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
