@@ -21,10 +21,13 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
+from data_prep.rows.images import file_digest
 from train.config import Config, check_whole_blocks, to_yaml
 from train.model.adapter import Adapter, attach_lora
+from train.model.adapter_files import adapter_file
+from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.attention import find_attention
-from train.model.denoiser import load_denoiser, resolve_zero_cond_t
+from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
 from train.model.offload import offloaded
 from train.model.quantize import check_weights, describe_products
@@ -33,6 +36,7 @@ from train.parallel.settings import check_settings, launched_settings, zero_sett
 from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
 from train.record.checkpoint import Checkpoints
 from train.record.loggers import JsonLines, Loggers, Terminal
+from train.record.lookup import find_adapter
 from train.record.run_files import CHECKPOINTS
 
 
@@ -56,6 +60,7 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     resolve_zero_cond_t(config.model.zero_cond_t, model)
     if "train" in config.phases:
         check_weights(config.model.weights)
+        check_adapters(config, model)
     offloaded(model.config("transformer")["num_layers"], num_offloaded(config))
     spread = config.parallel
     if "train" not in config.phases:
@@ -67,6 +72,26 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     checked_group_size(settings.group_size, settings.micro_batch_size, math.prod(batch))
     if launched := launched_settings(os.environ):
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
+
+
+def check_adapters(config: Config, model: ModelDirectory) -> None:
+    """Reads the adapters that the run starts from or lies over, on a transformer without weights.
+
+    Raises:
+        InputError: one cannot be found or does not fit, or a DoRA adapter is to be exported with others.
+    """
+    lora = config.adapter
+    if not (lora.init_from or lora.frozen):
+        return
+    with torch.device("meta"):
+        denoiser = Denoiser(build_dit(model.config("transformer")), zero_cond_t=False)
+    linear = linear_modules(denoiser.dit)
+    fused([find_adapter(name) for name in lora.frozen], linear, "cpu")
+    if lora.init_from:
+        path = find_adapter(lora.init_from)
+        parts = read_adapter(path, linear)
+        with torch.device("meta"):
+            attach_configured(denoiser, config).start_from(path, parts)
 
 
 def num_offloaded(config: Config) -> int:
@@ -117,8 +142,27 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         read,
         weights,
         num_offloaded(config),
+        [adapter_file(find_adapter(name)) for name in lora.frozen],
     )
-    adapter = attach_lora(
+    adapter = attach_configured(denoiser, config)
+    linear = linear_modules(denoiser.dit)
+    if lora.init_from:
+        start = find_adapter(lora.init_from)
+        adapter.start_from(start, read_adapter(start, linear))
+        processes.say(f"starting from the weights of {start}")
+    if lora.export_frozen:
+        adapter.beneath = [read_adapter(find_adapter(name), linear) for name in lora.frozen]
+    if zero and stage == 3:
+        return adapter, Zero3(denoiser, adapter, processes, zero, spread.offload)
+    if zero:
+        return adapter, Zero2(denoiser, adapter, processes, zero)
+    return adapter, Replicas(denoiser, adapter, processes)
+
+
+def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
+    """LoRA as the configuration has it."""
+    lora = config.adapter
+    return attach_lora(
         denoiser,
         lora.rank,
         lora.alpha,
@@ -129,11 +173,6 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         lora.rank_pattern,
         lora.alpha_pattern,
     )
-    if zero and stage == 3:
-        return adapter, Zero3(denoiser, adapter, processes, zero, spread.offload)
-    if zero:
-        return adapter, Zero2(denoiser, adapter, processes, zero)
-    return adapter, Replicas(denoiser, adapter, processes)
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -195,8 +234,14 @@ def build_loggers(config: Config, first_step: int, record: dict[str, Any], state
 
 
 def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
-    """What an exported adapter says of itself; `sigmas` where it was trained at a few alone."""
+    """What an exported adapter says of itself.
+
+    `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained over and lacks.
+    """
     sigmas = getattr(loss, "trained_sigmas", None)  # a loss of the user's own need not have it
+    lora = config.adapter
+    files = [] if lora.export_frozen else [adapter_file(find_adapter(name)) for name in lora.frozen]
+    frozen = {file_digest(file): name for file, name in zip(files, lora.frozen, strict=False)}
     return {
         "base_model": config.model.path,
         "weights": config.model.weights,
@@ -204,6 +249,7 @@ def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str,
         "sigma_convention": "1 = start (source, white or noise), 0 = target",
         "loss": json.dumps(config.loss),
         **({"sigmas": json.dumps(sigmas)} if sigmas else {}),
+        **({"frozen": json.dumps(frozen)} if frozen else {}),
         "geometry": json.dumps(asdict(geometry)),
         "config_hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
     }

@@ -205,6 +205,13 @@ class AdapterConfig:
     """Scale by alpha / sqrt(rank)."""
     dora: bool = False
     """Learn magnitudes too. Only this project and PEFT load such a file."""
+    init_from: str | None = None
+    """An adapter whose weights a new run starts from, ours or another trainer's: a file, a checkpoint, a run or a hub id. Its
+    rank may be smaller than `rank`; optimizer, data and objective are the run's own."""
+    frozen: list[str] = field(default_factory=list)
+    """Adapters that are added to the base model's weights and not trained, such as a step-distilled one. Edit with them too."""
+    export_frozen: bool = False
+    """Put the frozen adapters into the exported one, which then needs none beside it."""
 
     def __post_init__(self):
         require(self.rank >= 1, f"adapter.rank must be positive, got {self.rank}")
@@ -216,6 +223,10 @@ class AdapterConfig:
                     f"adapter.{name}: the value of {suffix} must be a positive {'whole ' * (name == 'rank_pattern')}number, "
                     f"got {value!r}",
                 )
+        require(
+            not (self.dora and self.export_frozen),
+            "adapter.export_frozen=true adds adapters up, which a DoRA adapter cannot: leave it out, or set adapter.dora=false",
+        )
         require(len(self.target_modules) > 0, "adapter.target_modules is empty: name at least one, such as to_q")
 
 

@@ -157,7 +157,8 @@ def train_phase(
         decided = processes.gather(plan and plan.decided)[0]
         if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
             processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
-        adapter, parallel = build_model(apply(config, decided), model, processes)
+        start = {"adapter.init_from": None} if checkpoint else {}
+        adapter, parallel = build_model(apply(config, decided | start), model, processes)
         optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
         if checkpoint:
             checkpoint.restore(adapter, optimizer)

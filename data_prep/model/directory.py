@@ -107,6 +107,7 @@ class ModelDirectory:
         rename: Callable[[str], str | None] = str,
         place: Callable[[nn.Module, str], None] | None = None,
         read: bool = True,
+        change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Gives a module built on the meta device its weights, each tensor straight in its place: no second full copy.
 
@@ -117,6 +118,7 @@ class ModelDirectory:
             place: called for every tensor as soon as it is loaded, with the module whose own it is and its name there, for
                 example to keep only a part of it.
             read: false leaves the numbers undefined, for a `place` that gets them from another process, in the same order.
+            change: given each tensor that is read, with the module's name for it; what it returns is loaded.
 
         Raises:
             InputError: a tensor is missing, unexpected, or of another shape.
@@ -127,7 +129,8 @@ class ModelDirectory:
         for name, tensor in self.tensors(component) if read else self._unread(component, device, dtype):
             if own := rename(name):
                 owner, _, leaf = own.rpartition(".")  # only its owner: the whole module would be walked for each tensor
-                weights = {leaf: tensor.to(device, dtype, copy=read)}
+                changed = change(own, tensor) if change and read else tensor
+                weights = {leaf: changed.to(device, dtype, copy=read)}
                 submodule = module.get_submodule(owner)
                 submodule.load_state_dict(weights, strict=False, assign=True)
                 if place:

@@ -25,7 +25,7 @@ from eval.qwen.modes import Plan, check_request, edit_mask, make_plan, result_si
 from eval.qwen.samplers import Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Placement
 from eval.request.base import BaseEditor
-from eval.request.metadata import describe_adapters, read_metadata, trained_geometry
+from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.provenance import NOTICE, pixel_digest
 from eval.request.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName
 from eval.request.sizes import NO_LIMITS, SizeLimits
@@ -101,8 +101,8 @@ class Editor(BaseEditor):
         self.prepare(request)
 
     def notes(self, request: EditRequest) -> Sequence[str]:
-        """Of its plan."""
-        return self.prepare(request).plan.notes
+        """Of its plan, and of its adapters."""
+        return [*self.prepare(request).plan.notes, *left_out(request.adapters)]
 
     def prepare(self, request: EditRequest) -> Job:
         """How the request will be sampled, and the size of its pictures.

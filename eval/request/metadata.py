@@ -63,6 +63,19 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"{file} is not a readable safetensors file ({error})") from error
 
 
+def left_out(adapters: Sequence[AdapterUse]) -> list[str]:
+    """A note for each adapter that another of these was trained over and that is not among them."""
+    used = [use for use in adapters if use.weight != 0]
+    beneath = {use.path: json.loads(read_metadata(use.path).get("frozen", "{}")) for use in used}
+    digests = {stored_digest(adapter_file(use.path)) for use in used} if any(beneath.values()) else set()
+    return [
+        f"{path} was trained over {name}, which is not in use: add --adapter {name}"
+        for path, names in beneath.items()
+        for digest, name in names.items()
+        if digest not in digests
+    ]
+
+
 def trained_bridge(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of the loss that a bridge was trained with: `sub_prob`, `bridge_noise`, `prediction`, …"""
     return json.loads(metadata.get("loss", "{}"))

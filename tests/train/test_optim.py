@@ -70,9 +70,36 @@ def test_prodigy_exports_the_average_and_goes_on_unchanged():
     assert all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
 
 
+def test_adamw_shows_the_moving_average_and_goes_on_unchanged():
+    """By the recursion itself, in float64, from the weights after each step."""
+    params, optimizer, advance, _ = quadratic(AdamW, 0, lr=0.05, ema=0.8)
+    plain_params, plain, plain_advance, _ = quadratic(AdamW, 0, lr=0.05)
+    with optimizer.averaged():  # before the first step: the weights
+        assert torch.equal(params[0], plain_params[0])
+    average = torch.zeros_like(params[0], dtype=torch.float64)
+    for step in range(30):
+        advance(step)
+        own = params[0].detach().double().clone()
+        decay = min(0.8, (1 + step) / (10 + step)) if step else 0.0
+        average = decay * average + (1 - decay) * own
+    for step in range(30):
+        plain_advance(step)
+    with optimizer.averaged(), plain.averaged():
+        assert torch.allclose(params[0].double(), average, atol=1e-6)
+        assert not torch.allclose(params[0], plain_params[0], atol=1e-3)
+    assert torch.equal(params[0], plain_params[0])
+    with pytest.raises(ValueError, match=r"optim.ema must lie between 0 and 1, got 1"):
+        AdamW(params, ema=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(AdamW, {"lr": 0.05}), (AdamW, EIGHT_BITS), (Prodigy, {}), (Prodigy, {"betas": [0.95, 0.99]})],
+    [
+        (AdamW, {"lr": 0.05, "ema": 0.9}),
+        (AdamW, EIGHT_BITS | {"ema": 0.9}),
+        (Prodigy, {}),
+        (Prodigy, {"betas": [0.95, 0.99]}),
+    ],
 )
 def test_state_is_restored_bit_for_bit(kind, options):
     params, optimizer, advance, _ = quadratic(kind, 20, **options)
@@ -81,6 +108,9 @@ def test_state_is_restored_bit_for_bit(kind, options):
     weights = [p.detach().clone() for p in params]
     expected = [advance(step) for step in range(20, 30)]
 
+    with optimizer.averaged():
+        averaged = [p.detach().clone() for p in params]
+
     fresh_params, fresh, fresh_advance, _ = quadratic(kind, 0, **options)
     for p, weight in zip(fresh_params, weights, strict=True):
         p.data.copy_(weight)
@@ -88,6 +118,8 @@ def test_state_is_restored_bit_for_bit(kind, options):
     again, _ = optimizer_state(fresh.torch_optimizer)
     assert all(again[name].dtype == tensor.dtype for name, tensor in tensors.items())
     assert [fresh_advance(step) for step in range(20, 30)] == expected
+    with fresh.averaged():
+        assert all(torch.equal(p, average) for p, average in zip(fresh_params, averaged, strict=True))
 
 
 def test_eight_bits_are_a_quarter_of_the_memory_and_near_thirty_two():

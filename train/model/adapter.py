@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from train.model.adapter_reader import LowRank
 from train.model.denoiser import Denoiser
 from train.model.lora import LoraLinear, give_copies, is_plain
 
@@ -35,13 +36,15 @@ class Adapter:
 
     `layers` maps the module's name in the transformer to its LoRA layer; `config` is what PEFT built them from; `masters`
     are the weights that are trained when they are not the layers' own (see `detach`); `copies` are what products are
-    computed with, and the weights that belong in them (see `copy_for_products`).
+    computed with, and the weights that belong in them (see `copy_for_products`); `beneath` are frozen adapters that `export`
+    puts into the file.
     """
 
     layers: dict[str, LoraLayer]
     config: LoraConfig
     masters: dict[str, nn.Parameter] | None = None
     copies: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    beneath: list[dict[str, LowRank]] = field(default_factory=list)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """`<module>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` -> float32 parameter."""
@@ -116,6 +119,40 @@ class Adapter:
             parameter.copy_(state[name])
 
     @torch.no_grad()
+    def start_from(self, path: Path, parts: Mapping[str, LowRank]) -> None:
+        """Makes this adapter compute what another does. What has a larger rank here keeps its own A there, with B zero.
+
+        Args:
+            path: of the other's file, for messages.
+            parts: of the other, by module (`read_adapter`).
+
+        Raises:
+            InputError: the other has a module that this one lacks, or more rank, or only one of them is a DoRA adapter.
+        """
+        mine = self.named_parameters()
+        for name, part in parts.items():
+            if name not in self.layers:
+                raise InputError(
+                    f"{path} changes {name}, which adapter.target_modules leaves out: add it, or start from another"
+                )
+            down, up = mine[f"{name}.lora_A.weight"], mine[f"{name}.lora_B.weight"]
+            if part.rank > len(down):
+                raise InputError(
+                    f"{path} has rank {part.rank} in {name}, more than the {len(down)} here: set adapter.rank={part.rank}, or "
+                    "adapter.rank_pattern for it"
+                )
+            if (part.magnitude is not None) != self.config.use_dora:
+                raise InputError(
+                    f"{path} is {'a' if part.magnitude is not None else 'no'} DoRA adapter, and adapter.dora is "
+                    f"{str(self.config.use_dora).lower()}: make them the same"
+                )
+            down[: part.rank] = part.down.to(down.device)
+            up[:, : part.rank] = part.up.to(up.device) / self.layers[name].scaling["default"]
+            if part.magnitude is not None:
+                magnitude = mine[f"{name}.lora_magnitude_vector.weight"]
+                magnitude.copy_(part.magnitude.view_as(magnitude))
+
+    @torch.no_grad()
     def export(self, folder: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
         """Writes `adapter_model.safetensors` (with `metadata` in its header) and `adapter_config.json` into `folder`."""
         tensors = {}
@@ -123,13 +160,22 @@ class Adapter:
             module, kind = name.split(".lora_")
             scale = self.layers[module].scaling["default"] if kind.startswith("B.") else 1.0
             tensors[PREFIX + name] = (tensor * scale).to("cpu", dtype).contiguous()
+        for module, part in [pair for adapter in self.beneath for pair in adapter.items()]:
+            for kind, dim, more in ("A", 0, part.down), ("B", 1, part.up):
+                key, more = f"{PREFIX}{module}.lora_{kind}.weight", more.to("cpu", dtype)
+                tensors[key] = torch.cat([tensors[key], more], dim=dim) if key in tensors else more.contiguous()
+        ranks = {
+            key.split(".lora_")[0].removeprefix(PREFIX): len(each) for key, each in tensors.items() if ".lora_A." in key
+        }
+        others = {name: rank for name, rank in ranks.items() if rank != self.config.r}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
         config = self.config.to_dict() | {
             "lora_alpha": self.config.r,  # the scale is inside B
-            "alpha_pattern": self.config.rank_pattern,
+            "rank_pattern": others,
+            "alpha_pattern": others,
             "use_rslora": False,
-            "target_modules": sorted(self.layers),
+            "target_modules": sorted(ranks),
             "base_model_name_or_path": metadata.get("base_model"),
         }
         text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: sorted(value))

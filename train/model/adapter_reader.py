@@ -7,7 +7,7 @@ configuration that PEFT writes beside the file or diffusers into its header, els
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,3 +161,32 @@ def low_rank_sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
         return parts[0][0]
     down = torch.cat([part.down for part, _ in parts])
     return LowRank(down, torch.cat([part.up * weight for part, weight in parts], dim=1))
+
+
+def fused(
+    paths: Sequence[Path], linear: Mapping[str, nn.Linear], device: torch.device | str
+) -> Callable[[str, Tensor], Tensor]:
+    """A function of a weight's name and the weight, (out, in), that returns it with the adapters added, float32.
+
+    Raises:
+        InputError: a file is no adapter of this transformer, or a DoRA adapter is among several.
+    """
+    adapters = [read_adapter(path, linear) for path in paths]
+    for path, adapter in zip(paths, adapters, strict=True):
+        if len(paths) > 1 and any(part.magnitude is not None for part in adapter.values()):
+            raise InputError(
+                f"{path} is a DoRA adapter, which rescales the weights and cannot be added to others: use it alone"
+            )
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        parts = [adapter[name[:-7]] for adapter in adapters if name[:-7] in adapter] if name.endswith(".weight") else []
+        if not parts:
+            return weight
+        sum_ = weight.to(device, torch.float32)
+        for part in parts:
+            sum_ = sum_ + part.up.to(device) @ part.down.to(device)
+        if (magnitude := parts[0].magnitude) is not None:
+            sum_ *= (magnitude.flatten().to(device) / sum_.norm(dim=1)).unsqueeze(1)
+        return sum_
+
+    return change

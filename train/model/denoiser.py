@@ -4,8 +4,9 @@ The modules are DiffSynth's; the forward pass is ours, because upstream's takes 
 text, rounds the timestep to bf16 and evaluates the feed-forward with another GELU than the weights were trained with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from diffsynth.models.general_modules import AdaLayerNorm, RMSNorm, TimestepEmbeddings
@@ -16,6 +17,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from losses.batch import Condition
 from losses.patches import PATCH, patchify, unpatchify
+from train.model.adapter_reader import fused, linear_modules
 from train.model.attention import rope_table
 from train.model.block import Block
 from train.model.execution import Execution
@@ -143,6 +145,7 @@ def load_denoiser(
     read: bool = True,
     weights: Weights = "bf16",
     offload_blocks: int = 0,
+    frozen_adapters: Sequence[Path] = (),
 ) -> Denoiser:
     """Reads `transformer/` of a model directory, frozen and in evaluation mode, one tensor at a time.
 
@@ -151,10 +154,12 @@ def load_denoiser(
         place, read: as in `ModelDirectory.load_into`.
         weights: what the blocks' linear layers are rounded to, each as it is read.
         offload_blocks: so many blocks wait in CPU memory, as soon as they are read; not together with `place`.
+        frozen_adapters: files of adapters that are added to the weights, in float32, before these are rounded.
 
     Raises:
         InputError: weights are missing or unexpected, `zero_cond_t` contradicts the model, the package of `weights` is not
-            installed, there are fewer blocks than `offload_blocks`, or there is no CPU memory for them.
+            installed, there are fewer blocks than `offload_blocks`, there is no CPU memory for them, or a file is no adapter of
+            this transformer.
     """
     zero_cond_t = resolve_zero_cond_t(zero_cond_t, directory)
     check_weights(weights)
@@ -164,5 +169,6 @@ def load_denoiser(
     dit.requires_grad_(False).eval()
     offload = Offload(dit.transformer_blocks, offload_blocks, device) if offload_blocks else None
     place = offload.place if offload else place
-    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place, read=read)
+    change = fused(frozen_adapters, linear_modules(dit), device) if frozen_adapters else None
+    directory.load_into(dit, "transformer", torch.device(device), dtype, place=place, read=read, change=change)
     return Denoiser(dit, zero_cond_t, execution, offload)

@@ -17,6 +17,8 @@ class AdamW:
         warmup_steps: linear rise from 0.
         schedule: "constant", or "cosine" down to 0 at `schedule_steps`, where it stays.
         schedule_steps: where the cosine ends; None: at `num_steps`.
+        ema: decay of an exponential moving average of the weights, such as 0.999, which is validated and exported; None: the
+            weights themselves are. It is min(ema, (1 + step) / (10 + step)), so that the start is soon forgotten.
         bits: of the two moments; 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) with bitsandbytes.
         num_steps: length of the run, given by it.
 
@@ -35,12 +37,15 @@ class AdamW:
         schedule: Literal["constant", "cosine"] = "constant",
         bits: Literal[8, 32] = 32,
         schedule_steps: int | None = None,
+        ema: float | None = None,
         num_steps: int = 1,
     ):
         if lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {lr}")
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"optim.schedule must be constant or cosine, got {schedule!r}")
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"optim.ema must lie between 0 and 1, got {ema}")
         if bits not in (8, 32):
             raise ValueError(f"optim.bits must be 8 or 32, got {bits}")
         kind: Any = torch.optim.AdamW if bits == 32 else _adamw_8bit()
@@ -48,7 +53,7 @@ class AdamW:
         options |= {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
         self.torch_optimizer = kind(params, **options)
         self.peak, self.warmup_steps, self.schedule = lr, warmup_steps, schedule
-        self.schedule_steps = schedule_steps or num_steps
+        self.schedule_steps, self.ema = schedule_steps or num_steps, ema
 
     def lr_at(self, step: int) -> float:
         """A pure function of the step, so that resuming needs no scheduler state."""
@@ -64,6 +69,21 @@ class AdamW:
             group["lr"] = self.lr_at(step)
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad()
+        if self.ema is not None:
+            self._average(min(self.ema, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        """Moves the averages, which begin at the weights after the first step, towards the weights."""
+        state = self.torch_optimizer.state
+        for parameter in self._parameters():
+            if "ema" not in state[parameter]:
+                state[parameter]["ema"] = parameter.detach().clone()
+        averages = [state[parameter]["ema"] for parameter in self._parameters()]
+        torch._foreach_lerp_(averages, self._parameters(), weight=1 - decay)  # pyright: ignore
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.torch_optimizer.param_groups for parameter in group["params"]]
 
     def numbers(self) -> dict[str, float]:
         """The learning rate of the last step."""
@@ -71,8 +91,19 @@ class AdamW:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """AdamW keeps no average: the weights as they are."""
-        yield
+        """The moving average of the weights, if there is one; the weights come back exactly."""
+        state = self.torch_optimizer.state
+        held = [parameter for parameter in self._parameters() if "ema" in state.get(parameter, {})]
+        before = [parameter.detach().clone() for parameter in held]
+        with torch.no_grad():
+            for parameter in held:
+                parameter.copy_(state[parameter]["ema"])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, own in zip(held, before, strict=True):
+                    parameter.copy_(own)
 
 
 def _adamw_8bit() -> Any:

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     *("train.keep_last", "train.keep_every", "train.best_by", "train.device", "train.micro_batch_size"),
     *("train.grad_accum_steps", "train.global_batch_size", "train.gradient_checkpointing", "train.attention"),
     *("train.group_size", "train.offload_blocks", "train.compile", "optim.schedule_steps"),
+    *("adapter.init_from", "adapter.export_frozen"),
 )
 """What a continued run may do otherwise. Some of it is compared by itself: the records, whatever their file is called; the
 model's weights, whatever their folder; the global batch, a product; and the groups."""

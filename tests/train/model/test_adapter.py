@@ -18,6 +18,8 @@ from eval.request.request import AdapterUse
 from tests.train.model.test_denoiser import make_condition, run_reference
 from train.config import DEFAULT_TARGETS as TARGETS
 from train.model.adapter import Adapter, attach_lora, match_modules
+from train.model.adapter_files import adapter_file
+from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.denoiser import Denoiser, load_denoiser
 
 TOLERANCE = 1e-4  # relative to the largest velocity: the others add the low-rank product to the base weight first
@@ -48,7 +50,9 @@ def exported(tiny_model_dir, tmp_path):
     denoiser = fresh(tiny_model_dir)
     with torch.no_grad():
         base = denoiser(*inputs(denoiser))
-        adapter = trained(denoiser)
+        adapter = trained(
+            denoiser, rank_pattern={"img_mod.1": 2, "net.2": 8, "img_mlp.net.2": 1}, alpha_pattern={"to_q": 2}
+        )
         velocity = denoiser(*inputs(denoiser))
     adapter.export(tmp_path / "adapter", {"objective": "lbm", "base_model": "tiny"})
     assert not torch.allclose(base, velocity, atol=1e-2)
@@ -66,7 +70,7 @@ def test_loads_back_exactly(tiny_model_dir, exported, tmp_path):
     use_adapters(denoiser, [AdapterUse(folder)])
     assert sum(isinstance(module, LoraLayer) for module in denoiser.dit.modules()) == num_modules
     assert read_metadata(folder)["objective"] == "lbm"
-    assert torch.equal(denoiser(*inputs(denoiser)), velocity)  # alpha / rank = 2 is exact in binary
+    assert torch.equal(denoiser(*inputs(denoiser)), velocity)  # every alpha / rank is exact in binary
 
 
 @torch.no_grad()
@@ -88,6 +92,76 @@ def test_diffsynth_loads_it(tiny_model_dir, exported, capsys):
     pipeline.load_lora(denoiser.dit, str(folder / "adapter_model.safetensors"))
     assert f"{num_modules} tensors are fused" in capsys.readouterr().out
     assert close(denoiser(*inputs(denoiser)), velocity)
+
+
+def test_ranks_and_scales_by_module(tiny_model_dir):
+    """The longest suffix counts; alpha is a module's own rank unless it is set."""
+    ranks, alphas = {"net.2": 8, "img_mlp.net.2": 1}, {"to_q": 2.0, "txt_mlp.net.2": 16}
+    adapter = attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, rank_pattern=ranks, alpha_pattern=alphas)
+    block = "transformer_blocks.0"
+    expected = {"attn.to_q": (4, 0.5), "attn.to_k": (4, 1), "img_mlp.net.2": (1, 1), "txt_mlp.net.2": (8, 2)}
+    for name, (rank, scale) in expected.items():
+        layer = adapter.layers[f"{block}.{name}"]
+        assert (len(layer.lora_A["default"].weight), layer.scaling["default"]) == (rank, scale)
+    for name in "rank_pattern", "alpha_pattern":
+        with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no module"):
+            attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, **{name: {"to_qq": 3}})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
+def test_starts_from_an_adapter_and_lies_over_one(tiny_model_dir, tmp_path, dora):
+    """With more rank and another scale than the file's, and fused into the weights: the same velocity."""
+    denoiser = fresh(tiny_model_dir)
+    trained(denoiser, dora=dora).export(tmp_path, {})
+    velocity, file = denoiser(*inputs(denoiser)), tmp_path / "adapter_model.safetensors"
+    started = fresh(tiny_model_dir)
+    adapter = attach_lora(started, 6, 9, TARGETS, dora=dora)
+    adapter.start_from(file, read_adapter(file, linear_modules(started.dit)))
+    assert close(started(*inputs(started)), velocity)
+    over = load_denoiser(ModelDirectory.resolve(tiny_model_dir), dtype=torch.float32, frozen_adapters=[file])
+    assert close(over(*inputs(over)), velocity)
+    assert not close(over(*inputs(over)), fresh(tiny_model_dir)(*inputs(over)))
+
+
+@torch.no_grad()
+def test_frozen_adapters_go_into_the_export(tiny_model_dir, exported, tmp_path):
+    folder, num_modules, _ = exported
+    over = load_denoiser(
+        ModelDirectory.resolve(tiny_model_dir), dtype=torch.float32, frozen_adapters=[adapter_file(folder)]
+    )
+    adapter = trained(over, seed=5, target_modules=["to_q", "norm_out.linear"])
+    velocity = over(*inputs(over))
+    adapter.beneath = [read_adapter(folder, linear_modules(over.dit))]
+    adapter.export(tmp_path / "both", {})
+    loaded = fresh(tiny_model_dir)
+    use_adapters(loaded, [AdapterUse(tmp_path / "both")])
+    assert sum(isinstance(module, LoraLayer) for module in loaded.dit.modules()) == num_modules + 1
+    assert close(loaded(*inputs(loaded)), velocity)
+    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    assert config["alpha_pattern"] == config["rank_pattern"] != {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2}, "has rank 4 in transformer_blocks.0.attn.to_q, more than the 2 here: set adapter.rank=4"),
+        ({"target_modules": ["to_k"]}, r"changes [\w.]+, which adapter.target_modules leaves out"),
+        ({"dora": True}, "is no DoRA adapter, and adapter.dora is true"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused(tiny_model_dir, tmp_path, options, message):
+    trained(fresh(tiny_model_dir), target_modules=["to_q"]).export(tmp_path, {})
+    denoiser = fresh(tiny_model_dir)
+    adapter = attach_lora(denoiser, **({"rank": 4, "alpha": 4, "target_modules": ["to_q"]} | options))
+    with pytest.raises(InputError, match=message):
+        adapter.start_from(tmp_path, read_adapter(tmp_path, linear_modules(denoiser.dit)))
+
+
+def test_a_dora_adapter_lies_under_no_other(tiny_model_dir, tmp_path):
+    trained(fresh(tiny_model_dir), target_modules=["to_q"], dora=True).export(tmp_path, {})
+    with pytest.raises(InputError, match=r"is a DoRA adapter, which rescales the weights .* use it alone"):
+        fused([tmp_path, tmp_path], linear_modules(fresh(tiny_model_dir).dit), "cpu")
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
