@@ -90,3 +90,28 @@ def test_a_model_is_a_folder_then_below_model_dir_then_a_hub_id(tmp_path, monkey
     assert find_model("Qwen/Qwen-Image-Edit-2509") == "Qwen/Qwen-Image-Edit-2509"
     with pytest.raises(InputError, match=rf"did you mean tiny\?.*looked at tinny or {tmp_path}/models/tinny"):
         find_model("tinny")
+
+
+def test_an_adapter_of_the_hub_is_downloaded(tmp_path, monkeypatch):
+    """The file of a usual name, or the only one; several of other names are told apart by whoever asked."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("train.record.lookup.fetch", lambda *what: asked.append(what) or tmp_path / "hub")
+    (tmp_path / "hub").mkdir()
+    for name in ("b.safetensors", "a.safetensors", "pytorch_lora_weights.safetensors"):
+        (tmp_path / "hub" / name).write_bytes(b"")
+        if name == "a.safetensors":
+            with pytest.raises(InputError, match=r"2 safetensors files \(a.safetensors, b.safetensors\): download one"):
+                find_adapter("someone/lora")
+        else:
+            assert find_adapter("someone/lora") == tmp_path / "hub" / name
+    assert asked[0] == ("someone/lora", ["*.safetensors", "adapter_config.json"])
+
+
+def test_a_name_that_neither_is_here_nor_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        InputError, match=r"no adapter at demo/lbn or runs/demo/lbn; and no folder demo/lbn, and downloading"
+    ):
+        find_adapter("demo/lbn")
