@@ -1,6 +1,7 @@
 """The configuration: plain dataclasses, composed from `configs/` by Hydra and checked once, here."""
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 import hydra
 import omegaconf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -367,10 +370,33 @@ def compose(overrides: list[str]) -> Config:
     """
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            composed = hydra.compose("config", overrides=overrides)
+            composed = hydra.compose("config", overrides=[as_given(override) for override in overrides])
         except (HydraException, omegaconf.errors.OmegaConfBaseException, ValueError) as error:
             raise InputError(_explain(error)) from error
         return from_hydra(composed)
+
+
+def as_given(override: str) -> str:
+    """An override whose value is quoted where it is meant as it stands: Hydra cannot read it, or would read a path as a list.
+
+    Hydra's own syntax comes first: numbers, lists, sweeps, quotes. A path with a comma or in brackets must exist to be one.
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    parser = OverridesParser.create()
+    try:
+        parsed = parser.parse_override(override)
+        if isinstance(parsed.value(), str | int | float | None) or not os.path.exists(value):
+            return override
+    except HydraException:
+        pass
+    quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    try:
+        parser.parse_override(quoted)
+    except HydraException:  # its key is what is wrong, and Hydra says so
+        return override
+    return quoted
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -482,11 +508,15 @@ def _explain(error: Exception) -> str:
         if match[1] in RENAMED:
             return RENAMED[match[1]]
         group, _, name = match[1].rpartition("/")
-        valid = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-        return f"there is no configs/{group}/{name}.yaml{_nearest(name, valid, f'{group}=')}"
+        return f"there is no configs/{group}/{name}.yaml{_nearest(name, _files(group), f'{group}=')}"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
         return f"the configuration refers to {match[1]}, which does not exist"
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def _files(group: str) -> list[str]:
+    """The names that a group of `configs/` has."""
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
 
 
 def _unknown_override(key: str) -> str:
@@ -494,8 +524,10 @@ def _unknown_override(key: str) -> str:
     kind: Any = Config
     for part in path:
         kind = typing.get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    if key == "exp":
+        return f"an experiment is added with a plus sign: +exp=NAME, with one of {', '.join(_files('exp'))}"
     if (CONFIGS / key).is_dir():
-        return f"{key}= takes a name: {', '.join(sorted(file.stem for file in (CONFIGS / key).glob('*.yaml')))}"
+        return f"{key}= takes a name: {', '.join(_files(key))}"
     if not is_dataclass(kind):
         return f"unknown key {key}: add it with +{key}=… if the group's class takes it"
     if last in {item.name for item in fields(kind)}:

@@ -224,6 +224,15 @@ def to_continue(run: Training, run_dir: Path) -> str:
     return f"the same command continues {start}: {launcher} {shlex.join(sys.argv)}"
 
 
+def check_folder(key: str, folder: Path) -> None:
+    """Raises `InputError` if the folder neither exists nor can be made, before anything that takes long."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}={folder} cannot be a folder, since {there} is a file: choose another")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{key}={folder} cannot be written, since {there} is not yours to write: choose another")
+
+
 def run(config: Config) -> int:
     """All phases.
 
@@ -233,6 +242,8 @@ def run(config: Config) -> int:
     Raises:
         InputError: the configuration or the input is wrong.
     """
+    for key, folder in ("run_dir", config.run_dir), ("cache.dir", config.cache.dir):
+        check_folder(key, Path(folder))
     model = ModelDirectory.resolve(config.model.path, weights=config.phases != ["plan"])
     geometry = geometry_of(config)
     check_nodes(config, model)

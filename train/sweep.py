@@ -30,7 +30,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from data_prep.errors import InputError
-from train.config import CONFIGS, Config, compose, from_hydra
+from train.config import CONFIGS, Config, as_given, compose, from_hydra
 
 ROOT = CONFIGS.parent
 LONGEST_NAME = 120
@@ -62,7 +62,7 @@ class Sweep:
         try:
             with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-                parsed = parser.parse_overrides(overrides)
+                parsed = parser.parse_overrides([as_given(override) for override in overrides])
         except OverrideParseException as error:
             raise InputError(f"{error.override!r} is not a valid override: {str(error).splitlines()[0]}") from error
         own = [each for each in parsed if not each.is_hydra_override()]

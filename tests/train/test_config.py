@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from data_prep.errors import InputError
 from tests.commands import ROOT
 from train.config import CONFIGS, MOVED, Config, TrainConfig, check_whole_blocks, compose, read_yaml, to_yaml
+from train.phases import run
+from train.sweep import Sweep
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
 DATA = "data.dataset=pairs.json"
@@ -85,6 +87,50 @@ def test_defaults_of_the_files_are_those_of_the_classes():
     assert composed.train == TrainConfig()
     assert composed.adapter == type(composed.adapter)()
     assert composed.cache.batch_size == type(composed.cache)().batch_size
+
+
+AS_IT_STANDS = [
+    "/x/Fotos Übung/a.json",
+    "x (1).json",
+    "[1].json",
+    "a=b.json",
+    "a&b.json",
+    "it's.json",
+    "x#1!.json",
+    "x 'y'\\.json",
+]
+
+
+@pytest.mark.parametrize("path", AS_IT_STANDS)
+def test_a_path_is_taken_as_it_stands(path):
+    assert compose(["+exp=tiny_lbm", f"data.dataset={path}"]).data.dataset == path
+
+
+def test_what_hydra_reads_as_a_list_is_a_path_where_there_is_one(tmp_path, monkeypatch):
+    """Its own syntax comes first: numbers stay numbers, whatever files are called."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.json", "[c]", "3"):
+        (tmp_path / name).write_text("")
+        if name != "3":
+            assert compose(["+exp=tiny_lbm", f"data.dataset={name}"]).data.dataset == name
+    assert compose(["+exp=tiny_lbm", DATA, "train.num_steps=3"]).train.num_steps == 3
+    assert Sweep.parse(["data.dataset=a,b.json"]).swept == []
+    assert len(Sweep.parse(["data.dataset=a,c.json"]).swept) == 1
+
+
+def test_an_experiment_without_its_plus_sign_is_named():
+    with pytest.raises(InputError, match=r"an experiment is added with a plus sign: \+exp=NAME, with one of lbm_2511"):
+        compose(["exp=tiny_lbm", DATA])
+
+
+@pytest.mark.parametrize("key", ["run_dir", "cache.dir"])
+def test_a_folder_that_cannot_be_made_is_named_at_once(key, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = compose(["+exp=tiny_lbm", DATA, f"{key}={tmp_path}/file/x/y"])
+    with pytest.raises(
+        InputError, match=rf"{key}={tmp_path}/file/x/y cannot be a folder, since {tmp_path}/file is a file"
+    ):
+        run(config)
 
 
 WRONG = {

@@ -77,7 +77,7 @@ def test_jobs_are_the_combinations():
         (["adapter.rnk=4,8"], "unknown key adapter.rnk: did you mean adapter.rank?"),
         (["adapter.rank=4,8,0"], "adapter.rank must be positive, got 0"),
         (["loss=lbm,fow"], "there is no configs/loss/fow.yaml: did you mean loss=flow?"),
-        (["adapter.rank=4,["], "'adapter.rank=4,[' is not a valid override: "),
+        (["adapter.rank=4,["], "adapter.rank must be a whole number, got '4,['"),
         (["run_dir=a,b"], "run_dir cannot be swept over: the sweep gives every job its own folder"),
         (["adapter.rank=4,8", "adapter.rank=4"], "adapter.rank is given twice: once with the values"),
         (["hydra/launcher=submitt"], "there is no configs/hydra/launcher/submitt.yaml"),
