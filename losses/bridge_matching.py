@@ -51,7 +51,7 @@ class LatentBridgeMatchingLoss:
             alone, with `combine="sum"` too.
         combine: "choice" draws one stream per sample and divides its loss by the probability: one forward, and the
             expectation of "sum", which runs both for every sample.
-        main_weight, sub_weight: of the streams in the sum that either way estimates.
+        main_weight, sub_weight: weights of the two streams in the loss, whichever way it is estimated.
         rollout: probability that a sample with sigma < 1 starts from the sampler's state, in [0, 1].
         normalise: divide a stream's error by the sample's own mean squared distance between start and target (at least
             0.05), in which elements weigh as in the error: white is much farther from the target than the source is.

@@ -12,8 +12,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from data_prep.errors import exit_codes
+from data_prep.errors import InputError, exit_codes
 from train.config import CONFIGS, compose, to_yaml
+from train.config.keys import as_text, search
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,13 +27,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="accelerate launch train/run.py +exp=NAME [key=value …]",
         description="Caches a dataset and trains a LoRA on it. To continue a stopped run, give the same command again.",
-        epilog=f"experiments:\n{experiments}\n\nkeys and their meaning: train/config.py; groups: configs/",
+        epilog=f"experiments:\n{experiments}\n\nkeys and their meaning: --keys, or docs/configuration.md; groups: configs/",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. data.dataset=pairs.json train.num_steps=500"
     )
     instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--keys", metavar="WORD", nargs="?", const="", help="print the keys that have this word in them and exit"
+    )
     instead.add_argument("--cfg", action="store_true", help="print the resolved configuration and exit")
     instead.add_argument(
         "-m",
@@ -50,6 +54,11 @@ if __name__ == "__main__":
             from train.sweep import sweep
 
             sweep(arguments.overrides)
+        elif arguments.keys is not None:
+            found = search(arguments.keys)
+            if not found:
+                raise InputError(f"no key has {arguments.keys!r} in its name or meaning: --keys alone prints all")
+            print(as_text(found))
         elif arguments.cfg:
             print(to_yaml(compose(arguments.overrides)), end="")
         else:

@@ -4,13 +4,16 @@ from dataclasses import asdict
 from importlib import import_module
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import InputError
 from tests.commands import ROOT
 from train.config import CONFIGS, MOVED, Config, TrainConfig, check_whole_blocks, compose, read_yaml, to_yaml
+from train.config.keys import all_keys, as_markdown, constructor, search
 from train.phases import run
+from train.record.resume import _flat
 from train.sweep import Sweep
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
@@ -82,7 +85,7 @@ def test_a_target_may_be_named_by_where_its_module_was(tmp_path):
 
 
 def test_defaults_of_the_files_are_those_of_the_classes():
-    """config.yaml repeats train/config.py; they must not drift."""
+    """config.yaml repeats the classes; they must not drift."""
     composed = compose([DATA, "model=tiny"])
     assert composed.train == TrainConfig()
     assert composed.adapter == type(composed.adapter)()
@@ -134,6 +137,19 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(key, tmp_path):
 
 
 WRONG = {
+    "rank=16": "unknown key rank: did you mean adapter.rank? (Rank of LoRA)",
+    "lr=1e-4": "unknown key lr: did you mean optim.lr? (the peak learning rate)",
+    "learning_rate=1e-4": "did you mean optim.lr?",
+    "train.learning_rate=1e-4": "did you mean optim.lr?",
+    "optim.learning_rate=1e-4": "did you mean optim.lr?",
+    "+optim.learning_rate=1e-4": "did you mean optim.lr?",
+    "optim.lr=abc": "optim.lr must be a number, got 'abc'",
+    "optim.warmup_steps=2.5": "optim.warmup_steps must be a whole number, got 2.5",
+    "loss.sub_probs=1": "did you mean loss.sub_prob?",
+    "+loss.sub_probs=1": "did you mean loss.sub_prob?",
+    "+loss.something=1": "unknown key loss.something: loss has sigma, bridge_noise,",
+    "output_dir=x": "did you mean run_dir?",
+    "nonsense=1": "--keys WORD lists the keys that there are",
     "trian.num_steps=3": "unknown key trian.num_steps",
     "train.num_step=3": "did you mean train.num_steps?",
     "data.max_pixel=3": "did you mean data.max_pixels?",
@@ -196,6 +212,27 @@ def test_what_needs_whole_blocks_is_refused_where_they_are_cut(setting):
         assert sentence in str(caught.value)
     for parallel, world_size in (("zero3", 1), ("ddp", 2), ("zero2", 2), ("auto", 2)):
         check(parallel, world_size)
+
+
+def test_every_key_of_the_files_is_known_with_its_meaning():
+    """What `--keys` prints and the manual holds, against the composed experiments and the classes themselves."""
+    keys = {key.name: key for key in all_keys()}
+    for name in EXPERIMENTS:
+        config = compose(overrides(name))
+        passed_on = "optim." if constructor(config.optim["_target_"]).is_open else None
+        for key, value in _flat(asdict(config)).items():
+            known = any(key == other or key.startswith((f"{other}.", *filter(None, [passed_on]))) for other in keys)
+            assert known or key.endswith("_target_") or value == {}, key
+    assert [key.name for key in keys.values() if not key.meaning] == []
+    for name, default in _flat(asdict(TrainConfig()), "train.").items():
+        assert str(yaml.safe_load(keys[name].default)) == str(default), name
+    assert keys["train.gradient_checkpointing"].kind == "auto, off, selective, full or a whole number"
+    assert [key.name for key in search("clipped")] == ["train.max_grad_norm"]
+
+
+def test_the_manual_is_made_from_the_sources():
+    """CONTRIBUTING says how."""
+    assert (ROOT / "docs" / "configuration.md").read_text() == as_markdown()
 
 
 def test_a_model_must_be_chosen():
