@@ -37,7 +37,9 @@ def nothing_is_left_running():
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
-    """The tiny model, as `scripts/make_tiny_model.py` writes it."""
+    """The tiny model, as `scripts/make_tiny_model.py` writes it; TINY_MODEL may name one that was made before."""
+    if made := os.environ.get("TINY_MODEL"):
+        return Path(made)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     run_script("scripts/make_tiny_model.py", "--out", folder)
     return folder
