@@ -319,6 +319,7 @@ def config_of(run_dir: Path) -> dict:
     return read_yaml(run_dir / "config.yaml")
 
 
+@pytest.mark.slow
 def test_help_reads_well():
     text = run_script("train/run.py", "--help", fresh=True).stdout
     assert "accelerate launch train/run.py +exp=NAME" in text
@@ -406,7 +407,12 @@ def test_compiled_blocks_train_the_same(command, tmp_path):
     """Five steps of the real compiler, everything recomputed. It fuses and reorders float32 sums: 1e-4 of a loss after five
     steps, which amplify roundings. A micro-batch of one needs no mask, and so half of the graphs; the others are compared in
     `test_execution.py`. Without a pool of compilers, whose start takes longer than the work."""
-    common = ["train.num_steps=5", "train.save_every=5", "train.gradient_checkpointing=full", "train.micro_batch_size=1"]
+    common = [
+        "train.num_steps=5",
+        "train.save_every=5",
+        "train.gradient_checkpointing=full",
+        "train.micro_batch_size=1",
+    ]
     alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     done = run_script(*command(tmp_path / "compiled", *common, "train.compile=on"), env=alone, check=False)
     assert done.returncode == 0, done.stderr

@@ -165,6 +165,7 @@ def test_a_smaller_adapter_is_suggested_where_nothing_else_fits(planner):
         assert fits(planner, "A100 40GB", *given, *shlex.split(each.settings)), each
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_exit_code_2(tmp_path):
     """And of a known model needs neither the hub nor its cache."""
     (tmp_path / "rows.json").write_text('[{"prompt": "a", "image": "a.png", "edit_image": "a.png"}]')
