@@ -16,6 +16,8 @@ from train.model.quantize import quantize_blocks
 from train.plan.advice import Suggestion, faster_strategy, training_advice
 from train.plan.gpus import GIB, find_gpu, host_bytes
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["RTX 4090", "RTX 3090"]
 MIDDLE = ["RTX 6000 Ada", "L40S"]
 
@@ -165,7 +167,6 @@ def test_a_smaller_adapter_is_suggested_where_nothing_else_fits(planner):
         assert fits(planner, "A100 40GB", *given, *shlex.split(each.settings)), each
 
 
-@pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_exit_code_2(tmp_path):
     """And of a known model needs neither the hub nor its cache."""
     (tmp_path / "rows.json").write_text('[{"prompt": "a", "image": "a.png", "edit_image": "a.png"}]')
