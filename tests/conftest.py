@@ -1,6 +1,7 @@
 """Shared by the whole suite: one thread per process, and one tiny model for the session."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores are seven times slower than of one
@@ -19,13 +20,25 @@ settings.register_profile("suite", deadline=None)  # an example may take its tim
 settings.load_profile("suite")
 
 
+LONGEST = [
+    *("train/parallel/test_strategies.py", "train/test_run.py", "test_readme.py", "train/test_sweep.py"),
+    *("train/parallel/test_stopping.py", "eval/test_app.py", "data_prep/jobs/test_ray_engine.py"),
+]
+"""A minute and more, the longest first."""
+OF_A_MODEL = {"tiny_model_dir", "tiny_pairs", "tiny_cache"}
+"""Making these, and every test that uses them, takes seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the longest tests first, so that no worker begins one when the others are done."""
-    weights: dict[Path, int] = {}
+    """What needs a model or several processes is slow; and files with the longest tests come first, so that no worker begins
+    one when the others are done."""
     for item in items:
-        slow = sum(item.get_closest_marker(name) is not None for name in ("slow", "distributed"))
-        weights[item.path] = weights.get(item.path, 0) + slow
-    items.sort(key=lambda item: -weights[item.path])
+        if item.get_closest_marker("distributed") or OF_A_MODEL & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (first.get(item.path, len(first)), -slow[item.path]))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +50,9 @@ def nothing_is_left_running():
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
-    """The tiny model, as `scripts/make_tiny_model.py` writes it."""
+    """The tiny model, as `scripts/make_tiny_model.py` writes it; TINY_MODEL may name one that was made before."""
+    if made := os.environ.get("TINY_MODEL"):
+        return Path(made)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     run_script("scripts/make_tiny_model.py", "--out", folder)
     return folder

@@ -11,6 +11,8 @@ import pytest
 from tests.children import ROOT, left_running, run, started, wait_until
 from tests.commands import warm_python
 
+pytestmark = pytest.mark.slow
+
 AS_WORKERS_DO = "from tests.children import run, take_charge; take_charge();"
 SAYS = "import signal; print(signal.getsignal(signal.SIGINT) == signal.default_int_handler)"
 STARTS_ANOTHER = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new_session={}); time.sleep(1000)"

@@ -7,6 +7,7 @@ startup.py       seconds until a command answers, and until the first training s
 optimizer.py     the optimizer's part of a step
 memory.py        what each way of saving memory saves and costs an edit
 data_prep.py     rows a second of `pairs` and `check`, and their memory as datasets grow
+mutants.py       which planted faults the tests catch
 
 `--tiny` makes the first five small enough for a CPU and a few seconds, which is how the tests run them. docs/performance.md
 has the figures. A command starts with `sys.path[0]` at the repository's root, as all of this project's do.

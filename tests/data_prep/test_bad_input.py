@@ -21,6 +21,8 @@ from data_prep.rows.images import open_image
 from tests.children import started, wait_until
 from tests.pictures import contents, dataset, picture, prepare, rejected, save
 
+pytestmark = pytest.mark.slow
+
 SIZE = (64, 48)
 
 
@@ -240,7 +242,6 @@ def test_files_and_folders_without_permission(tmp_path):
     (tmp_path / "target/more").chmod(0o700)
 
 
-@pytest.mark.slow
 def test_a_killed_build_continues_to_the_same_bytes(tmp_path):
     """Killed with its workers by SIGKILL, then run again with another number of processes."""
     cells = [{"bytes": save(tmp_path / f"{n}.webp", n, (192, 192)).read_bytes(), "path": None} for n in range(3)]

@@ -12,6 +12,8 @@ from scripts.photographs import SKIMAGE_DATA
 from tests.children import PATIENCE, started, wait_until
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "check")
 
 

@@ -186,6 +186,16 @@ def test_uniform_and_logit_normal():
     assert logits.std().item() == pytest.approx(2.0, rel=0.03)
 
 
+def test_the_start_may_be_drawn_and_the_target_never(monkeypatch):
+    """The ends of what is drawn: 0, and the largest number below 1."""
+    monkeypatch.setattr(
+        SampleRandom, "stratified", lambda *_: torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), raising=True
+    )
+    sigma = UniformSigma()(draws(2), 64)
+    assert sigma[0] == 1
+    assert sigma[1] > 0
+
+
 @given(st.integers(16, 16_384))
 @settings(max_examples=30, deadline=None)
 def test_qwen_shift(num_tokens):

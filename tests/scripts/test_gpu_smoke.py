@@ -10,11 +10,12 @@ from data_prep.errors import InputError
 from scripts import gpu_smoke
 from tests.commands import launch, run_script
 
+pytestmark = pytest.mark.slow
+
 SMOKE = "scripts/gpu_smoke.py"
 TINY = ["--size", "tiny", "--out"]
 
 
-@pytest.mark.slow
 def test_tiny_smoke(tmp_path):
     """The production recipe, LBM with Prodigy under ZeRO-3, on random weights that were never on a disk."""
     arguments = [*TINY, tmp_path, "train.num_steps=4"]
@@ -30,7 +31,6 @@ def test_tiny_smoke(tmp_path):
     assert "name another --out" in again.stderr
 
 
-@pytest.mark.slow
 def test_every_combination_is_a_run(tmp_path):
     """And finds nothing of the runs before it but tables of the rotary embedding: each of these models has 7 MB."""
     names = ["single", "zero2", "zero3", "zero3_offload"]
@@ -66,7 +66,6 @@ def test_every_combination_of_values():
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of 96 GB")
 def test_full_size_on_a_gpu(tmp_path):
     launch(1, SMOKE, "--out", tmp_path)

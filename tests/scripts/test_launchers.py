@@ -13,6 +13,8 @@ from data_prep.cache.reader import CacheReader
 from tests import children
 from tests.commands import ROOT, warm_programs
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = ROOT / "scripts"
 SYSTEM = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
 
@@ -223,7 +225,6 @@ def test_slurm_passes_a_failure_on_and_requeues_before_the_time_limit(slurm, spo
         assert done.returncode == code  # it has waited on
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_nodes_cache_and_train_together(slurm, spooled, tiny_model_dir, tiny_pairs, tiny_cache, tmp_path):
     data = [f"data.dataset={tiny_pairs}/train.json", f"data.validation={tiny_pairs}/validation.json"]

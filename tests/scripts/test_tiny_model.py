@@ -15,6 +15,8 @@ from data_prep.model.geometry import Size, fit, to_pixels
 from scripts import make_tiny_model, photographs
 from tests.commands import ROOT, run_script
 
+pytestmark = pytest.mark.slow
+
 
 def files_of(folder):
     return sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())

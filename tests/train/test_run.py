@@ -1,6 +1,7 @@
 """Training through the real command: it continues exactly, stops on nonsense, and says what is wrong in a sentence."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_killed_and_continued_equals_uninterrupted(command, tmp_path, optim):
     options = [
         f"optim={optim}",
         "train.grad_accum_steps=2",
-        "train.num_steps=25",
+        "train.num_steps=16",
         "train.save_every=3",
         "train.keep_last=50",
     ]
@@ -96,13 +97,13 @@ def test_killed_and_continued_equals_uninterrupted(command, tmp_path, optim):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_script(*command(whole, *options))
     python = [sys.executable] if optim == "adamw" else warm_python()
-    kill_after([*python, *command(broken, *options)], broken, lines=11)
+    kill_after([*python, *command(broken, *options)], broken, lines=8)
     killed_at = len(metrics(broken))
-    assert killed_at < 25
+    assert killed_at < 16
     done = run_script(*command(broken, *options))
     assert "continuing from" in done.stderr
     assert metrics(broken) == metrics(whole)
-    for step in (9, 24, 25):
+    for step in (6, 15, 16):
         assert adapter_bytes(broken, step) == adapter_bytes(whole, step)
 
 
@@ -318,6 +319,7 @@ def config_of(run_dir: Path) -> dict:
     return read_yaml(run_dir / "config.yaml")
 
 
+@pytest.mark.slow
 def test_help_reads_well():
     text = run_script("train/run.py", "--help", fresh=True).stdout
     assert "accelerate launch train/run.py +exp=NAME" in text
@@ -378,12 +380,12 @@ def test_offloaded_blocks_train_the_same(command, tmp_path):
 
 @pytest.mark.slow
 def test_lower_precision_ends_where_float32_does(command, tmp_path):
-    """Trainings of the same seed: five in bf16, LoRA's products included, and one for each format of fewer bits."""
+    """Trainings of the same seed: two in bf16, LoRA's products included, and one for each format of fewer bits."""
     short = ["train.num_steps=40", "train.save_every=40", "train.micro_batch_size=4"]
     lower = {"bf16": ["model.dtype=bfloat16"], **{name: [f"model.weights={name}"] for name in ("fp8", "int8", "nf4")}}
     jobs = {
         (seed, name): overrides
-        for seed in range(5)
+        for seed in range(2)
         for name, overrides in {"float32": [], "bf16": lower["bf16"]}.items()
     }
     jobs |= {(0, name): overrides for name, overrides in lower.items()}
@@ -395,7 +397,7 @@ def test_lower_precision_ends_where_float32_does(command, tmp_path):
         (seed, name): sum(line["loss"] for line in metrics(tmp_path / f"{name}-{seed}")[-10:]) / 10
         for seed, name in jobs
     }
-    exact = [ends[seed, "float32"] for seed in range(5)]
+    exact = [ends[seed, "float32"] for seed in range(2)]
     # Two seeds may differ by more than 100 %. nf4 was 1.7 % away, int8 and fp8 0.1 %, bf16 as near.
     assert all(abs(end - exact[seed]) < 0.05 * exact[seed] for (seed, _), end in ends.items()), ends
 
@@ -403,9 +405,16 @@ def test_lower_precision_ends_where_float32_does(command, tmp_path):
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same(command, tmp_path):
     """Five steps of the real compiler, everything recomputed. It fuses and reorders float32 sums: 1e-4 of a loss after five
-    steps of Prodigy, whose step size amplifies roundings."""
-    common = ["train.num_steps=5", "train.save_every=5", "train.gradient_checkpointing=full"]
-    done = run_script(*command(tmp_path / "compiled", *common, "train.compile=on"), check=False)
+    steps, which amplify roundings. A micro-batch of one needs no mask, and so half of the graphs; the others are compared in
+    `test_execution.py`. Without a pool of compilers, whose start takes longer than the work."""
+    common = [
+        "train.num_steps=5",
+        "train.save_every=5",
+        "train.gradient_checkpointing=full",
+        "train.micro_batch_size=1",
+    ]
+    alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = run_script(*command(tmp_path / "compiled", *common, "train.compile=on"), env=alone, check=False)
     assert done.returncode == 0, done.stderr
     assert "compiled a block in" in done.stderr
     assert "without torch.compile" not in done.stderr

@@ -71,6 +71,7 @@ def test_jobs_are_the_combinations():
     assert jobs[-1][-4:] == ["adapter.rank=8", "optim=prodigy", "seed=1", "+optim.lr=0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -92,6 +93,7 @@ def test_one_wrong_job_starts_none(overrides, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_inside_a_launch_is_refused(tmp_path):
     done = run_sweep(tmp_path, "data.dataset=pairs.json", WORLD_SIZE="2")
     assert (done.returncode, "start a sweep with python" in done.stderr) == (2, True)
@@ -188,6 +190,7 @@ def test_jobs_of_a_queue_build_the_cache_once(workspace):
     assert all((folder / f"adapter.rank={rank}/checkpoints/step-000001").is_dir() for rank in (2, 4))
 
 
+@pytest.mark.slow
 def test_help_and_configuration_are_as_before(tmp_path):
     """Overrides may stand before and after a flag; -m and --cfg exclude each other."""
     done = run_script("train/run.py", "+exp=tiny_lbm", "--cfg", "data.dataset=a.json", "adapter.rank=3")

@@ -14,6 +14,8 @@ from data_prep.rows.tables import BadRow
 from tests.commands import run_script
 from tests.pictures import contents
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HEIGHT = 48, 32
 CATEGORIES = [
     {"id": 18, "name": "dog", "supercategory": "animal"},

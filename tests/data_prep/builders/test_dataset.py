@@ -9,6 +9,8 @@ from PIL import Image
 from tests.commands import run_script
 from tests.pictures import contents
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("red", "green", "blue")
 
 

@@ -14,6 +14,8 @@ from data_prep.rows.images import open_image
 from data_prep.rows.rows import Row, read_rows
 from tests.pictures import contents, dataset, picture, prepare, rejected
 
+pytestmark = pytest.mark.slow
+
 SIZE = (40, 32)
 
 
@@ -165,7 +167,6 @@ def test_bad_pictures_are_rejected_alone(streaming, tmp_path, hf):
     assert not (tmp_path / "out/.originals").exists()
 
 
-@pytest.mark.slow
 def test_a_stream_two_processes_and_a_second_run_give_the_same_bytes(tmp_path, hf):
     rows = [{**row, "img_id": f"{n}-{row['img_id']}"} for n in range(8) for row in magicbrush_rows()]
     as_dataset(rows, *MAGICBRUSH).to_parquet(tmp_path / "mb.parquet")

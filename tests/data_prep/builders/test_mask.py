@@ -14,6 +14,8 @@ from data_prep.errors import InputError
 from scripts.photographs import HELD_OUT, TRAIN, load, random_crop
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 SIDE = 256
 
 

@@ -15,6 +15,8 @@ from data_prep.builders.overlay.typography import DEFAULT_FONT, break_lines, lay
 from data_prep.rows.images import open_image
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 SIZE = (160, 120)
 TEXTS = {
     "latin": "Summer sale: fünfzig Prozent!",

@@ -18,6 +18,8 @@ from data_prep.rows.rows import read_rows
 from scripts.photographs import HELD_OUT, TRAIN, load, random_crop
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 SIDE = 96
 
 

@@ -25,6 +25,8 @@ from data_prep.rows.rows import Row, read_rows
 from scripts.photographs import SKIMAGE_DATA, SKLEARN_DATA
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 COMBINED = ["remove+relight", "outpaint+denoise+recolour", "insert+remove"]
 ALL = [*RECIPES, "remove+relight", "recolour+denoise+outpaint", "insert+remove"]
 OPTIONS = ("--recipes", ",".join(["all", *COMBINED]), "--per-image", len(ALL), "--size", 128, "--validation", 3)

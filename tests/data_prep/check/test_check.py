@@ -25,6 +25,8 @@ from tests.check_data import (
 )
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--min-side", "64")
 
 

@@ -18,6 +18,8 @@ from tests.caching import write_image
 from tests.check_data import check_here, found, run_check, write_jsonl
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 RED = Image.new("RGB", (80, 60), "red")
 
 

@@ -142,6 +142,7 @@ for answer in run_items(items(5000, {{300: "wait"}}), Shout(folder), folder / ".
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_main_process(tmp_path):
     command = [sys.executable, "-c", WAITING.format(root=str(ROOT)), str(tmp_path)]
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as main:

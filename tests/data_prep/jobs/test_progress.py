@@ -5,6 +5,8 @@ import sys
 from contextlib import suppress
 from os import close, read
 
+import pytest
+
 from tests.children import PATIENCE, started
 
 SHOW = """
@@ -15,6 +17,7 @@ with progress("caching", 4) as advance:
 """
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_with_the_rate():
     ours, theirs = pty.openpty()
     shown = b""

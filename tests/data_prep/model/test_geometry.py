@@ -114,6 +114,14 @@ def test_fit_crops_the_centre_and_stretch_keeps_everything():
     assert stretched.getpixel((8, 16)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("resize", [fit, stretch])
+def test_a_smaller_picture_is_the_mean_of_what_it_covers(resize):
+    """A board of single black and white pixels becomes grey: a filter that drops pixels would leave black or white ones."""
+    board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    reduced = np.array(resize(Image.fromarray(np.stack([board] * 3, axis=-1)), Size(32, 32)), dtype=float)
+    assert np.abs(reduced - 127.5).max() < 8  # the rim covers less than a whole filter
+
+
 def test_fit_leaves_an_image_of_the_right_size_alone():
     image = to_image(torch.rand(3, 32, 64) * 2 - 1)
     assert fit(image, Size(32, 64)).tobytes() == image.tobytes()

@@ -33,9 +33,10 @@ from eval.request.sizes import SizeLimits
 from tests.pictures import picture
 from tests.tiny_pipelines import WRITERS, write_sd
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # diffusers' Euler scheduler
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' Euler scheduler
+]
 
 CPU = torch.device("cpu")
 EXACT = Placement(CPU, torch.float32)

@@ -25,6 +25,8 @@ from tests.commands import run_script
 from tests.tiny_weights import write_clip, write_dino, write_features
 from tests.wandb_log import Written
 
+pytestmark = pytest.mark.slow
+
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 
 

@@ -2,7 +2,11 @@
 
 import re
 
+import pytest
+
 from tests.commands import run_script
+
+pytestmark = pytest.mark.slow
 
 BENCH = "scripts/bench/data_prep.py"
 

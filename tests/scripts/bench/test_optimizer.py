@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from scripts.bench.optimizer import KINDS, shapes
 from tests.commands import run_script
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_optimizer_at_the_tiny_size(tmp_path):

@@ -7,10 +7,11 @@ import pytest
 from scripts.bench.startup import COMMANDS
 from tests.commands import ROOT, run_script
 
+pytestmark = pytest.mark.slow
+
 BENCH = "scripts/bench/startup.py"
 
 
-@pytest.mark.slow
 def test_help_and_import(tmp_path):
     file = tmp_path / "found.json"
     parts = ["--only", "help,import", "--commands", "data_prep/run.py"]
@@ -21,7 +22,6 @@ def test_help_and_import(tmp_path):
     assert "import data_prep.check.check" in done.stdout
 
 
-@pytest.mark.slow
 def test_first_step(tmp_path):
     file = tmp_path / "found.json"
     run_script(BENCH, "--tiny", "--only", "first-step", "--json", file)

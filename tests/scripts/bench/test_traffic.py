@@ -11,6 +11,8 @@ from scripts.bench.traffic import Watch, count, fused_rms_norm, of_a_block
 from scripts.gpu_smoke import REAL
 from tests.commands import run_script
 
+pytestmark = pytest.mark.slow
+
 META = torch.device("meta")
 SMALL = REAL.config("transformer") | {"num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12]}
 MEBI = 2**20

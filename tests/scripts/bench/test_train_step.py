@@ -18,11 +18,12 @@ from train.model.denoiser import build_dit, load_denoiser
 from train.model.execution import Execution
 from train.parallel.processes import Processes
 
+pytestmark = pytest.mark.slow
+
 BENCH = "scripts/bench/train_step.py"
 ROWS_OF_THE_TEST = f"{DEFAULT_ROWS},attention,fp8,int8,nf4,offload"
 
 
-@pytest.mark.slow
 def test_every_row_at_the_tiny_size(tmp_path):
     done = run_script(
         BENCH,
@@ -115,7 +116,6 @@ def test_unknown_rows_are_refused():
     assert "got fastest" in done.stderr
 
 
-@pytest.mark.slow
 def test_compiled_row(tmp_path):
     file = tmp_path / "found.json"
     run_script(BENCH, "--tiny", "--layers", "1", "--compile", "on", "--rows", "full", "--alone", "--json", file)

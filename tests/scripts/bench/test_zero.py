@@ -25,6 +25,7 @@ def test_the_plan_knows_what_two_ranks_send(tmp_path):
     assert (1 - last) * rows["zero3"]["planned MB"] <= rows["zero3"]["MB"] <= 1.01 * rows["zero3"]["planned MB"]
 
 
+@pytest.mark.slow
 def test_one_process_has_nothing_to_send(tmp_path):
     file = tmp_path / "zero.json"
     launch(1, BENCH, "--tiny", "--layers", "2", "--json", file)

@@ -10,7 +10,10 @@ from train.model.execution import RUNS, Compiled, Execution
 from train.plan.memory import LiveBytes
 
 # PyTorch's tracer looks at `.grad` of tensors that have none, and warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 
 def case(height: int, width: int, lengths: list[int], reference: tuple[int, int]):
@@ -52,7 +55,6 @@ def run_with(denoiser, run) -> None:
         block.run = run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "cases", "graphs"), [*((keep, ONE, 2) for keep in RUNS), ("products", SEVERAL, 4)], ids=[*RUNS, "several"]
 )
@@ -93,7 +95,6 @@ def test_a_failing_compiler_is_named_and_left_aside(said, backend):
     assert "no compiler here" in line
 
 
-@pytest.mark.slow
 def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkeypatch):
     """And the graphs that there are stay in use."""
     monkeypatch.setattr("train.model.execution.MAX_GRAPHS", 2)

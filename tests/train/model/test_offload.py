@@ -20,6 +20,8 @@ from train.model.denoiser import build_dit, load_denoiser
 from train.model.execution import RUNS, Compiled
 from train.model.offload import InOrder, Layout, Offload, Streams, offload_sizes, offloaded
 
+pytestmark = pytest.mark.slow
+
 NUM_BLOCKS = 4
 CONFIG = SMALL | {"num_layers": NUM_BLOCKS}
 CPU, STILL = torch.device("cpu"), InOrder()
@@ -262,7 +264,6 @@ def test_each_fault_is_found(fault, monkeypatch):
     assert not equal(found, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled(said):  # noqa: F811
     """Weights in slots need no graphs of their own."""

@@ -20,21 +20,23 @@ from tests.train.test_run import adapter_bytes, metrics
 pytestmark = pytest.mark.timeout(1800)  # its fixture trains many times on two processes each
 
 OPTIMS = {"adamw": ["optim=adamw", "optim.lr=3e-4"], "prodigy": ["optim=prodigy", "+optim.d0=1e-4"]}
-NUM_STEPS = 24
+NUM_STEPS = 12
 GROUPS = ["train.group_size=8", "loss.rollout=0.5"]
 """Every other group has 4 of the 12 rows, so that a step is 4 samples or 8; and some ranks need a first forward, others not."""
 CASES = [
-    *((1, "zero2", "adamw", (8, 1)), (1, "zero2", "prodigy", (2, 4))),
+    (1, "zero2", "prodigy", (2, 4)),
     (1, "zero3", "prodigy", (8, 1)),  # nothing to share out: as single
     *((2, "ddp", "adamw", (1, 4)), (2, "ddp", "prodigy", (4, 1))),
     *((2, "zero2", "adamw", (4, 1)), (2, "zero2", "prodigy", (1, 4))),
-    *((2, "zero3", "adamw", (1, 4)), (2, "zero3", "prodigy", (4, 1)), (2, "zero3", "prodigy", (1, 4))),
+    *((2, "zero3", "adamw", (4, 1)), (2, "zero3", "prodigy", (1, 4))),
 ]
 """Processes, strategy, optimizer, and the micro-batch and accumulation that make a global batch of 8."""
+REFERENCES = sorted({(optim, cut) for n, _, optim, (size, steps) in CASES for cut in ((1, 8), (size, steps * n))})
+"""What one process trains for them: in micro-batches of one, and in the same micro-batches."""
 VARIANTS = {
     "released": ["train.gradient_checkpointing=full"],
     "sum": ["loss=lbm", "loss.combine=sum", "train.gradient_checkpointing=full"],
-    "compiled": ["train.compile=on"],
+    "compiled": ["train.gradient_checkpointing=full", "train.compile=on"],
     "bf16": ["model.dtype=bfloat16"],
     "validated": [*OPTIMS["prodigy"], "validate=tiny_lbm", "validate.num_rows=3", "train.validate_every=2"],
     "unvalidated": [*OPTIMS["prodigy"]],
@@ -97,15 +99,15 @@ def runs(settings, tmp_path_factory) -> Path:
         job = [*settings, f"run_dir={folder}/{name}", f"train.num_steps={num_steps}", *overrides]
         jobs[num_processes].append(job)
 
-    for optim, overrides in OPTIMS.items():
-        for cut in ((8, 1), (2, 4), (4, 2), (1, 8)):
-            add(1, run_name(1, "single", optim, cut), NUM_STEPS, *GROUPS, *overrides, *cut_settings(cut))
+    for optim, cut in REFERENCES:
+        add(1, run_name(1, "single", optim, cut), NUM_STEPS, *GROUPS, *OPTIMS[optim], *cut_settings(cut))
     for num_processes, strategy, optim, cut in CASES:
         name = run_name(num_processes, strategy, optim, cut)
         add(num_processes, name, NUM_STEPS, *GROUPS, *OPTIMS[optim], *cut_settings(cut), f"parallel={strategy}")
     for name, overrides in VARIANTS.items():
         overrides = ["train.group_size=2", *overrides]
-        add(1, f"single-{name}", 6, *overrides, *cut_settings((2, 1)))
+        if name not in ("compiled", "unvalidated"):  # compared with "released", and with each other's validated run
+            add(1, f"single-{name}", 6, *overrides, *cut_settings((2, 1)))
         for strategy in ("zero3", "zero3_offload"):
             released = RELEASED if name == "released" or strategy == "zero3_offload" else []
             add(2, f"{strategy}-{name}", 6, *overrides, *released, *cut_settings((1, 1)), f"parallel={strategy}")
@@ -144,7 +146,7 @@ def assert_same_training(run: Path, reference: Path, step: int, rel: float) -> N
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES, ids=lambda case: run_name(*case))
 def test_every_way_to_split_the_work_trains_the_same(runs, case):
-    """Float32 sums in another order differ in the last of 24 bits (6e-8); 24 steps leave a few of them."""
+    """Float32 sums in another order differ in the last of 24 bits (6e-8); twelve steps leave a few of them."""
     num_processes, _, optim, cut = case
     run = runs / run_name(*case)
     assert_same_training(run, runs / run_name(1, "single", optim, (1, 8)), NUM_STEPS, rel=1e-5)
@@ -154,7 +156,7 @@ def test_every_way_to_split_the_work_trains_the_same(runs, case):
     assert abs(end - start) > 0.01 * start  # the weights do move
     if optim == "prodigy":
         d = [line["d"] for line in metrics(run)]
-        assert d[-1] > 10 * d[0]
+        assert d[-1] > 5 * d[0]
         assert d == pytest.approx(
             [line["d"] for line in metrics(runs / run_name(1, "single", optim, (1, 8)))], rel=1e-5
         )
@@ -174,7 +176,8 @@ class TestVariants:
         assert_same_training(runs / f"{strategy}-released", runs / "single-released", 6, rel=1e-6)
 
     def test_compiled_blocks(self, runs, strategy):
-        assert_same_training(runs / f"{strategy}-compiled", runs / "single-compiled", 6, rel=1e-6)
+        """As the same blocks run one operation after the other."""
+        assert_same_training(runs / f"{strategy}-compiled", runs / "single-released", 6, rel=1e-6)
 
     def test_bf16_within_its_rounding(self, runs, strategy):
         """8 bits: 0.4 % a value. The batch of a forward pass differs, and with it the order of sums."""

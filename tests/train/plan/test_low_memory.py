@@ -16,6 +16,8 @@ from train.model.quantize import quantize_blocks
 from train.plan.advice import Suggestion, faster_strategy, training_advice
 from train.plan.gpus import GIB, find_gpu, host_bytes
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["RTX 4090", "RTX 3090"]
 MIDDLE = ["RTX 6000 Ada", "L40S"]
 

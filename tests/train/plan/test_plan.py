@@ -28,6 +28,8 @@ from train.plan.memory import LiveBytes, LoraSizes, Transformer, flash_attention
 from train.plan.plan import GIB, Plan, dataset_sizes, make_plan
 from train.record.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 SMALL = REAL.config("transformer") | {
     "num_layers": 12,
     "num_attention_heads": 4,

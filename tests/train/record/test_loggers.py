@@ -16,6 +16,8 @@ from tests.wandb_log import Written
 from train.record.loggers import JsonLines, Logger, Loggers, Picture, TensorBoard, Terminal
 from train.record.run_summary import summarise
 
+pytestmark = pytest.mark.slow
+
 
 def test_json_lines_forget_what_was_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
@@ -205,7 +207,6 @@ def test_a_logger_that_fails_is_shown_once_and_costs_nothing(capsys):
     assert remembering.exit_code == 0
 
 
-@pytest.mark.slow
 def test_tensorboard_and_wandb_of_a_run_that_is_continued(
     tiny_model_dir, tiny_pairs, tiny_cache, tmp_path, monkeypatch
 ):
@@ -238,7 +239,6 @@ def test_tensorboard_and_wandb_of_a_run_that_is_continued(
     assert f"wandb sync {tmp_path}/run/wandb/offline-run-" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_run_that_begins_from_another_runs_checkpoint_is_a_run_of_its_own(
     tiny_model_dir, tiny_pairs, tiny_cache, tmp_path, monkeypatch
 ):

@@ -1,0 +1,53 @@
+"""A record's key changes with whatever its tensors depend on, and with nothing else."""
+
+import shutil
+
+import pytest
+
+from data_prep.cache.keys import CacheHeader, record_key
+from data_prep.rows.rows import Row, read_rows
+from tests.caching import GEOMETRY, write_dataset, write_image, write_mask
+
+PAIR = {"id": "a", "prompt": "edit", "image": "t.png", "edit_image": ["s.png", "r.png"]}
+
+
+@pytest.fixture
+def key(tmp_path):
+    """Of a row that differs from `PAIR` in some columns."""
+    for seed, name in enumerate("tsrx"):
+        write_image(tmp_path / f"{name}.png", seed)
+    shutil.copy(tmp_path / "t.png", tmp_path / "copy.png")
+    write_mask(tmp_path / "m.png")
+    write_mask(tmp_path / "n.png", 96)
+
+    def of(negative: bool = False, **columns) -> str:
+        (row,) = read_rows(write_dataset(tmp_path, [PAIR | columns]))
+        assert isinstance(row, Row)
+        return record_key(row, CacheHeader("tiny", GEOMETRY, "float32", False, negative))
+
+    return of
+
+
+def test_everything_that_a_tensor_depends_on_is_in_the_key(key):
+    changes = [
+        {},
+        {"prompt": "another"},
+        {"image": "x.png"},
+        {"edit_image": ["s.png"]},
+        {"edit_image": ["s.png", "x.png"]},
+        {"edit_image": ["r.png", "s.png"]},
+        {"bridge_image": 1},
+        {"back_mask": "m.png"},
+        {"back_mask": "n.png"},
+    ]
+    assert len({key(**columns) for columns in changes}) == len(changes)
+
+
+def test_a_negative_prompt_counts_where_it_is_encoded(key):
+    assert key(negative_prompt="blurry") == key(negative_prompt="noisy") == key()
+    assert len({key(True, negative_prompt=text) for text in ("blurry", "noisy", "")}) == 3
+    assert key(True) == key(True, negative_prompt="")
+
+
+def test_names_do_not_count(key):
+    assert key(id="b", image="copy.png", ref_gt="x.png", split="validation") == key()
