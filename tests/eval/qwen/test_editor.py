@@ -174,7 +174,7 @@ def test_a_switch_of_adapters_that_fails_is_known(editor, source, bridge, flow, 
 
     before = edited()
     with monkeypatch.context() as broken:
-        broken.setattr("eval.qwen.weights.adapters.inject_lora", lambda *_: (_ for _ in ()).throw(MemoryError))
+        broken.setattr("eval.qwen.weights.fusing.fused_weight", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             editor.edit(request(source, adapters=(AdapterUse(flow),)))
     assert same(edited(), before)
