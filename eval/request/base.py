@@ -56,3 +56,8 @@ class BaseEditor(ABC):
         """The results of requests with one `batch_key`, as `edit` would give them but for rounding (at most a grey level or
         two of 255)."""
         return [self.edit(request, on_progress) for request in requests]
+
+    def edit_groups(self, groups: Sequence[Sequence[EditRequest]]) -> list[list[list[EditResult]]]:
+        """The results of several groups of requests with one `batch_key` each: the pictures that `edit_together` gives of each
+        group, or `edit` of a single request."""
+        return [self.edit_together(group) if len(group) > 1 else [self.edit(group[0])] for group in groups]
