@@ -26,6 +26,7 @@ from eval.request.options import (
     DEVICE,
     DTYPE,
     Adapters,
+    Compile,
     DepthModel,
     Device,
     DtypeName,
@@ -131,6 +132,7 @@ def edit(
     ] = None,
     gguf: Gguf = None,
     vae_tiling: VaeTiling = False,
+    compile: Compile = False,
     repeat: Annotated[
         Path | None, typer.Option(help="Take all settings from this picture; --image and --mask are given again.")
     ] = None,
@@ -192,6 +194,7 @@ def edit(
         "weights": weights or (made.weights if made else "full"),
         "gguf": gguf,
         "vae_tiling": vae_tiling or (made.vae_tiling if made else False),
+        "compile": compile or (made.compile if made else False),
     }
     depth_model = depth_model or (made.depth_model if made else None)
     base = Base(model, depth_model, SizeLimits(max_pixels, vision_pixels), made.geometry if made else None)

@@ -168,6 +168,15 @@ class Editor(BaseEditor):
         check_request(request, size)
         return Job(request, make_plan(request, first), geometry, size)
 
+    def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:
+        """As `BaseEditor.preload`; parts that the placement lets wait in CPU memory do so afterwards."""
+        if self.placement.offload == "model" and self.placement.device.type == "cpu":
+            raise InputError("--preload loads what --offload model on a CPU frees again: leave one of them out")
+        with self.components.denoiser(adapters):
+            pass
+        with self.components.encoders():
+            pass
+
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """As `BaseEditor.edit`."""
         return self._make([Task.alone(self.prepare(request))], on_progress)[0]

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from eval.request.request import Abilities, EditRequest, EditResult, OnProgress
+from data_prep.errors import InputError
+from eval.request.request import Abilities, AdapterUse, EditRequest, EditResult, OnProgress
 
 
 class BaseEditor(ABC):
@@ -37,6 +38,17 @@ class BaseEditor(ABC):
     def notes(self, request: EditRequest) -> Sequence[str]:
         """What the user should know of how a request that passed `check` will be served."""
         return ()
+
+    def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:
+        """Loads what the first edit would, so that it does not wait for it.
+
+        Args:
+            adapters: that it will have.
+
+        Raises:
+            InputError: something is missing, it would not stay loaded, or this base loads with its first edit alone.
+        """
+        raise InputError(f"{self.abilities.base} loads with its first edit: leave out --preload")
 
     @abstractmethod
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:

@@ -115,4 +115,5 @@ def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:
         "weights": placement.weights,
         "gguf": placement.gguf and stored_digest(placement.gguf),
         "vae_tiling": placement.vae_tiling,
+        **({"compile": True} if placement.compile else {}),
     }

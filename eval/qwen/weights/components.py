@@ -24,6 +24,7 @@ from eval.request.recent import Recent
 from eval.request.request import AdapterUse
 from train.model.adapter_reader import LowRank
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
+from train.model.execution import Execution
 from train.model.offload import Offload
 
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
@@ -209,9 +210,17 @@ def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoise
     Raises:
         InputError: weights are missing or are not this transformer's, or there is no memory for them to wait in.
     """
+    execution = Execution(compiled=placement.compile, say=_say)
     if not placement.gguf:
         waiting = model.config("transformer")["num_layers"] if placement.offload == "layer" else 0
-        return load_denoiser(model, placement.device, placement.dtype, weights=placement.format, offload_blocks=waiting)
+        return load_denoiser(
+            model,
+            placement.device,
+            placement.dtype,
+            execution=execution,
+            weights=placement.format,
+            offload_blocks=waiting,
+        )
     from eval.qwen.weights.gguf_weights import load_gguf  # an optional package
 
     with torch.device("meta"):
@@ -220,7 +229,12 @@ def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoise
     blocks = dit.transformer_blocks
     offload = Offload(blocks, len(blocks), placement.device) if placement.offload == "layer" else None
     load_gguf(dit, placement.gguf, placement.device, placement.dtype, offload and offload.place)
-    return Denoiser(dit, resolve_zero_cond_t(None, model), offload=offload).eval()
+    return Denoiser(dit, resolve_zero_cond_t(None, model), execution, offload).eval()
+
+
+def _say(text: str) -> None:
+    """Of compilations; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _module(part: Any) -> torch.nn.Module:

@@ -191,6 +191,18 @@ def test_a_request_is_refused_before_anything_is_loaded(tiny_model_dir, source, 
     assert editor.components.loaded == set()
 
 
+def test_preload_loads_what_the_first_edit_needs(tiny_model_dir, flow, monkeypatch):
+    model = ModelDirectory.resolve(tiny_model_dir)
+    editor = Editor(model, FLOAT, SMALL)
+    editor.preload([AdapterUse(flow)])
+    assert editor.components.loaded == {"vae", "prompt_encoder", "denoiser"}
+    monkeypatch.setattr("eval.qwen.weights.components.read_file", None)  # the adapter is there too
+    with editor.components.denoiser([AdapterUse(flow)]):
+        pass
+    with pytest.raises(InputError, match="--preload loads what --offload model on a CPU frees again"):
+        Editor(model, Placement(offload="model"), SMALL).preload()
+
+
 def test_img2img_stays_nearer_with_less_strength(editor, source):
     fitted = fit(source, Size(32, 64))
     values = {"mode": "img2img", "steps": 10, "cfg_scale": 1.0}
