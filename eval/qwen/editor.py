@@ -148,7 +148,7 @@ class Editor(BaseEditor):
 
     def notes(self, request: EditRequest) -> Sequence[str]:
         """Of its plan, and of its adapters."""
-        return [*self.prepare(request).plan.notes, *left_out(request.adapters)]
+        return (*self.prepare(request).plan.notes, *left_out(request.adapters))
 
     def prepare(self, request: EditRequest) -> Job:
         """How the request will be sampled, and the size of its pictures.
