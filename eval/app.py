@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import time
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ from eval.page.limits import Limits, check_exposure, check_port, parse_auth
 from eval.request.options import (
     DEVICE,
     DTYPE,
+    Compile,
     DepthModel,
     Device,
     Dtype,
@@ -34,6 +36,7 @@ from eval.request.options import (
     Weights,
 )
 from eval.request.placement import make_placement
+from eval.request.request import AdapterUse
 from eval.request.sizes import SizeLimits
 from train.record.lookup import checkpoint_folder
 
@@ -83,7 +86,11 @@ def app(
     weights: Weights = "full",
     gguf: Gguf = None,
     vae_tiling: VaeTiling = False,
+    compile: Compile = False,
     depth_model: DepthModel = None,
+    preload: Annotated[
+        bool, typer.Option("--preload", help="Load the model, and the chosen adapter, before the page opens.")
+    ] = False,
 ) -> None:
     """Serves a page that edits pictures, compares two adapters blind, and shows how training went.
 
@@ -94,7 +101,7 @@ def app(
     check_exposure(host, share, login)
     check_port(host, port)
     make_folder(out)
-    placement = make_placement(device, dtype, encoder_device, offload, weights, gguf, vae_tiling)
+    placement = make_placement(device, dtype, encoder_device, offload, weights, gguf, vae_tiling, compile)
     sizes = SizeLimits(max_pixels, vision_pixels)
     from eval.page.server import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
 
@@ -102,6 +109,10 @@ def app(
     title = f"{editor.abilities.base} ({Path(model).name}) on {placement.device}, {dtype}"
     studio = make_studio(editor, title, out.resolve(), runs or checkpoint_folder(), limits, adapter)
     studio.examples = read_examples(examples, examples_root) if examples else []
+    if preload:
+        start = time.perf_counter()
+        editor.preload([AdapterUse(each.path) for each in studio.adapters() if each.name == adapter])
+        print(f"loaded {Path(model).name} in {time.perf_counter() - start:.1f} s", flush=True)
     serve(studio, Address(host, port, share, login))
 
 

@@ -26,6 +26,7 @@ from eval.request.options import (
     DEVICE,
     DTYPE,
     Adapters,
+    Compile,
     DepthModel,
     Device,
     DtypeName,
@@ -45,7 +46,7 @@ from eval.request.provenance import write_png
 from eval.request.repeat import Repeat, read_repeat
 from eval.request.request import AspectName, Control, EditRequest, Focus, ModeName, SamplerName
 from eval.request.sizes import SizeLimits
-from eval.tables.command import Base, Table, edit_table
+from eval.tables.command import WINDOW, Base, Table, edit_table
 from eval.tables.job_files import numbered
 from eval.tables.runner import is_out_of_memory
 
@@ -131,6 +132,7 @@ def edit(
     ] = None,
     gguf: Gguf = None,
     vae_tiling: VaeTiling = False,
+    compile: Compile = False,
     repeat: Annotated[
         Path | None, typer.Option(help="Take all settings from this picture; --image and --mask are given again.")
     ] = None,
@@ -148,6 +150,9 @@ def edit(
     ] = None,
     ignore_columns: Annotated[bool, typer.Option("--ignore-columns", help="Do without unknown columns.")] = False,
     batch_size: Annotated[int, typer.Option(help="Rows of one size that are sampled together.", min=1)] = 1,
+    window: Annotated[
+        int, typer.Option(help="With --offload model, rows that are encoded, then sampled, then decoded.", min=1)
+    ] = WINDOW,
     on_error: OnError = "raise",
     out: Annotated[
         Path, typer.Option(help="The PNG to write (result-1.png, … if there are several); with --csv a folder.")
@@ -189,6 +194,7 @@ def edit(
         "weights": weights or (made.weights if made else "full"),
         "gguf": gguf,
         "vae_tiling": vae_tiling or (made.vae_tiling if made else False),
+        "compile": compile or (made.compile if made else False),
     }
     depth_model = depth_model or (made.depth_model if made else None)
     base = Base(model, depth_model, SizeLimits(max_pixels, vision_pixels), made.geometry if made else None)
@@ -196,10 +202,12 @@ def edit(
         if image or mask or repeat:
             raise InputError("--csv names its images and masks itself: leave out --image, --mask and --repeat")
         table = Table(csv, root, coco, tuple(font or ()), ignore_columns)
-        edit_table(table, knobs, base, device, placed, batch_size, on_error, out)
+        edit_table(table, knobs, base, device, placed, batch_size, window, on_error, out)
         return
-    if root or coco or font or ignore_columns or batch_size > 1:
-        raise InputError("--root, --coco, --font, --ignore-columns and --batch-size are for tables: give --csv")
+    if root or coco or font or ignore_columns or batch_size > 1 or window != WINDOW:
+        raise InputError(
+            "--root, --coco, --font, --ignore-columns, --batch-size and --window are for tables: give --csv"
+        )
     edit_image(image or [], mask, knobs, made, base, make_placement(device, **placed), out)
 
 

@@ -46,6 +46,7 @@ from eval.request.options import (
     DEVICE,
     DTYPE,
     CfgScale,
+    Compile,
     Device,
     Dtype,
     MaxPixels,
@@ -171,6 +172,7 @@ def score(
     on_error: Annotated[OnErrorName, typer.Option(help="What an unusable row does.")] = "raise",
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
+    compile: Compile = False,
     title: Annotated[str, typer.Option(help="Of the report.")] = "Evaluation",
     wandb: Annotated[
         str | None, typer.Option(metavar="PROJECT", help="Log numbers, rows and pictures to W&B.", show_default="no")
@@ -197,7 +199,7 @@ def score(
     cannot be had is reported as such, and the rest goes on.
     """
     check_names([rank_by], list(METRICS))
-    placement = make_placement(device, dtype)
+    placement = make_placement(device, dtype, compile=compile)
     subjects = list(choose_subjects(adapter or [], base, cfg_scale, SizeLimits(max_pixels, vision_pixels)))
     card = None
     if publish_card or push_to:
@@ -237,6 +239,7 @@ def score(
         "sizes": {each.name: each.geometry.max_pixels for each in subjects},
         "device": device_name(placement.device),
         "dtype": dtype,
+        "compile": compile,
         "clip": clip,
         "dino": dino,
         "fid": str(fid) if fid else None,

@@ -48,14 +48,14 @@ class Edit(_Record):
 
     Attributes:
         source_latents: the bridge's start image at the target's size, (B, 16, h, w).
-        sub_noise: latents of pure white at the target's size, (B, 16, h, w).
+        sub_noise: latents of pure white at the target's size, (B, 16, h, w); None where nothing starts there.
         condition: instruction and references.
         negative: the same without the instruction, for classifier-free guidance, or None.
         ids: of the rows, B strings.
     """
 
     source_latents: Tensor
-    sub_noise: Tensor
+    sub_noise: Tensor | None
     condition: Condition
     negative: Condition | None
     ids: list[str]
@@ -66,9 +66,11 @@ class Batch(Edit):
     """What a loss needs.
 
     Attributes:
+        sub_noise: as of `Edit`; never None.
         target_latents: (B, 16, h, w).
         mask: 1 where the background must stay, 0 where the edit is, (B, 1, h, w), or None without masks.
     """
 
+    sub_noise: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     target_latents: Tensor
     mask: Tensor | None

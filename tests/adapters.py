@@ -1,6 +1,7 @@
 """Adapters for the tests of everything that uses one, without training."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,8 +9,21 @@ import torch
 
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
+from eval.qwen.weights.adapters import added_up, put_beside
+from eval.qwen.weights.fusing import FusedAdapters
+from eval.request.request import AdapterUse
 from train.model.adapter import attach_lora
-from train.model.denoiser import load_denoiser
+from train.model.denoiser import Denoiser, load_denoiser
+
+
+def use_adapters(denoiser: Denoiser, adapters: Sequence[AdapterUse]) -> None:
+    """Puts adapters beside a denoiser's weights, in place of those that stand there."""
+    put_beside(denoiser, added_up(denoiser.dit, adapters))
+
+
+def fuse_adapters(denoiser: Denoiser, adapters: Sequence[AdapterUse]) -> None:
+    """Puts adapters into the weights of a denoiser that has none."""
+    FusedAdapters(denoiser, lambda names: None).use(added_up(denoiser.dit, adapters))
 
 
 def write_adapter(folder: Path, model_dir: Path, objective: str, geometry: Geometry, **loss: object) -> Path:

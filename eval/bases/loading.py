@@ -79,6 +79,7 @@ def check_placement(placement: Placement, base: str) -> None:
     asked = {
         f"weights={placement.weights}": placement.weights != "full",
         "a GGUF file": placement.gguf is not None,
+        "compile": placement.compile,
         "encoder_device": placement.encoder_device not in (None, placement.device),
     }
     if refused := [name for name, is_asked in asked.items() if is_asked]:

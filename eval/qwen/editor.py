@@ -1,8 +1,9 @@
 """Qwen-Image-Edit behind a request: what the command line, CSV batches, web page and reports call."""
 
+import functools
 import time
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +20,23 @@ from data_prep.model.geometry import Geometry, Size, fit, to_image
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 from eval.qwen.control import make_map
 from eval.qwen.depth import DepthSource
-from eval.qwen.encoding import Encoded, RequestEncoder, join_conditions, join_edits, reference_sizes
+from eval.qwen.encoding import (
+    Encoded,
+    RequestEncoder,
+    join_conditions,
+    join_edits,
+    kept_embeddings,
+    reference_sizes,
+)
 from eval.qwen.masks import paste_back
 from eval.qwen.modes import Plan, check_request, edit_mask, make_plan, result_size
-from eval.qwen.samplers import Keep, OnStep, describe_sampler
-from eval.qwen.weights.components import Components, Placement
+from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
+from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
 from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
+from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import MASKED, MODES, Abilities, EditRequest, EditResult, OnProgress, SamplerName
+from eval.request.request import MASKED, MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress, SamplerName
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.model.denoiser import Denoiser
@@ -46,6 +55,38 @@ class Job:
     size: Size
 
 
+@dataclass(frozen=True)
+class Task:
+    """Requests with the same plan and adapters, and which pictures of them are sampled together."""
+
+    jobs: Sequence[Job]
+    groups: Sequence[Sequence[tuple[int, int]]]
+    """Of each picture the number of its job, and its seed."""
+
+    @classmethod
+    def alone(cls, job: Job) -> "Task":
+        """One picture after the other: what a seed gives does not depend on the others."""
+        return cls([job], [[(0, seed)] for seed in job.request.seeds])
+
+    @classmethod
+    def together(cls, jobs: Sequence[Job]) -> "Task":
+        """One picture of each."""
+        return cls(jobs, [[(number, job.request.seed) for number, job in enumerate(jobs)]])
+
+    @property
+    def plan(self) -> Plan:
+        return self.jobs[0].plan
+
+    @property
+    def adapters(self) -> tuple[AdapterUse, ...]:
+        return tuple(self.jobs[0].request.adapters)
+
+    @property
+    def num_calls(self) -> int:
+        """Of `on_step`."""
+        return len(self.groups) * self.plan.sampler.calls(self.plan.steps)
+
+
 class Editor(BaseEditor):
     """Edits images with Qwen-Image-Edit and the adapters that a request names. Parts load when they are first needed.
 
@@ -55,6 +96,9 @@ class Editor(BaseEditor):
         geometry: sizes of images; by default the first adapter's own, from its metadata, or else one megapixel.
         depth_model: folder or hub id of a Depth-Anything model, for depth maps; by default as `DepthSource` says.
         limits: sizes that take the place of the geometry's, whatever the adapter.
+
+    Attributes:
+        spent: seconds of the last call by part (`encode`, `sample`, `decode`), with models loaded.
     """
 
     abilities = Abilities(BASE_NAME, MODES, MAX_SOURCES, get_args(SamplerName))
@@ -69,6 +113,8 @@ class Editor(BaseEditor):
     ):
         self.named, self.placement = model, placement or Placement()
         self.geometry, self.limits = geometry, limits
+        self.spent: dict[str, float] = {}
+        self._embeddings = kept_embeddings()
         self.depth = DepthSource(depth_model, self.placement.device, waits=self.placement.offload != "none")
 
     @cached_property
@@ -102,7 +148,7 @@ class Editor(BaseEditor):
 
     def notes(self, request: EditRequest) -> Sequence[str]:
         """Of its plan, and of its adapters."""
-        return [*self.prepare(request).plan.notes, *left_out(request.adapters)]
+        return (*self.prepare(request).plan.notes, *left_out(request.adapters))
 
     def prepare(self, request: EditRequest) -> Job:
         """How the request will be sampled, and the size of its pictures.
@@ -122,9 +168,18 @@ class Editor(BaseEditor):
         check_request(request, size)
         return Job(request, make_plan(request, first), geometry, size)
 
+    def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:
+        """As `BaseEditor.preload`; parts that the placement lets wait in CPU memory do so afterwards."""
+        if self.placement.offload == "model" and self.placement.device.type == "cpu":
+            raise InputError("--preload loads what --offload model on a CPU frees again: leave one of them out")
+        with self.components.denoiser(adapters):
+            pass
+        with self.components.encoders():
+            pass
+
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
-        """One picture after the other: what a seed gives does not depend on the others."""
-        return self._make([self.prepare(request)], [[(0, seed)] for seed in request.seeds], on_progress)
+        """As `BaseEditor.edit`."""
+        return self._make([Task.alone(self.prepare(request))], on_progress)[0]
 
     def batch_key(self, request: EditRequest) -> Hashable:
         """The same sampler, adapters and sizes. Controls and several pictures go by themselves."""
@@ -139,35 +194,77 @@ class Editor(BaseEditor):
     ) -> list[list[EditResult]]:
         """All requests in every call of the denoiser."""
         jobs = [self.prepare(request) for request in requests]
-        group = [(number, job.request.seed) for number, job in enumerate(jobs)]
-        return [[result] for result in self._make(jobs, [group], on_progress)]
+        return [[result] for result in self._make([Task.together(jobs)], on_progress)[0]]
+
+    def edit_groups(self, groups: Sequence[Sequence[EditRequest]]) -> list[list[list[EditResult]]]:
+        """All are encoded, then all sampled, then all decoded, so that each part is needed once; each adapter too."""
+        prepared = [[self.prepare(request) for request in group] for group in groups]
+        tasks = [Task.together(jobs) if len(jobs) > 1 else Task.alone(jobs[0]) for jobs in prepared]
+        made = self._make(tasks)
+        return [
+            [[each] for each in some] if len(group) > 1 else [some] for group, some in zip(groups, made, strict=True)
+        ]
 
     @torch.no_grad()
-    def _make(
-        self, jobs: Sequence[Job], groups: Sequence[Sequence[tuple[int, int]]], on_progress: OnProgress | None
+    def _make(self, tasks: Sequence[Task], on_progress: OnProgress | None = None) -> list[list[EditResult]]:
+        """The pictures of each task, in the order of its groups."""
+        clock = _Clock(self.placement.device)
+        self.spent = clock.spent
+        maps = [[self._maps(job) for job in task.jobs] for task in tasks]
+        encoded = self._encode(tasks, maps, clock)
+        latents = self._sample_all(tasks, encoded, clock, _report(on_progress, sum(task.num_calls for task in tasks)))
+        with self.components.vae() as vae, clock.part("decode"):
+            images = [[image for some in each for image in _decode(vae, some)] for each in latents]
+        seconds = sum(clock.spent.values()) / sum(map(len, images))
+        return [self._results(*each, seconds=seconds) for each in zip(tasks, encoded, maps, images, strict=True)]
+
+    def _results(
+        self,
+        task: Task,
+        encoded: Sequence[Encoded],
+        maps: Sequence[list[Image.Image]],
+        images: Sequence[Image.Image],
+        seconds: float,
     ) -> list[EditResult]:
-        """Pictures, each the number of its job and a seed; those of one group are sampled together."""
-        place, first = self.placement.device, jobs[0]
-        clock, adapters = _Clock(place), describe_adapters(first.request.adapters)
-        maps = [self._maps(job) for job in jobs]
-        with self.components.encoders() as (vae, prompt_encoder), clock:
-            encoded = [
-                _encode(RequestEncoder(vae, prompt_encoder, job.geometry, place), job, some)
-                for job, some in zip(jobs, maps, strict=True)
-            ]
-        report = _report(on_progress, len(groups) * first.plan.sampler.calls(first.plan.steps))
-        with self.components.denoiser(first.request.adapters) as denoiser, clock:
-            latents = [self._sample(denoiser, first.plan, encoded, group, report) for group in groups]
-        with self.components.vae() as vae, clock:
-            images = [image for some in latents for image in _decode(vae, some)]
-        pictures = [picture for group in groups for picture in group]
-        results = []
+        adapters, results = describe_adapters(task.adapters), []
+        pictures = [picture for group in task.groups for picture in group]
         for (number, seed), image in zip(pictures, images, strict=True):
-            job, mask = jobs[number], encoded[number].mask
+            mask = encoded[number].mask
             shown = paste_back(image, encoded[number].source, mask) if mask else image
-            settings = self._settings(job, adapters, seed, shown)
-            results.append(EditResult(shown, seed, clock.seconds / len(pictures), settings, maps[number]))
+            settings = self._settings(task.jobs[number], adapters, seed, shown)
+            results.append(EditResult(shown, seed, seconds, settings, maps[number]))
         return results
+
+    def _encode(
+        self, tasks: Sequence[Task], maps: Sequence[Sequence[list[Image.Image]]], clock: "_Clock"
+    ) -> list[list[Encoded]]:
+        """The encoders are loaded, or brought to their device, for what was not encoded lately."""
+        with ExitStack() as in_use, clock.part("encode"):
+
+            @functools.cache
+            def encoders() -> Encoders:
+                with clock.paused("encode"):
+                    return in_use.enter_context(self.components.encoders())
+
+            def encode(job: Job, some: Sequence[Image.Image]) -> Encoded:
+                kept = self._embeddings
+                return _encode(RequestEncoder(encoders, job.geometry, self.placement.device, kept), job, some)
+
+            return [list(map(encode, task.jobs, some)) for task, some in zip(tasks, maps, strict=True)]
+
+    def _sample_all(
+        self, tasks: Sequence[Task], encoded: Sequence[Sequence[Encoded]], clock: "_Clock", report: OnStep
+    ) -> list[list[Tensor]]:
+        """Latents of each task's groups; tasks with the same adapters one after the other."""
+        latents: dict[int, list[Tensor]] = {}
+        for adapters in dict.fromkeys(task.adapters for task in tasks):
+            with self.components.denoiser(adapters) as denoiser, clock.part("sample"):
+                for number, task in enumerate(tasks):
+                    if task.adapters == adapters:
+                        latents[number] = [
+                            self._sample(denoiser, task.plan, encoded[number], group, report) for group in task.groups
+                        ]
+        return [latents[number] for number in range(len(tasks))]
 
     def _sample(
         self,
@@ -245,6 +342,7 @@ def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> E
         maps,
         [control.strength for control in request.controls],
         empty=request.mode == "invert",
+        white=isinstance(job.plan.sampler, BridgeSampler) and job.plan.sampler.start == "white",
     )
 
 
@@ -271,15 +369,22 @@ def _report(on_progress: OnProgress | None, total: int) -> OnStep:
 
 
 class _Clock:
-    """The seconds spent in all its `with` blocks, the accelerator's work included."""
+    """The seconds spent in each part, the accelerator's work included."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self._start = device, 0.0, 0.0
+        self.device, self.spent = device, dict[str, float]()
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
+    @contextmanager
+    def part(self, name: str, sign: int = 1) -> Iterator[None]:
+        """Adds what is spent inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.spent[name] = self.spent.get(name, 0.0) + sign * (time.perf_counter() - start)
 
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - self._start
+    def paused(self, name: str) -> AbstractContextManager[None]:
+        """Takes away what is spent inside, in the middle of a part."""
+        return self.part(name, sign=-1)

@@ -1,6 +1,6 @@
 """A request's images and instruction -> what a sampler needs, sized exactly as the cache does it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -10,12 +10,17 @@ from torch import Tensor
 
 from data_prep.cache.batches import pad_condition
 from data_prep.cache.encoding import encode_white
-from data_prep.model.encoders import VAE, PromptEncoder
 from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, stretch, to_pixels
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import Strengthened
 from eval.qwen.samplers import Keep, Velocity
+from eval.qwen.weights.components import Encoders
+from eval.request.provenance import pixel_digest
+from eval.request.recent import Recent
 from losses.batch import Condition, Edit
+
+EMBEDDING_BYTES = 256 * 2**20
+"""Of latents and embeddings that are kept, on the denoiser's device: those of about 20 requests at one megapixel."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,38 @@ class Encoded:
         return denoiser
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """An image, and what identifies its pixels."""
+
+    image: Image.Image
+    digest: str
+
+
+def kept_embeddings() -> Recent[Tensor]:
+    """Room for what requests are encoded to, so that the same contents are not encoded again."""
+    return Recent(EMBEDDING_BYTES, lambda tensor: tensor.nbytes)
+
+
 class RequestEncoder:
-    """Encodes images once, whatever number of conditions they are in.
+    """Encodes images and instructions, each once, whatever number of conditions and requests they are in.
 
     Args:
-        vae, prompt_encoder: the two frozen encoders.
+        encoders: gives the two frozen encoders; called when there is something to encode.
         geometry: sizes of images.
         device: where latents and embeddings go.
+        kept: what the same encoders have made before, by the contents.
     """
 
-    def __init__(self, vae: VAE, prompt_encoder: PromptEncoder, geometry: Geometry, device: torch.device):
-        self.vae, self.prompt_encoder, self.geometry, self.device = vae, prompt_encoder, geometry, device
+    def __init__(
+        self,
+        encoders: Callable[[], Encoders],
+        geometry: Geometry,
+        device: torch.device,
+        kept: Recent[Tensor] | None = None,
+    ):
+        self.encoders, self.geometry, self.device = encoders, geometry, device
+        self.kept = kept or kept_embeddings()
 
     @torch.no_grad()
     def encode(
@@ -67,6 +93,7 @@ class RequestEncoder:
         maps: Sequence[Image.Image] = (),
         strengths: Sequence[float] = (),
         empty: bool = False,
+        white: bool = False,
     ) -> Encoded:
         """Encodes one request.
 
@@ -78,21 +105,22 @@ class RequestEncoder:
             maps: control maps, given as further references.
             strengths: of the maps, 1 as they are.
             empty: also encode the condition without an instruction.
+            white: also encode a white canvas, from which the sub stream starts.
         """
-        source = fit(images[0], size)
+        pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
         sizes = reference_sizes(images, size, self.geometry)
-        own = [(image, self._image(fit(image, its_size))) for image, its_size in zip(images, sizes, strict=True)]
-        extra = [(image, self._image(fit(image, reference_sizes([image], size, self.geometry)[0]))) for image in maps]
-        source_latents = own[0][1] if size == sizes[0] else self._image(source)
+        own = [(each, self._image(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
+        extra = [(each, self._image(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras]
+        source_latents = self._image(pictures[0], size)
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
         conditions = [self._condition(each, references) for each in prompts]
         controlled = [[self._condition(each, [*own, one]) for one in extra] for each in prompts] if weighed else []
-        white = encode_white(size, self.vae)[None].to(self.device)
+        canvas = self._white(size) if white else None
         return Encoded(
-            edit=Edit(source_latents, white, conditions[0], conditions[1] if conditions[1:] else None, ["edit"]),
-            source=source,
+            edit=Edit(source_latents, canvas, conditions[0], conditions[1] if conditions[1:] else None, ["edit"]),
+            source=fit(images[0], size),
             keep=None if mask is None else Keep(source_latents, mask_to_latent(mask)[None].to(self.device)),
             mask=mask,
             empty=self._condition(EMPTY_PROMPT, references) if empty else None,
@@ -100,12 +128,26 @@ class RequestEncoder:
             controlled=controlled,
         )
 
-    def _image(self, image: Image.Image) -> Tensor:
-        return self.vae.encode(to_pixels(image)[None]).to(self.device)
+    def _image(self, picture: _Picture, size: Size) -> Tensor:
+        """Latents (1, 16, h, w)."""
+        return self.kept.get(
+            ("image", picture.digest, size),
+            lambda: self.encoders().vae.encode(to_pixels(fit(picture.image, size))[None]).to(self.device),
+        )
 
-    def _condition(self, prompt: str, references: Sequence[tuple[Image.Image, Tensor]]) -> Condition:
-        vision = [stretch(image, self.geometry.vision_size(Size.of(image))) for image, _ in references]
-        prompt_emb = self.prompt_encoder.encode(prompt, vision)
+    def _white(self, size: Size) -> Tensor:
+        """Latents (1, 16, h, w)."""
+        return self.kept.get(("white", size), lambda: encode_white(size, self.encoders().vae)[None].to(self.device))
+
+    def _condition(self, prompt: str, references: Sequence[tuple[_Picture, Tensor]]) -> Condition:
+        sizes = [self.geometry.vision_size(Size.of(picture.image)) for picture, _ in references]
+        seen = [(picture.digest, size) for (picture, _), size in zip(references, sizes, strict=True)]
+
+        def embed() -> Tensor:
+            vision = [stretch(picture.image, size) for (picture, _), size in zip(references, sizes, strict=True)]
+            return self.encoders().prompt_encoder.encode(prompt, vision).to(self.device)
+
+        prompt_emb = self.kept.get(("prompt", prompt, *seen), embed)
         return pad_condition([prompt_emb], [latents for _, latents in references]).to(self.device)
 
 
@@ -118,9 +160,10 @@ def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometr
 def join_edits(edits: Sequence[Edit]) -> Edit:
     """Edits of one size as one, B = the sum of theirs; instructions are padded, which changes nothing."""
     negatives = [each.negative for each in edits if each.negative]
+    whites = [each.sub_noise for each in edits if each.sub_noise is not None]
     return Edit(
         source_latents=torch.cat([each.source_latents for each in edits]),
-        sub_noise=torch.cat([each.sub_noise for each in edits]),
+        sub_noise=torch.cat(whites) if len(whites) == len(edits) else None,
         condition=join_conditions([each.condition for each in edits]),
         negative=join_conditions(negatives) if len(negatives) == len(edits) else None,
         ids=list(chain.from_iterable(each.ids for each in edits)),

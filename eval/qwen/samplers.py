@@ -116,8 +116,9 @@ class BridgeSampler:
         Raises:
             ValueError: `num_steps` is not positive.
         """
-        start = (edit.source_latents if self.start == "source" else edit.sub_noise).float()
-        latents = start
+        latents = edit.source_latents if self.start == "source" else edit.sub_noise
+        assert latents is not None, "white is encoded where a bridge starts there"
+        start = latents = latents.float()
         for step, (sigma, next_sigma) in enumerate(pairwise(linear_sigmas(num_steps)), start=1):
             velocity = denoiser(latents, latents.new_full(latents.shape[:1], sigma), edit.condition)
             if self.stochastic and self.prediction == "displacement":

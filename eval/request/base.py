@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from eval.request.request import Abilities, EditRequest, EditResult, OnProgress
+from data_prep.errors import InputError
+from eval.request.request import Abilities, AdapterUse, EditRequest, EditResult, OnProgress
 
 
 class BaseEditor(ABC):
@@ -38,6 +39,17 @@ class BaseEditor(ABC):
         """What the user should know of how a request that passed `check` will be served."""
         return ()
 
+    def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:
+        """Loads what the first edit would, so that it does not wait for it.
+
+        Args:
+            adapters: that it will have.
+
+        Raises:
+            InputError: something is missing, it would not stay loaded, or this base loads with its first edit alone.
+        """
+        raise InputError(f"{self.abilities.base} loads with its first edit: leave out --preload")
+
     @abstractmethod
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """`request.count` pictures. The same request and seed give the same picture, for any count and order.
@@ -56,3 +68,8 @@ class BaseEditor(ABC):
         """The results of requests with one `batch_key`, as `edit` would give them but for rounding (at most a grey level or
         two of 255)."""
         return [self.edit(request, on_progress) for request in requests]
+
+    def edit_groups(self, groups: Sequence[Sequence[EditRequest]]) -> list[list[list[EditResult]]]:
+        """The results of several groups of requests with one `batch_key` each: the pictures that `edit_together` gives of each
+        group, or `edit` of a single request."""
+        return [self.edit_together(group) if len(group) > 1 else [self.edit(group[0])] for group in groups]

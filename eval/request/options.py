@@ -104,6 +104,9 @@ Gguf = Annotated[Path | None, typer.Option(help="Read the transformer from this 
 VaeTiling = Annotated[
     bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: large pictures, less memory.")
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the transformer's block: a slower first picture, faster steps.")
+]
 DepthModel = Annotated[
     str | None, typer.Option(help="Folder or hub id, for depth maps.", show_default="$DEPTH_MODEL, or V2-Small")
 ]

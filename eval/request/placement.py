@@ -40,6 +40,8 @@ class Placement:
     """A GGUF file to read the transformer from instead of the model's own; its layers stay as they are in it."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles of 512 x 512 pixels."""
+    compile: bool = False
+    """Compile the transformer's block: its first picture of a kind takes longer, and the steps of all others less."""
 
     def __post_init__(self):
         for device in {self.device, self.home_of_encoders}:
@@ -69,6 +71,7 @@ class Placement:
             "products": self.weights if self._in_8_bits else None,
             "gguf": stored_digest(self.gguf) if self.gguf else None,
             "vae_tiling": self.vae_tiling or None,
+            "compile": self.compile or None,
         }
         given = {name: value for name, value in own.items() if value is not None}
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), **given}
@@ -107,6 +110,7 @@ def make_placement(
     weights: WeightsName = "full",
     gguf: Path | None = None,
     vae_tiling: bool = False,
+    compile: bool = False,
 ) -> Placement:
     """A placement from the words of a command line.
 
@@ -120,7 +124,7 @@ def make_placement(
     if dtype not in DTYPES:
         raise InputError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
     encoders = _device(encoder_device) if encoder_device else None
-    return Placement(_device(device), DTYPES[dtype], encoders, offload, weights, gguf, vae_tiling)
+    return Placement(_device(device), DTYPES[dtype], encoders, offload, weights, gguf, vae_tiling, compile)
 
 
 def _device(text: str) -> torch.device:

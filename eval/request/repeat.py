@@ -71,6 +71,11 @@ class Repeat:
         return self.settings.get("vae_tiling", False)
 
     @property
+    def compile(self) -> bool:
+        """Whether its transformer's block was compiled."""
+        return self.settings.get("compile", False)
+
+    @property
     def depth_model(self) -> str | None:
         """The place of the one that the picture's depth map was made by, if it had any."""
         return self.settings["depth_model"]["path"] if "depth_model" in self.settings else None

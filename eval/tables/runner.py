@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +64,7 @@ def run_jobs(
     out: Path,
     batch_size: int = 1,
     processes: Processes | None = None,
+    window: int = 1,
 ) -> Summary:
     """Does what is not done yet, and writes `results.csv` and `failed.csv`.
 
@@ -73,6 +75,7 @@ def run_jobs(
         out: the folder of results.
         batch_size: pictures that are sampled together, of rows that allow it.
         processes: those that share the rows out and all call this; rank 0 writes the reports. None for one process.
+        window: rows that are handed to the editor at a time, at least; a run that is killed loses no more.
 
     Returns:
         What was done, on every process.
@@ -90,7 +93,7 @@ def run_jobs(
     mine = list(todo.values())[rank::world_size]
     failed = {}
     with progress("editing", len(mine), shown=rank == 0) as advance:
-        for keyed, failure in _run(mine, files, editor, out, batch_size, rank):
+        for keyed, failure in _run(mine, files, editor, out, batch_size, window, rank):
             if failure:
                 failed[keyed.outputs] = failure
             advance(1)
@@ -156,9 +159,31 @@ def _in_threads(function: Callable[[Any], Answer], arguments: Sequence[Any]) -> 
 
 
 def _run(
-    todo: Sequence[KeyedJob], files: JobFiles, editor: BaseEditor, out: Path, batch_size: int, rank: int
+    todo: Sequence[KeyedJob],
+    files: JobFiles,
+    editor: BaseEditor,
+    out: Path,
+    batch_size: int,
+    window: int,
+    rank: int,
 ) -> Iterator[tuple[KeyedJob, Failed | None]]:
     """Edits and writes; an answer for each job, in the order in which they end."""
+    groups = []
+    for each in _grouped(todo, files, editor, batch_size):
+        if isinstance(each, tuple):
+            yield each
+            continue
+        groups.append(each)
+        if sum(map(len, groups)) >= window:
+            yield from _edit(groups, files, editor, out, rank)
+            groups = []
+    yield from _edit(groups, files, editor, out, rank)
+
+
+def _grouped(
+    todo: Sequence[KeyedJob], files: JobFiles, editor: BaseEditor, batch_size: int
+) -> Iterator[list[Loaded] | tuple[KeyedJob, Failed]]:
+    """Jobs that are sampled together, and those that cannot be opened."""
 
     def load(keyed: KeyedJob) -> tuple[KeyedJob, Loaded | Failed]:
         def opened(job: Job) -> Loaded:
@@ -168,19 +193,17 @@ def _run(
 
         return keyed, _attempt(opened, keyed.job, keyed.job)
 
-    window = _Window(batch_size)
+    waiting = _Waiting(batch_size)
     for keyed, loaded in ahead(load, todo, ThreadPoolExecutor(READERS), depth=batch_size + READERS):
         if isinstance(loaded, Failed):
             say_failure(loaded.row)
             yield keyed, loaded
-            continue
-        if group := window.add(loaded):
-            yield from _edit(group, files, editor, out, rank)
-    for group in window.rest():
-        yield from _edit(group, files, editor, out, rank)
+        elif group := waiting.add(loaded):
+            yield group
+    yield from waiting.rest()
 
 
-class _Window:
+class _Waiting:
     """Opened jobs that wait until there are enough that may be edited together."""
 
     def __init__(self, batch_size: int):
@@ -204,26 +227,33 @@ class _Window:
 
 
 def _edit(
-    group: list[Loaded], files: JobFiles, editor: BaseEditor, out: Path, rank: int
+    groups: list[list[Loaded]], files: JobFiles, editor: BaseEditor, out: Path, rank: int
 ) -> Iterator[tuple[KeyedJob, Failed | None]]:
-    """Edits a group; if that fails, each of it by itself, so that one bad row costs no other."""
-
-    def together(some: list[Loaded]) -> list[list[EditResult]]:
-        requests = [each.request for each in some]
-        return editor.edit_together(requests) if len(some) > 1 else [editor.edit(requests[0])]
-
-    results = _attempt(together, group, group[0].keyed.job, quiet=len(group) > 1)
-    if isinstance(results, Failed) and len(group) > 1:
-        for each in group:
-            yield from _edit([each], files, editor, out, rank)
+    """Edits groups; if that fails, each half of them, and at last each of a group by itself: one bad row costs no other."""
+    if not groups:
         return
-    for number, each in enumerate(group):
-        if isinstance(results, Failed):
-            say_failure(results.row)
-            yield each.keyed, results
-            continue
-        _write(each.keyed, results[number], files, out, rank)
-        yield each.keyed, None
+
+    def edited(some: list[list[Loaded]]) -> list[list[list[EditResult]]]:
+        return editor.edit_groups([[each.request for each in group] for group in some])
+
+    first, several = groups[0][0], len(groups) > 1 or len(groups[0]) > 1
+    results = _attempt(edited, groups, first.keyed.job, quiet=several)
+    if isinstance(results, Failed) and several:
+        for part in _halves(groups):
+            yield from _edit(part, files, editor, out, rank)
+    elif isinstance(results, Failed):
+        say_failure(results.row)
+        yield first.keyed, results
+    else:
+        for each, made in zip(chain(*groups), chain(*results), strict=True):
+            _write(each.keyed, made, files, out, rank)
+            yield each.keyed, None
+
+
+def _halves(groups: list[list[Loaded]]) -> list[list[list[Loaded]]]:
+    """Of several groups; a single one falls into its jobs."""
+    middle = len(groups) // 2
+    return [groups[:middle], groups[middle:]] if middle else [[[each]] for each in groups[0]]
 
 
 def _write(keyed: KeyedJob, results: list[EditResult], files: JobFiles, out: Path, rank: int) -> None:

@@ -449,7 +449,7 @@ def test_dark_and_narrow(browser, app):
 
 def test_a_page_with_a_password_shows_nothing_without_it(tiny_model_dir, folder):
     shown = save(folder / "locked/results/made.png")
-    arguments = ("--model", tiny_model_dir, "--out", folder / "locked", "--auth", "anna:se:cret")
+    arguments = ("--model", tiny_model_dir, "--out", folder / "locked", "--auth", "anna:se:cret", "--preload")
     with serving(folder / "locked.log", *arguments) as (_, port):
         base = f"http://127.0.0.1:{port}"
         visitor = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
@@ -459,6 +459,7 @@ def test_a_page_with_a_password_shows_nothing_without_it(tiny_model_dir, folder)
             form = urllib.parse.urlencode({"username": "anna", "password": password}).encode()
             assert status(urllib.request.Request(f"{base}/login", form), visitor) == answer
         assert [status(base + path, visitor) for path in (paths[0], paths[2])] == [200, 200]
+    assert re.search(r"^loaded \S+ in \d+\.\d s$", (folder / "locked.log").read_text(), re.MULTILINE)
 
 
 def test_a_taken_port_is_a_sentence_and_ctrl_c_ends_cleanly(app, tiny_model_dir, folder):

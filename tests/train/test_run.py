@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from eval.qwen.weights.adapters import use_adapters
 from eval.qwen.weights.components import load_placed_denoiser
 from eval.request.metadata import read_metadata
 from eval.request.placement import Placement
 from eval.request.request import AdapterUse
 from tests import children
+from tests.adapters import use_adapters
 from tests.children import started, wait_until
 from tests.commands import run_script, warm_python
 from train.config import compose, read_yaml

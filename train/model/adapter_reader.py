@@ -8,7 +8,7 @@ configuration that PEFT writes beside the file or diffusers into its header, els
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,21 @@ class LowRank:
     """(out, rank), known as B, with the scale alpha/rank inside."""
     magnitude: Tensor | None = None
     """Of each output channel, (out,), for DoRA."""
+    share: float = 1.0
+    """How much of it counts, for DoRA; otherwise it is in `up`."""
 
     @property
     def rank(self) -> int:
         return len(self.down)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.down, self.up, self.magnitude) if tensor is not None)
+
+    def to(self, device: torch.device) -> "LowRank":
+        """The same on a device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return LowRank(self.down.to(device), self.up.to(device), magnitude, self.share)
 
 
 def read_adapter(path: Path, linear: Mapping[str, nn.Linear]) -> dict[str, LowRank]:
@@ -155,12 +166,30 @@ def linear_modules(dit: nn.Module) -> dict[str, nn.Linear]:
 def low_rank_sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
     """The weighted sum as one adapter: its A are all A above each other, its B all weighted B beside each other.
 
-    DoRA is no such product; one alone stays as it is, whatever its weight.
+    DoRA is no such product; it is alone, and its weight becomes its share.
     """
     if len(parts) == 1 and (parts[0][1] == 1 or parts[0][0].magnitude is not None):
-        return parts[0][0]
+        return replace(parts[0][0], share=parts[0][1])
     down = torch.cat([part.down for part, _ in parts])
     return LowRank(down, torch.cat([part.up * weight for part, weight in parts], dim=1))
+
+
+def fused_weight(weight: Tensor, part: LowRank) -> Tensor:
+    """A linear module's weight with an adapter inside, (out, in), float32.
+
+    Args:
+        weight: without, (out, in).
+
+    Returns:
+        weight + up @ down; with DoRA the share of the way to m (weight + up @ down) / ‖weight + up @ down‖, whose rows have
+        the lengths m (arXiv 2402.09353, eq. 5).
+    """
+    part, plain = part.to(weight.device), weight.float()
+    moved = torch.addmm(plain, part.up, part.down)
+    if part.magnitude is None:
+        return moved
+    scaled = moved * (part.magnitude.view(-1, 1) / torch.linalg.vector_norm(moved, dim=1, keepdim=True))
+    return torch.lerp(plain, scaled, part.share)
 
 
 def fused(
@@ -179,14 +208,8 @@ def fused(
             )
 
     def change(name: str, weight: Tensor) -> Tensor:
-        parts = [adapter[name[:-7]] for adapter in adapters if name[:-7] in adapter] if name.endswith(".weight") else []
-        if not parts:
-            return weight
-        sum_ = weight.to(device, torch.float32)
-        for part in parts:
-            sum_ = sum_ + part.up.to(device) @ part.down.to(device)
-        if (magnitude := parts[0].magnitude) is not None:
-            sum_ *= (magnitude.flatten().to(device) / sum_.norm(dim=1)).unsqueeze(1)
-        return sum_
+        module = name.removesuffix(".weight")
+        parts = [(adapter[module], 1.0) for adapter in adapters if module in adapter] if name != module else []
+        return fused_weight(weight.to(device), low_rank_sum(parts)) if parts else weight
 
     return change

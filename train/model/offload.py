@@ -79,15 +79,16 @@ class Layout:
 
     def point_to(self, memory: Tensor) -> None:
         """The tensors are views of `memory` (uint8) from now on."""
-        for tensor, view in self._views(memory):
+        for tensor, view in self.views(memory):
             tensor.data = view
 
     def copy_to(self, memory: Tensor) -> None:
         """Copies them into `memory` (uint8)."""
-        for tensor, view in self._views(memory):
+        for tensor, view in self.views(memory):
             view.copy_(tensor.data)
 
-    def _views(self, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def views(self, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor, and its place in `memory` (uint8)."""
         for tensor, start in zip(self.tensors, self.starts, strict=True):
             assert tensor.is_contiguous(), "weights are packed as they lie in memory"
             yield tensor, memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -139,9 +140,11 @@ class Offload:
         """The block in each slot, or on its way there."""
         self.done: list[Any] = []
         """The end of its copy."""
+        self._change: Callable[[nn.Module], None] | None = None
+        self._unchanged: set[int] = set()
         self._of_module = {module: number for number, block in enumerate(self.blocks) for module in block.modules()}
         self._pinned: list[Tensor] = []
-        weakref.finalize(self, _unpin, self._pinned, self.streams).atexit = False
+        weakref.finalize(self, unpin, self._pinned, self.streams.copying).atexit = False
 
     def place(self, owner: nn.Module, name: str) -> None:
         """To be called when a module of the transformer has got its tensor of this name: if it is to wait, it leaves the device.
@@ -178,6 +181,16 @@ class Offload:
             block.register_forward_pre_hook(functools.partial(self._before_forward, number))
             block.register_forward_hook(functools.partial(self._after_forward, number))
 
+    def change_on_arrival(self, change: Callable[[nn.Module], None] | None) -> None:
+        """From now on a block's weights are changed whenever they have come to the device, before it computes; those that wait
+        stay as they are.
+
+        Args:
+            change: of a block's weights, in their place; None to compute with what waits.
+        """
+        self._change = change
+        self.held = [None] * len(self.slots)  # what is there was changed otherwise
+
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """Inside, the blocks' weights are the waiting ones, in CPU memory: all of them can be read at once."""
@@ -195,9 +208,8 @@ class Offload:
     def _pack(self, number: int) -> None:
         layout = Layout(self.blocks[number])
         with self._wanting_memory(number):
-            memory = _memory(layout.num_bytes)
+            memory = waiting_memory(layout.num_bytes, self.device)
             if self.device.type == "cuda":
-                _pin(memory)
                 self._pinned.append(memory)
         layout.copy_to(memory)
         layout.point_to(memory)
@@ -242,7 +254,11 @@ class Offload:
     def _bring(self, number: int) -> None:
         """What is computed from now on finds the block in its slot."""
         self._prepare(number)
-        self.streams.wait(self.done[self._slot(number)])
+        slot = self._slot(number)
+        self.streams.wait(self.done[slot])
+        if slot in self._unchanged and self._change:
+            self._change(self.blocks[number])
+        self._unchanged.discard(slot)
 
     def _prepare(self, number: int | None, beside: int | None = None) -> None:
         """Begins to copy a block into its slot, unless it is there or on its way, or block `beside` needs the slot."""
@@ -254,6 +270,7 @@ class Offload:
         self.held[slot] = None  # until the copy has been asked for
         self.done[slot] = self.streams.copy(self.slots[slot][: waiting.layout.num_bytes], waiting.memory)
         self.held[slot] = number
+        self._unchanged.add(slot)
 
 
 class BeforeBackward(torch.autograd.Function):
@@ -326,6 +343,18 @@ def streams_of(device: torch.device) -> Streams:
     return Streams(copying, functools.partial(torch.cuda.current_stream, device), torch.cuda.stream, share)
 
 
+def waiting_memory(num_bytes: int, device: torch.device) -> Tensor:
+    """Memory of the CPU, uint8, pinned where the device is a GPU; then `unpin` must follow.
+
+    Raises:
+        OSError, RuntimeError: there is not as much, or it cannot be pinned.
+    """
+    memory = _memory(num_bytes)
+    if device.type == "cuda":
+        _pin(memory)
+    return memory
+
+
 def _memory(num_bytes: int) -> Tensor:
     """Memory for bytes, of whole pages."""
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
@@ -337,8 +366,9 @@ def _pin(memory: Tensor) -> None:
     torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
 
 
-def _unpin(memories: list[Tensor], streams: Streams) -> None:
-    streams.copying.synchronize()
+def unpin(memories: list[Tensor], copying: Any) -> None:
+    """Gives back what was pinned, when the copies on a stream are done."""
+    copying.synchronize()
     for memory in memories:
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostUnregister(memory.data_ptr()))

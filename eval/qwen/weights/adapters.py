@@ -1,13 +1,15 @@
-"""Which adapters a denoiser has: any number of LoRAs, added up, put on and taken off without touching the base weights."""
+"""Any number of adapters added up, and put beside a denoiser's weights and taken off without touching them.
+
+Beside the weights stand adapters of quantised ones; `fusing.py` puts those of plain weights inside.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from data_prep.errors import InputError
 from eval.request.request import AdapterUse
@@ -16,27 +18,43 @@ from train.model.adapter_files import adapter_file
 from train.model.adapter_reader import LowRank, linear_modules, low_rank_sum, read_adapter
 from train.model.denoiser import Denoiser
 
+Read = Callable[[AdapterUse, Mapping[str, nn.Linear]], Mapping[str, LowRank]]
+"""Reads an adapter for linear modules by their names."""
 
-@torch.no_grad()
-def use_adapters(denoiser: Denoiser, adapters: Sequence[AdapterUse]) -> None:
-    """Replaces whatever adapters the denoiser has by these, added up with their weights. An adapter of weight 0 is none.
+
+def read_file(use: AdapterUse, linear: Mapping[str, nn.Linear]) -> dict[str, LowRank]:
+    """From its file."""
+    return read_adapter(use.path, linear)
+
+
+def added_up(dit: nn.Module, adapters: Sequence[AdapterUse], read: Read = read_file) -> dict[str, LowRank]:
+    """What adapters change, added up with their weights, by the module's name. An adapter of weight 0 is none.
 
     Raises:
-        InputError: a file is missing or no adapter of this transformer, or a DoRA adapter is among several. The denoiser is
-            as before then.
+        InputError: a file is missing or no adapter of this transformer, or a DoRA adapter is among several or for weights
+            that are quantised.
     """
-    used = [use for use in adapters if use.weight != 0]
-    linear = linear_modules(denoiser.dit)
-    read = [(use, read_adapter(use.path, linear)) for use in used]
-    _check_dora(read, linear)
-    combined = {
-        name: low_rank_sum([(adapter[name], use.weight) for use, adapter in read if name in adapter])
+    linear = linear_modules(dit)
+    found = [(use, read(use, linear)) for use in adapters if use.weight != 0]
+    _check_dora(found, linear)
+    return {
+        name: low_rank_sum([(adapter[name], use.weight) for use, adapter in found if name in adapter])
         for name in linear
-        if any(name in adapter for _, adapter in read)
+        if any(name in adapter for _, adapter in found)
     }
+
+
+@torch.no_grad()
+def put_beside(denoiser: Denoiser, parts: Mapping[str, LowRank]) -> None:
+    """Replaces whatever stands beside the denoiser's weights by these, with products in the denoiser's dtype.
+
+    Args:
+        parts: by the module's name; without DoRA, which changes what is there.
+    """
+    assert all(part.magnitude is None for part in parts.values()), "DoRA is fused"
     remove_adapters(denoiser)
-    if combined:
-        _attach(denoiser, combined, dora_weight=used[0].weight)
+    if parts:
+        _attach(denoiser, parts)
 
 
 def remove_adapters(denoiser: Denoiser) -> None:
@@ -48,12 +66,12 @@ def remove_adapters(denoiser: Denoiser) -> None:
         del dit.peft_config
 
 
-def _check_dora(read: list[tuple[AdapterUse, dict[str, LowRank]]], linear: dict[str, nn.Linear]) -> None:
-    for use, adapter in read:
+def _check_dora(found: Sequence[tuple[AdapterUse, Mapping[str, LowRank]]], linear: Mapping[str, nn.Linear]) -> None:
+    for use, adapter in found:
         with_magnitude = [part.magnitude is not None for part in adapter.values()]
         if any(with_magnitude) and not all(with_magnitude):
             raise InputError(f"{adapter_file(use.path)} mixes DoRA and plain LoRA modules, which cannot be loaded")
-        if any(with_magnitude) and len(read) > 1:
+        if any(with_magnitude) and len(found) > 1:
             raise InputError(
                 f"{adapter_file(use.path)} is a DoRA adapter, which rescales the weights and cannot be added to others: "
                 "use it alone"
@@ -65,34 +83,22 @@ def _check_dora(read: list[tuple[AdapterUse, dict[str, LowRank]]], linear: dict[
             )
 
 
-def _attach(denoiser: Denoiser, parts: dict[str, LowRank], dora_weight: float) -> None:
+def _attach(denoiser: Denoiser, parts: Mapping[str, LowRank]) -> None:
     """Injects one LoRA of which each module has its own rank."""
     ranks = {name: part.rank for name, part in parts.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != usual}
-    dora = all(part.magnitude is not None for part in parts.values())
     config = LoraConfig(
-        r=usual, lora_alpha=usual, target_modules=list(parts), rank_pattern=others, alpha_pattern=others, use_dora=dora
+        r=usual, lora_alpha=usual, target_modules=list(parts), rank_pattern=others, alpha_pattern=others
     )
     adapter = inject_lora(denoiser, config, list(parts))
-    adapter.load_state_dict(_state(parts))
+    adapter.load_state_dict(
+        {f"{name}.lora_A.weight": part.down for name, part in parts.items()}
+        | {f"{name}.lora_B.weight": part.up for name, part in parts.items()}
+    )
+    adapter.copy_for_products(denoiser.dit.transformer_blocks, denoiser.dit.img_in.weight.dtype)
+    adapter.refresh()
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
-    if dora and dora_weight != 1:
-        for layer in adapter.layers.values():  # what this part returns is what DoRA adds to the base layer's output
-            layer.lora_magnitude_vector["default"].register_forward_hook(_times(dora_weight))
-
-
-def _times(weight: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook."""
-    return lambda module, args, output: weight * output
-
-
-def _state(parts: dict[str, LowRank]) -> dict[str, Tensor]:
-    """The names of `Adapter.state_dict`."""
-    state = {}
-    for name, part in parts.items():
-        state |= {f"{name}.lora_A.weight": part.down, f"{name}.lora_B.weight": part.up}
-        if part.magnitude is not None:
-            state[f"{name}.lora_magnitude_vector.weight"] = part.magnitude.flatten()
-    return state
+    for copy, weight in zip(*adapter.copies, strict=True):  # nothing is trained: what is multiplied is enough
+        weight.data = copy

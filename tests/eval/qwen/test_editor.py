@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from data_prep.model.encoders import PromptEncoder
+from data_prep.model.encoders import VAE, PromptEncoder
 from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import open_image
 from data_prep.rows.rows import EMPTY_PROMPT
@@ -19,8 +19,8 @@ from eval.qwen.editor import Editor
 from eval.qwen.encoding import RequestEncoder, join_edits
 from eval.qwen.modes import choose_sampler
 from eval.qwen.samplers import BridgeSampler, FlowSampler
-from eval.qwen.weights.components import Placement
 from eval.request.metadata import DEFAULT_GEOMETRY, trained_geometry
+from eval.request.placement import Placement
 from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter
 from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_image, write_rows
@@ -78,11 +78,12 @@ def test_it_encodes_as_the_cache_does(editor, tiny_model_dir, tmp_path):
     cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 3)), tmp_path / "cache", tiny_model_dir, negative=True)
     for record in CacheReader(tmp_path / "cache"):
         images = [open_image(path) for path in record.row["edit_image"]]
-        with editor.components.encoders() as (vae, prompt_encoder):
-            encoder = RequestEncoder(vae, prompt_encoder, GEOMETRY, torch.device("cpu"))
+        with editor.components.encoders() as encoders:
+            encoder = RequestEncoder(lambda encoders=encoders: encoders, GEOMETRY, torch.device("cpu"))
             size = GEOMETRY.target_size(Size.of(images[0]))
             negative = record.row["negative_prompt"] or EMPTY_PROMPT
-            edit = encoder.encode(images, record.row["prompt"], negative, size).edit
+            edit = encoder.encode(images, record.row["prompt"], negative, size, white=True).edit
+        assert edit.sub_noise is not None
         assert torch.allclose(edit.source_latents[0], record.source_latents, atol=1e-5)
         assert torch.allclose(edit.sub_noise[0], record.sub_noise, atol=1e-5)
         assert torch.allclose(edit.condition.prompt_emb[0], record.prompt_emb, atol=1e-5)
@@ -127,8 +128,8 @@ def test_what_cannot_go_together_has_another_key(editor, source, flow):
 
 
 def test_joined_instructions_are_padded_and_masked(editor, source):
-    with editor.components.encoders() as (vae, prompt_encoder):
-        encoder = RequestEncoder(vae, prompt_encoder, SMALL, torch.device("cpu"))
+    with editor.components.encoders() as encoders:
+        encoder = RequestEncoder(lambda: encoders, SMALL, torch.device("cpu"))
         edits = [encoder.encode([source], prompt, " ", Size(32, 64)).edit for prompt in ("a", "a much longer one")]
     joined = join_edits(edits)
     lengths = [each.condition.prompt_emb.shape[1] for each in edits]
@@ -156,6 +157,22 @@ def test_prompt_adapters_and_weights_decide_the_picture(editor, source, bridge, 
     assert same(plain, edited(cfg_scale=1.0))  # nothing of the adapters is left behind
 
 
+def test_a_picture_of_a_fused_adapter_is_that_of_one_beside_the_weights(tiny_model_dir, source, bridge):
+    """In float32 within a grey level. In bfloat16, whose products are rounded either way, it is as near to float32's picture:
+    measured 50.3 and 49.7 dB for a bridge in 4 steps, 48.1 and 48.3 for flow matching in 8."""
+
+    def edited(dtype: torch.dtype, fused: bool) -> Image.Image:
+        editor = Editor(ModelDirectory.resolve(tiny_model_dir), Placement(dtype=dtype), SMALL)
+        with editor.components.denoiser():
+            editor.components._fused = editor.components._fused if fused else None
+        return editor.edit(request(source, adapters=(AdapterUse(bridge),), steps=4))[0].image
+
+    plain = edited(torch.float32, fused=False)
+    assert difference(edited(torch.float32, fused=True), plain) <= 1
+    rounded = {fused: psnr(edited(torch.bfloat16, fused), plain) for fused in (True, False)}
+    assert rounded[True] > max(44, rounded[False] - 2)
+
+
 def test_adapters_of_two_objectives_are_refused(editor, source, bridge, flow, tmp_path):
     foreign = tmp_path / "lightning.safetensors"  # whose header says nothing
     save_file(load_file(flow / "adapter_model.safetensors"), foreign)
@@ -174,7 +191,7 @@ def test_a_switch_of_adapters_that_fails_is_known(editor, source, bridge, flow, 
 
     before = edited()
     with monkeypatch.context() as broken:
-        broken.setattr("eval.qwen.weights.adapters.inject_lora", lambda *_: (_ for _ in ()).throw(MemoryError))
+        broken.setattr("eval.qwen.weights.fusing.fused_weight", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             editor.edit(request(source, adapters=(AdapterUse(flow),)))
     assert same(edited(), before)
@@ -190,6 +207,18 @@ def test_a_request_is_refused_before_anything_is_loaded(tiny_model_dir, source, 
     assert editor.components.loaded == set()
 
 
+def test_preload_loads_what_the_first_edit_needs(tiny_model_dir, flow, monkeypatch):
+    model = ModelDirectory.resolve(tiny_model_dir)
+    editor = Editor(model, FLOAT, SMALL)
+    editor.preload([AdapterUse(flow)])
+    assert editor.components.loaded == {"vae", "prompt_encoder", "denoiser"}
+    monkeypatch.setattr("eval.qwen.weights.components.read_file", None)  # the adapter is there too
+    with editor.components.denoiser([AdapterUse(flow)]):
+        pass
+    with pytest.raises(InputError, match="--preload loads what --offload model on a CPU frees again"):
+        Editor(model, Placement(offload="model"), SMALL).preload()
+
+
 def test_img2img_stays_nearer_with_less_strength(editor, source):
     fitted = fit(source, Size(32, 64))
     values = {"mode": "img2img", "steps": 10, "cfg_scale": 1.0}
@@ -203,14 +232,69 @@ def test_img2img_stays_nearer_with_less_strength(editor, source):
 def test_no_instruction_is_a_space_wherever_one_is_needed(editor, source, monkeypatch):
     """As it was in training: for a variation, as the empty condition of an inversion, and as what guidance leads away from."""
     seen = []
-    encode = PromptEncoder.encode
+    encode = RequestEncoder._condition
     monkeypatch.setattr(
-        PromptEncoder, "encode", lambda self, prompt, images: seen.append(prompt) or encode(self, prompt, images)
+        RequestEncoder, "_condition", lambda self, prompt, images: seen.append(prompt) or encode(self, prompt, images)
     )
     for values in ({"mode": "variation", "prompt": "", "steps": 2}, {"mode": "invert"}, {"negative_prompt": ""}):
         editor.edit(request(source, **values))
     assert set(seen) == {"x", " "}
     assert seen.count(" ") == 5  # the variation's two, the inversion's two, and the edit's one
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """What the encoders are given, in order."""
+    seen = []
+    embed, encode = PromptEncoder.encode, VAE.encode
+    monkeypatch.setattr(
+        PromptEncoder, "encode", lambda self, prompt, images: seen.append(prompt) or embed(self, prompt, images)
+    )
+
+    def watched(self, pixels):
+        seen.append("white" if bool((pixels == 1).all()) else "image")
+        return encode(self, pixels)
+
+    monkeypatch.setattr(VAE, "encode", watched)
+    return seen
+
+
+def test_what_was_encoded_is_not_encoded_again(tiny_model_dir, source, encoded):
+    """The next seed, another guidance and the same picture from another file cost nothing; other contents are encoded."""
+    editor = Editor(ModelDirectory.resolve(tiny_model_dir), FLOAT, SMALL)
+    first = editor.edit(request(source, seed=1))[0]
+    assert encoded == ["image", "x", " "]
+    for values in ({"seed": 2}, {"cfg_scale": 1.0}, {"images": [source.copy()], "steps": 3}, {"mode": "invert"}):
+        editor.edit(request(source, **values))
+    assert same(editor.edit(request(source, seed=1))[0].image, first.image)
+    assert encoded == ["image", "x", " "]
+    changed = source.copy()
+    changed.putpixel((0, 0), (1, 2, 3))
+    for values, new in [
+        ({"prompt": "y"}, ["y"]),
+        ({"size": Size(64, 96)}, ["image"]),
+        ({"images": [changed]}, ["image", "x", " "]),
+        ({"images": [source, changed]}, ["x", " "]),  # both pictures are known, together they are another instruction
+    ]:
+        encoded.clear()
+        editor.edit(request(source, **values))
+        assert encoded == new
+    editor.components.free()
+    encoded.clear()
+    editor.edit(request(source, seed=3))
+    assert "prompt_encoder" not in editor.components.loaded  # nothing was to be encoded
+
+
+def test_white_is_encoded_where_a_bridge_starts_there_once_a_size(tiny_model_dir, source, bridge, encoded):
+    editor = Editor(ModelDirectory.resolve(tiny_model_dir), FLOAT, SMALL)
+    use = {"adapters": (AdapterUse(bridge),)}
+    editor.edit(request(source, **use))
+    assert "white" not in encoded
+    for prompt in ("x", "y"):
+        editor.edit(request(source, **use, sampler="bridge-white", prompt=prompt))
+    assert encoded.count("white") == 1
+    editor.edit(request(source, **use, sampler="bridge-white", size=Size(64, 96)))
+    assert encoded.count("white") == 2
 
 
 def test_steps_that_were_not_trained_are_noted_before_anything_is_loaded(editor, source, bridge, tmp_path):

@@ -269,6 +269,60 @@ def test_a_failure_costs_its_own_row_alone(photos, tmp_path, capsys, batch_size)
     assert f"row 2 ({photos}/photo1.png): out of memory" in shown
 
 
+@pytest.fixture
+def editors(monkeypatch) -> list[Editor]:
+    """Those that tables have opened."""
+    opened, original = [], Base.open
+    monkeypatch.setattr(Base, "open", lambda *args: opened.append(original(*args)) or opened[-1])
+    return opened
+
+
+def test_an_offloaded_model_is_moved_once_a_window(photos, tiny_model_dir, tmp_path, editors):
+    """The pictures of a model that stays, bit for bit, though two adapters alternate."""
+    write_adapter(photos / "flow", tiny_model_dir, "flow", SMALL)
+    adapters = [str(photos / name) for name in ("bridge", "flow")]
+    rows = [
+        {
+            "image": f"photo{number}.png",
+            "prompt": "x",
+            "adapter": adapters[number % 2],
+            "steps": 2,
+            "cfg_scale": 1 if number % 2 else "",
+        }
+        for number in range(4)
+    ]
+    table = Table(write_table(photos / "alternating.csv", rows), photos, None, (), False)
+    base = Base(str(tiny_model_dir), None, SizeLimits())
+    for name, offload in [("here", "none"), ("away", "model")]:
+        edit_table(table, {}, base, "cpu", {"dtype": "float32", "offload": offload}, 1, 2, "raise", tmp_path / name)
+    here, away = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("here", "away")
+    )
+    assert len(here) == 4
+    assert away == here
+    here, away = (editor.components.moves for editor in editors)
+    assert here == {"vae": 1, "prompt_encoder": 1, "denoiser": 1}
+    assert away == {"vae": 3, "prompt_encoder": 2, "denoiser": 2}  # two windows; the VAE stays between them
+
+
+@pytest.mark.parametrize("window", [1, 4, 16])
+def test_a_window_loses_no_row_but_the_bad_one(photos, tmp_path, window):
+    prompts = ["p0", "memory", "p2", "p3", "p4", "bug"]
+    rows = [{"image": f"photo{number}.png", "prompt": prompt} for number, prompt in enumerate(prompts)]
+    jobs, handed = jobs_of(write_table(tmp_path / "jobs.csv", rows), photos), []
+
+    class Watched(Copies):
+        def edit_groups(self, groups):
+            handed.append(sum(map(len, groups)))
+            return super().edit_groups(groups)
+
+    summary = run_jobs(jobs, JobFiles(nothing), Watched(), tmp_path / "out", window=window)
+    assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0", "p2", "p3", "p4"]
+    assert [row.number for row in summary.failures] == [2, 6]
+    assert handed[0] == min(window, 6)
+    assert len(handed) <= 11  # every half of a half: 2 n - 1
+
+
 @dataclass(frozen=True)
 class CopiesBase(Base):
     def open(self, placement: Placement) -> BaseEditor:
@@ -280,7 +334,7 @@ def test_a_mistake_of_the_program_is_never_skipped(photos, tmp_path, capsys):
     rows = write_table(tmp_path / "jobs.csv", rows)
     table, base = Table(rows, photos, None, (), False), CopiesBase("copies", None, SizeLimits())
     with pytest.raises(typer.Exit) as ended:
-        edit_table(table, {}, base, "cpu", {"dtype": "float32"}, 1, "skip", tmp_path / "out")
+        edit_table(table, {}, base, "cpu", {"dtype": "float32"}, 1, 16, "skip", tmp_path / "out")
     assert ended.value.exit_code == 1
     assert "2 of 3 rows failed" in capsys.readouterr().err
     assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0"]

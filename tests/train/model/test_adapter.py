@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from eval.qwen.weights.adapters import use_adapters
 from eval.request.metadata import read_metadata
 from eval.request.request import AdapterUse
+from tests.adapters import fuse_adapters, use_adapters
 from tests.train.model.test_denoiser import make_condition, run_reference
 from train.config import DEFAULT_TARGETS as TARGETS
 from train.model.adapter import Adapter, attach_lora, match_modules
@@ -180,7 +180,7 @@ def test_dora_loads_back(tiny_model_dir, tmp_path):
     denoiser = fresh(tiny_model_dir)
     trained(denoiser, dora=True).export(tmp_path, {})
     other = fresh(tiny_model_dir)
-    use_adapters(other, [AdapterUse(tmp_path)])
+    fuse_adapters(other, [AdapterUse(tmp_path)])
     assert close(other(*inputs(other)), denoiser(*inputs(denoiser)))
 
 

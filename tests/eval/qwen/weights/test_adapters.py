@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
-from eval.qwen.weights.adapters import linear_modules, remove_adapters, use_adapters
+from eval.qwen.weights.adapters import linear_modules, remove_adapters
 from eval.request.request import AdapterUse
+from tests.adapters import fuse_adapters, use_adapters
 from tests.train.model.test_adapter import close, fresh, inputs, trained
 from train.model.denoiser import Denoiser
 
@@ -81,9 +82,8 @@ def test_dora_alone_with_a_weight(adapters, denoiser, base):
     """DoRA replaces W by m·(W + BA)/‖W + BA‖; half of it is half of that change."""
     tensors = load_file(adapters["dora"] / "adapter_model.safetensors")
     plain = {name: module.weight.clone() for name, module in linear_modules(denoiser.dit).items()}
-    use_adapters(denoiser, [AdapterUse(adapters["dora"], 0.5)])
+    fuse_adapters(denoiser, [AdapterUse(adapters["dora"], 0.5)])
     found = velocity(denoiser)
-    remove_adapters(denoiser)
     for name, weight in plain.items():
         key = f"diffusion_model.{name}"
         if f"{key}.lora_A.weight" in tensors:
