@@ -19,6 +19,14 @@ settings.register_profile("suite", deadline=None)  # an example may take its tim
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`-m gpu` is one process, which has the GPU to itself, and asks no hub."""
+    if config.option.markexpr == "gpu":
+        config.option.numprocesses = 0
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the longest tests first, so that no worker begins one when the others are done."""
     weights: dict[Path, int] = {}
