@@ -17,10 +17,13 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -41,7 +44,9 @@ PARTS = {
     **dict.fromkeys(("cache", "lbm", "sft", "resume"), "training"),
     **dict.fromkeys(("edits", "speed"), "using"),
 }
-"""Name -> the module whose function `check_NAME` it is. It is imported in the part's own process: some of what it needs wakes a GPU."""
+"""Name -> the module whose function `check_NAME` it is, imported in the part's own process: some of what it needs wakes a GPU."""
+LAST_LINES = 6
+"""Of the log of a command that failed, on the page."""
 SHORT = {"2511": "Qwen/Qwen-Image-Edit-2511", "2509": "Qwen/Qwen-Image-Edit-2509"}
 PACKAGES = ("torch", "diffsynth", "diffusers", "transformers", "peft")
 
@@ -91,7 +96,8 @@ def in_a_process(part: str, options: Options, key: str) -> Findings:
 
 def work(part: str, options: Options, key: str) -> None:
     """The part, in its own process: what it and its children print goes to its log, and what it has found to its file."""
-    with (options.out / "logs" / f"{part}.log").open("w") as log:
+    file = options.out / "logs" / f"{part}.log"
+    with file.open("w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32
@@ -99,13 +105,14 @@ def work(part: str, options: Options, key: str) -> None:
         try:
             module = importlib.import_module(f"scripts.acceptance.{PARTS[part]}")
             getattr(module, f"check_{part}")(options, findings)
+        except subprocess.CalledProcessError as error:
+            last = file.read_text(errors="replace").splitlines()[-LAST_LINES:]
+            findings.error = "\n".join([f"{shlex.join(error.cmd)} ended with {error.returncode}", *last])
         except Exception as error:  # the page says what it was
             traceback.print_exc()
             findings.error = f"{type(error).__name__}: {error}"
         findings.seconds = time.perf_counter() - start
         findings.save(options.out)
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def options_of(arguments: argparse.Namespace) -> Options:

@@ -131,7 +131,7 @@ def table(results: Sequence[Findings]) -> str:
             for check in result.checks
         ]
         if result.error:
-            lines.append(f"    {result.error.splitlines()[-1]}")
+            lines += [f"    {line}" for line in result.error.splitlines()]
     good = sum(result.passed for result in results)
     return "\n".join([*lines, f"{good} of {len(results)} parts passed"])
 

@@ -48,11 +48,9 @@ def run(command: Sequence[Any]) -> None:
     """Runs it to its end; what it prints goes to this part's log.
 
     Raises:
-        RuntimeError: it failed.
+        subprocess.CalledProcessError: it failed.
     """
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}")
+    subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
 
 
 def overrides(options: Options, recipe: str, name: str, *more: str) -> list[str]:
@@ -133,7 +131,8 @@ def check_cache(options: Options, findings: Findings) -> None:
     plan = planned(options, "lbm")
     findings.figure("MB of a record", size_of(folder) / len(records) / 1e6, plan.cache_bytes / NUM_ROWS / 1e6)
     findings.figure("seconds, with starting and loading", seconds)
-    findings.figure("GiB on the GPU, planned", plan.cache_phase.total / GIB)
+    if options.device == "cuda":
+        findings.figure("GiB on the GPU, planned", plan.cache_phase.total / GIB)
 
 
 def size_of(folder: Path) -> int:
@@ -170,11 +169,11 @@ def check_recipe(options: Options, findings: Findings, recipe: str) -> None:
     still = [name for name, norm in learned.items() if not 0 < norm < math.inf]
     findings.holds("every module has learned", not still, still[0] if still else "")
     later = sorted(step["seconds/step"] for step in steps[1:] or steps)
-    findings.figure("seconds of a step, median", later[len(later) // 2], plan.seconds_per_step)
+    on_gpu = options.device == "cuda"  # which is what is planned for
+    findings.figure("seconds of a step, median", later[len(later) // 2], plan.seconds_per_step if on_gpu else None)
     findings.figure("seconds of the first step", steps[0]["seconds/step"])
-    peak, total = max(step["memory_peak_gib"] for step in steps), plan.memory.total / GIB
-    if options.device == "cuda":
-        low, high = MEMORY
+    if on_gpu:
+        peak, total, (low, high) = max(step["memory_peak_gib"] for step in steps), plan.memory.total / GIB, MEMORY
         findings.figure("GiB on the GPU, at most", peak, total)
         findings.holds("measured over planned memory", low < peak / total < high, peak / total, f"{low} to {high}")
     findings.figure("MB of the adapter", (checkpoint / "adapter_model.safetensors").stat().st_size / 1e6)

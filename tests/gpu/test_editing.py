@@ -38,7 +38,7 @@ LEVELS = 2
 BF16 = 38.0
 """dB between pictures that are computed in bfloat16 and in float32, at the least. Measured on the CPU: 41 to 49."""
 ROUNDED = {"int8": 46.0, "fp8": 36.0, "nf4": 25.0, "gguf": 44.0}
-"""dB between pictures of rounded and of full weights, at the least. Measured on the CPU: 52, 40, 28 and 49, three dB more, which are a
+"""dB between pictures of rounded and of full weights, at the least. Measured on the CPU: 52, 40, 28 and 49. Three dB are a
 factor of 1.4 in the error."""
 ROUNDED_IN_BF16 = {"int8": 35.0, "fp8": 32.0, "nf4": 25.0, "gguf": 36.0}
 """The same, computed in bfloat16: 38, 36, 28 and 40. A GPU that multiplies int8 and fp8 rounds activations as it does weights."""

@@ -185,7 +185,7 @@ def test_validation(trainings, device, name):
 
 
 ROUNDINGS = {"float32": 2**-8, "bfloat16": 0.05}
-"""Of a cached tensor, relative to its largest value. Records are in bfloat16, of which a number may become its neighbour; computed
+"""Of a cached tensor, relative to its largest value. Records are in bfloat16, where a number may become its neighbour; computed
 in bfloat16, the encoders' layers round too, by 3 % on the CPU."""
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from scripts.acceptance import fidelity  # here once, and not in every part
 from scripts.acceptance.accept import PARTS, main, parse_arguments
 from scripts.acceptance.findings import Findings, read
 from tests.children import ROOT, run
 from tests.commands import warm_programs
+from train.model.denoiser import load_denoiser
 
-SMALL = ["--side", "64", "--rank", "4", "--train-steps", "6", "--base-steps", "2", "--tiny", "--device", "cpu"]
+SMALL = ["--side", "64", "--rank", "4", "--train-steps", "5", "--base-steps", "2", "--tiny", "--device", "cpu"]
 
 
 def accept(model: Path, out: Path, *more: str) -> bool:
@@ -77,23 +79,21 @@ def test_a_changed_weight_is_found_and_the_other_parts_go_on(tiny_model_dir, tmp
 
 def test_another_velocity_is_found(tiny_model_dir, tmp_path, monkeypatch):
     """Reference tokens modulated as the others are, as 2509 has it."""
-    monkeypatch.setattr("scripts.acceptance.fidelity.load_denoiser", load_without_zero_cond_t)
+    monkeypatch.setattr(fidelity, "load_denoiser", load_without_zero_cond_t)
     assert not accept(tiny_model_dir, tmp_path, "--only", "velocity")
     found = read(tmp_path, "velocity")
     assert [check.passed for check in found.checks if check.passed is not None] == [False, False]
 
 
 def load_without_zero_cond_t(*arguments):
-    from train.model.denoiser import load_denoiser
-
     denoiser = load_denoiser(*arguments)
     denoiser.zero_cond_t = False
     return denoiser
 
 
 def test_a_part_that_dies_leaves_the_others(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("scripts.acceptance.fidelity.check_velocity", lambda *_: os.kill(os.getpid(), 9))
-    monkeypatch.setattr("scripts.acceptance.fidelity.load_vae", lambda *_: 1 / 0)
+    monkeypatch.setattr(fidelity, "check_velocity", lambda *_: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(fidelity, "load_vae", lambda *_: 1 / 0)
     only = [word for part in ("velocity", "vae", "files") for word in ("--only", part)]
     assert not accept(tiny_model_dir, tmp_path, *only)
     assert "ended from outside" in read(tmp_path, "velocity").error
@@ -101,6 +101,17 @@ def test_a_part_that_dies_leaves_the_others(tiny_model_dir, tmp_path, monkeypatc
     assert read(tmp_path, "files").passed
     assert "division by zero" in (tmp_path / "logs/vae.log").read_text()
     assert "1 of 3 parts passed" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_is_quoted(tiny_model_dir, tmp_path, monkeypatch):
+    """What it said last is on the page."""
+    monkeypatch.setenv("NPROC", "three")
+    assert not accept(tiny_model_dir, tmp_path, "--only", "cache")
+    error = read(tmp_path, "cache").error
+    assert "launch.sh" in error
+    assert "ended with 2" in error
+    assert "NPROC must be a positive whole number, got 'three'" in error
+    assert "got &#39;three&#39;" in (tmp_path / "accept.html").read_text()
 
 
 def test_a_part_without_a_check_has_not_passed():
