@@ -282,7 +282,7 @@ def encode_theirs(
 
 @torch.no_grad()
 def check_vae(options: Options, findings: Findings) -> None:
-    """A photograph to latents, and these latents back."""
+    """A photograph to latents, and normal latents to pixels."""
     model, dtype, device = ModelDirectory.resolve(options.model), getattr(torch, options.dtype), options.device
     photograph = photographs.load(photographs.HELD_OUT[0]).resize(
         (options.side, options.side), Image.Resampling.LANCZOS
@@ -293,14 +293,15 @@ def check_vae(options: Options, findings: Findings) -> None:
     for place, what in enumerate(("latents", "pixels")):
         mine, theirs = exact[0][place], exact[1][place]
         compare(findings, what, options.dtype, theirs, mine, rounded[0][place], rounded[1][place], FLOAT32_VAE)
-    error = (exact[0][1].clamp(-1, 1) - pixels).square().mean() / 4
-    findings.figure("photograph through the VAE and back, dB", float(-10 * error.log10()))
+    vae = load_vae(model, device, torch.float32)
+    error = (vae.decode(exact[0][0]).clamp(-1, 1) - pixels).square().mean() / 4
+    findings.figure("the photograph through the VAE and back, PSNR in dB", float(-10 * error.log10()))
 
 
 def encode_and_decode(
     model: ModelDirectory, device: str, dtype: torch.dtype, pixels: Tensor
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Latents and pixels of ours, and of diffusers'. The latents that are decoded are the same for both, and for every dtype."""
+    """Latents and pixels of ours, and of diffusers'. What is decoded is the same for both, and in every dtype."""
     from diffusers import AutoencoderKLQwenImage
 
     ours = load_vae(model, device, dtype)
