@@ -81,7 +81,7 @@ VARIANTS = {
     "prodigy": Variant(
         ("optim=prodigy",), "train/test_run.py::test_killed_and_continued_equals_uninterrupted", rounding=9
     ),
-    "flow": Variant(("loss=flow"), "train/test_run.py::test_variants_train", rounding=9),
+    "flow": Variant(("loss=flow",), "train/test_run.py::test_variants_train", rounding=9),
     "bf16": Variant(("model.dtype=bfloat16",), STRATEGIES + "test_bf16_within_its_rounding", BF16, BF16),
     **{name: Variant((f"model.weights={name}",), FROZEN, ORDER, rounding) for name, rounding in ROUNDED.items()},
     # where a GPU multiplies in 8 bits, which rounds activations too
