@@ -101,7 +101,7 @@ def work(part: str, options: Options, key: str) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32
-        findings, start = Findings(part, key, device=device_name(options)), time.perf_counter()
+        findings, start = Findings(part, key), time.perf_counter()
         try:
             module = importlib.import_module(f"scripts.acceptance.{PARTS[part]}")
             getattr(module, f"check_{part}")(options, findings)
@@ -112,6 +112,7 @@ def work(part: str, options: Options, key: str) -> None:
             traceback.print_exc()
             findings.error = f"{type(error).__name__}: {error}"
         findings.seconds = time.perf_counter() - start
+        findings.device = device_name(options)  # last: it takes some of the card's memory
         findings.save(options.out)
 
 
