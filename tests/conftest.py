@@ -30,6 +30,14 @@ OF_A_MODEL = {"tiny_model_dir", "tiny_pairs", "tiny_cache"}
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`-m gpu` is one process, which has the GPU to itself, and asks no hub."""
+    if config.option.markexpr == "gpu":
+        config.option.numprocesses = 0
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs a model or several processes is slow; and files with the longest tests come first, so that no worker begins
     one when the others are done."""
