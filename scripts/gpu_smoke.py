@@ -134,7 +134,7 @@ def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folde
         read_rows(folder / "rows.json"),
         geometry,
         lambda: Encoders(RandomVae(), RandomPrompts(width)),
-        Path(config.cache.dir) / "train",
+        config.cache.dir,
         fingerprint=model.fingerprint(*ENCODERS),
         rejected_path=folder / "rejected.jsonl",
     )

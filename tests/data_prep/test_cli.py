@@ -12,7 +12,7 @@ from scripts.photographs import SKIMAGE_DATA
 from tests.children import PATIENCE, started, wait_until
 from tests.commands import run_script
 
-COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "check")
+COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "cache", "check")
 
 
 def test_help_lists_every_command():

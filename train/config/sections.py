@@ -64,8 +64,8 @@ class DataConfig:
 class CacheConfig:
     """Phase 1."""
 
-    dir: str = "${run_dir}/cache"
-    """Where the cache is; runs may share one."""
+    dir: str = "cache"
+    """Where the cache is. All runs share it: whatever one has encoded, no other encodes again."""
     batch_size: int = 4
     """Number of images of one size that the VAE encodes together."""
     shard_size: int = 64

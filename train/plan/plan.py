@@ -4,9 +4,8 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_prep.cache.reader import CacheReader
+from data_prep.cache.index import DatasetDigest
 from data_prep.cache.sizes import Bucket, DatasetSizes, cached_sizes, estimated_sizes, num_tokens
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
@@ -192,15 +191,16 @@ def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
     Raises:
         InputError: the dataset cannot be read, or none of its rows can be used.
     """
-    geometry, folder = geometry_of(config), Path(config.cache.dir) / "train"
-    with contextlib.suppress(InputError):
-        CacheReader(folder, geometry=geometry)
-        return cached_sizes(folder)
+    geometry, dropout = geometry_of(config), config.data.caption_dropout > 0
     assert config.data.dataset is not None
-    rows = read_rows(config.data.dataset, config.data.root)
+    rows = [
+        row for row in read_rows(config.data.dataset, config.data.root) if isinstance(row, Row) and row.split == "train"
+    ]
+    with contextlib.suppress(InputError):
+        return cached_sizes(config.cache.dir, str(DatasetDigest(rows)), geometry=geometry, caption_dropout=dropout)
     vision = model.config("text_encoder").get("vision_config", {})
     side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-    return estimated_sizes((r for r in rows if isinstance(r, Row) and r.split == "train"), geometry, side)
+    return estimated_sizes(rows, geometry, side)
 
 
 def make_plan(
