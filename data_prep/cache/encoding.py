@@ -28,8 +28,10 @@ class ImageEncoder(Protocol):
 class TextEncoder(Protocol):
     """Qwen2.5-VL with the edit template."""
 
-    def encode(self, prompt: str, images: list[Image.Image]) -> Tensor:
-        """An instruction and images at their vision size -> hidden states (L, D)."""
+    def encode_many(
+        self, requests: Sequence[tuple[str, list[Image.Image]]], batch_size: int
+    ) -> list[Tensor | BadPrompt]:
+        """Instructions with images at their vision size -> hidden states (L, D) of each, or why there are none."""
         ...
 
 
@@ -136,16 +138,18 @@ def encode_rows(prepared: Sequence[PreparedRow], encoders: Encoders, dtype: torc
 
     Args:
         dtype: what tensors are stored as.
+        batch_size: of instructions too, where the text encoder takes several at once.
     """
     encoded = Encoded([], [], {})
-    for each in prepared:
-        for key, prompt in each.lacking.texts.items() if each.vision else ():
-            try:
-                embedding = encoders.prompt_encoder.encode(prompt, each.vision)
-            except BadPrompt as error:
-                encoded.failures[key] = Failure("", str(error))
-            else:
-                encoded.texts.append({"key": key, "prompt_emb": to_arrow(embedding.to(dtype))})
+    requests = {
+        key: (text, each.vision) for each in prepared if each.vision for key, text in each.lacking.texts.items()
+    }
+    embeddings = encoders.prompt_encoder.encode_many(list(requests.values()), batch_size)
+    for key, embedding in zip(requests, embeddings, strict=True):
+        if isinstance(embedding, BadPrompt):
+            encoded.failures[key] = Failure("", str(embedding))
+        else:
+            encoded.texts.append({"key": key, "prompt_emb": to_arrow(embedding.to(dtype))})
     with_images = [(each.lacking, each.images) for each in prepared if each.images]
     latents = _encode_images([image for _, images in with_images for image in images.encoded], encoders.vae, batch_size)
     latents = {name: latent.to(dtype) for name, latent in latents.items()}

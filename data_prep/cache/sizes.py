@@ -72,6 +72,8 @@ class DatasetSizes:
     num_rows: int
     origin: str
     """Where this is from, in words."""
+    cached: bool = False
+    """Whether these are records."""
 
     @functools.cached_property
     def _groups(self) -> dict[tuple[Size, tuple[Size, ...], int | None], list[int]]:
@@ -129,7 +131,7 @@ def cached_sizes(
     latents = {bucket: _bucket_sizes(bucket) for bucket in lines.column("bucket").unique().to_pylist()}
     one = functools.cache(lambda bucket, tokens: RowSize(*latents[bucket], tokens))  # a large dataset has few of them
     rows = map(one, *(column.to_pylist() for column in lines.select(["bucket", "text_tokens"]).columns))
-    return DatasetSizes(tuple(rows), len(lines), f"the cache at {folder}")
+    return DatasetSizes(tuple(rows), len(lines), f"the cache at {folder}", cached=True)
 
 
 def _bucket_sizes(bucket: str) -> tuple[Size, tuple[Size, ...]]:

@@ -249,7 +249,9 @@ def test_another_dataset_than_the_cached_one_is_refused_with_what_mends_it(comma
     rows = json.loads((tiny_pairs / "train.json").read_text())
     (tmp_path / "train.json").write_text(json.dumps([{**rows[0], "prompt": "another"}, *rows[1:]]))
     data = [f"data.dataset={tmp_path}/train.json", f"data.root={tiny_pairs}", "phases=[train]"]
-    with pytest.raises(InputError, match=r"has no index of this dataset as its file is now, .*: run with phases=\[cache,"):
+    with pytest.raises(
+        InputError, match=r"has no index of this dataset as its file is now, .*: run with phases=\[cache,"
+    ):
         run(compose(command(tmp_path, *data)[1:]))
 
 

@@ -65,9 +65,9 @@ class CacheConfig:
     """Phase 1."""
 
     dir: str = "cache"
-    """Where the cache is. All runs share it: whatever one has encoded, no other encodes again."""
+    """The folder of the cache. All runs share it: what one has encoded, no other encodes again."""
     batch_size: int = 4
-    """Number of images of one size that the VAE encodes together."""
+    """Number of images of one size that the VAE encodes together, and on a GPU of instructions of one length."""
     shard_size: int = 64
     """Records per file, which is the most work that is lost when caching is killed."""
     workers: int = 8

@@ -24,7 +24,7 @@ from train.plan.planner import (
     lora_sizes,
     utilisation,
 )
-from train.plan.speed import GIGA, LINK_BUSY, Step
+from train.plan.speed import GIGA, LINK_BUSY, UTILISATION, Step
 
 SHOWN_BUCKETS = 5
 
@@ -50,6 +50,8 @@ class Plan:
     cache_phase: Memory
     """Of phase 1."""
     cache_bytes: int
+    caching_flops: float | None
+    """Of phase 1, for each row; None where every row is cached."""
     checkpoint_bytes: int
     """Of one."""
     num_checkpoints: int
@@ -134,6 +136,7 @@ class Plan:
             f"  disk       {_size(self.cache_bytes)} cache, {self.num_checkpoints} checkpoints of "
             f"{_size(self.checkpoint_bytes)} (one more while saving)"
         )
+        yield from self._caching()
         yield from self._time()
         if self.faster:
             yield f"  faster     {self.faster.settings}, with about {self.faster.seconds:.3g} s a step"
@@ -164,6 +167,18 @@ class Plan:
             yield f"  links      each GPU receives {_transfer(step.reduced, gpu.link)} of LoRA over {link}, when it has computed"
         if self.world_size > gpu.per_machine:
             yield f"  links      what leaves a machine of {gpu.per_machine} GPUs is slower than this plan knows"
+
+    def _caching(self) -> Iterator[str]:
+        """What phase 1 has to do, and how long it takes at an assumed share of the peak."""
+        if self.caching_flops is None or self.gpu.tflops is None or self.dtype != "bfloat16":
+            return
+        share = UTILISATION["plain"]
+        seconds = self.data.num_rows * self.caching_flops / (self.gpu.tflops * 1e12 * share) / self.world_size
+        if seconds >= 1:  # the encoders take longer to load
+            yield (
+                f"  caching    {self.caching_flops / 1e12:.3g} TFLOP a row: about {_duration(seconds)} at {share:.0%} of peak, "
+                "if files are read as fast; an estimate, not measured"
+            )
 
     def _time(self) -> Iterator[str]:
         samples = _plural(self.samples_per_step, "sample")
@@ -244,6 +259,7 @@ def make_plan(
         memory=planner.training(config, world_size, gpu),
         cache_phase=cache_phase,
         cache_bytes=planner.cache_bytes(config),
+        caching_flops=None if data.cached else planner.caching_flops(config),
         checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
         decided=decided,

@@ -172,8 +172,12 @@ def test_whatever_a_row_says_is_in_its_records(change, build, tmp_path):
 
 def test_a_folder_serves_many_datasets_and_says_which_it_has(tmp_path, tiny_model_dir, counted):
     rows, cache = write_rows(tmp_path, 3), tmp_path / "cache"
-    one = cache_dataset(write_dataset(tmp_path, rows[:2]), cache, tiny_model_dir, name="one.json", load_encoders=counted)
-    two = cache_dataset(write_dataset(tmp_path, rows[1:]), cache, tiny_model_dir, name="two.json", load_encoders=counted)
+    one = cache_dataset(
+        write_dataset(tmp_path, rows[:2]), cache, tiny_model_dir, name="one.json", load_encoders=counted
+    )
+    two = cache_dataset(
+        write_dataset(tmp_path, rows[1:]), cache, tiny_model_dir, name="two.json", load_encoders=counted
+    )
     assert (one.num_encoded, two.num_encoded) == (2, 1)
     assert [record.id for record in CacheReader(cache, one.dataset)] == ["r0", "r1"]
     assert [record.id for record in cached(cache, tmp_path / "rows.json")] == ["r1", "r2"]
