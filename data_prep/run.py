@@ -25,6 +25,7 @@ COMMANDS = {
         "Background masks from the difference of pairs, or given masks reworked.",
     ),
     "split": ("data_prep.builders.split.command", "Training and validation rows, whose content never overlaps."),
+    "cache": ("data_prep.cache_command", "What a cache folder holds, and making room in it."),
     "check": ("data_prep.check.check", "What is wrong with a dataset, before a GPU hour is spent."),
 }
 """Name -> the module of the function `command`, which is imported only when it is wanted, and a line of help."""

@@ -295,11 +295,10 @@ def cache_rows(
     out: Path,
     on_error: OnErrorName,
 ) -> dict[Geometry, CacheReader]:
-    """The rows' caches by geometry, in `out/cache`, built where they are not there; the encoders are gone afterwards."""
+    """The rows' records by geometry, in `out/cache`, built where they are not there; the encoders are gone afterwards."""
     fingerprint, components = model.fingerprint(*ENCODERS), Components(model, placement)
     readers = {}
-    for number, geometry in enumerate(dict.fromkeys(subject.geometry for subject in subjects), start=1):
-        folder = out / ("cache" if number == 1 else f"cache-{number}")
+    for geometry in dict.fromkeys(subject.geometry for subject in subjects):
         with ExitStack() as in_use:
 
             def load_encoders(in_use: ExitStack = in_use) -> Encoders:
@@ -309,7 +308,7 @@ def cache_rows(
                 rows,
                 geometry,
                 load_encoders,
-                folder,
+                out / "cache",
                 fingerprint=fingerprint,
                 rejected_path=out / "rejected.jsonl",
                 dtype=placement.dtype,
@@ -317,7 +316,9 @@ def cache_rows(
                 on_error=on_error,
             )
         print(summary, file=sys.stderr, flush=True)
-        readers[geometry] = CacheReader(folder, fingerprint=fingerprint, geometry=geometry)
+        readers[geometry] = CacheReader(
+            out / "cache", summary.dataset, fingerprint=fingerprint, geometry=geometry, negative=True
+        )
     return readers
 
 
@@ -368,7 +369,7 @@ def device_name(device: torch.device) -> str:
 
 def named_adapters(adapters: Sequence[AdapterUse]) -> Iterator[tuple[str, AdapterUse]]:
     """Names for folders and tables: the run's (`lbm` of `runs/lbm/checkpoints/step-000400`), numbered if they repeat."""
-    taken = {"cache", "pictures", "wandb", BASE, *(f"cache-{number}" for number in range(2, len(adapters) + 2))}
+    taken = {"cache", "pictures", "wandb", BASE}
     for use in adapters:
         wanted = run_name(use.path)
         candidates = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))

@@ -24,7 +24,7 @@ import platform
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.writer import build_cache
-from data_prep.errors import InputError, exit_codes
+from data_prep.errors import BadPrompt, InputError, exit_codes
 from data_prep.files import write_text
 from data_prep.model.directory import KNOWN, ModelDirectory
 from data_prep.model.geometry import LATENT_CELL, Geometry
@@ -117,9 +117,11 @@ class RandomPrompts:
 
     width: int
 
-    def encode(self, prompt: str, images: list[Image.Image]) -> Tensor:
-        """(PROMPT_TOKENS, width)."""
-        return torch.randn(PROMPT_TOKENS, self.width)
+    def encode_many(
+        self, requests: Sequence[tuple[str, list[Image.Image]]], batch_size: int
+    ) -> list[Tensor | BadPrompt]:
+        """(PROMPT_TOKENS, width) of each."""
+        return [torch.randn(PROMPT_TOKENS, self.width) for _ in requests]
 
 
 def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folder: Path) -> None:
@@ -134,7 +136,7 @@ def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folde
         read_rows(folder / "rows.json"),
         geometry,
         lambda: Encoders(RandomVae(), RandomPrompts(width)),
-        Path(config.cache.dir) / "train",
+        config.cache.dir,
         fingerprint=model.fingerprint(*ENCODERS),
         rejected_path=folder / "rejected.jsonl",
     )

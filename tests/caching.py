@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from data_prep.cache.encoding import Encoders
+from data_prep.cache.index import DatasetDigest, read_index
+from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import CacheSummary, build_cache
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry
-from data_prep.rows.rows import read_rows
+from data_prep.rows.rows import Row, read_rows
 
 GEOMETRY = Geometry(max_pixels=96 * 96, vision_pixels=112 * 112)
 
@@ -91,3 +93,16 @@ def cache_dataset(dataset: Path, folder: Path, model_dir: Path, **options: Any) 
         **options,
     }
     return build_cache(read_rows(dataset), folder=folder, **settings)
+
+
+def newest(folder: Path) -> CacheReader:
+    """The dataset that was written or read last."""
+    index = read_index(max(folder.glob("indexes/*.arrow"), key=lambda path: path.stat().st_mtime_ns))
+    header = index.header
+    flags = {"caption_dropout": header.caption_dropout, "negative": header.negative}
+    return CacheReader(folder, index.dataset, fingerprint=header.fingerprint, geometry=header.geometry, **flags)
+
+
+def cached(folder: Path, dataset: Path) -> CacheReader:
+    """The rows of a dataset file."""
+    return CacheReader(folder, str(DatasetDigest(row for row in read_rows(dataset) if isinstance(row, Row))))

@@ -30,7 +30,8 @@ def test_photographs_become_a_lora(tiny_model_dir, tmp_path):
     run_script("data_prep/run.py", "synth", "--images", photos, "--out", pairs, *making, "--processes", 1)
     checked = run_script("data_prep/run.py", "check", "--dataset", dataset, "--out", tmp_path / "check", check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    training = [f"data.dataset={dataset}", f"run_dir={run}", f"model.path={tiny_model_dir}", *QUICK.split()]
+    paths = [f"run_dir={run}", f"cache.dir={tmp_path}/cache", f"model.path={tiny_model_dir}"]
+    training = [f"data.dataset={dataset}", *paths, *QUICK.split()]
     lengths = ["train.num_steps=3", "train.save_every=3", "train.validate_every=3", "train.log_every=1"]
     run_script("train/run.py", "+exp=tiny_lbm", *training, *lengths)
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import uuid
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from data_prep.cache.batches import BatchStream
 from data_prep.cache.encoding import Encoders
+from data_prep.cache.index import DatasetDigest
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError
@@ -65,6 +67,21 @@ def read_split(config: Config) -> tuple[list[Row | RejectedRow], list[Row | Reje
     return training, [row for row in rows if isinstance(row, Row) and row.split == "validation"]
 
 
+def dataset_digests(config: Config) -> tuple[str, str | None]:
+    """Which datasets the training and the validation rows of `read_split` are, for the cache; None for no held-out rows."""
+    assert config.data.dataset is not None
+    training, held_out = DatasetDigest(), DatasetDigest()
+    for row in read_rows(config.data.dataset, config.data.root):
+        if isinstance(row, Row) and (
+            row.split == "train" or (row.split == "validation" and not config.data.validation)
+        ):
+            (training if row.split == "train" else held_out).add(row)
+    if config.data.validation:
+        rows = read_rows(config.data.validation, config.data.root)
+        held_out = DatasetDigest(row for row in rows if isinstance(row, Row))
+    return str(training), str(held_out) if held_out.num_rows else None
+
+
 def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes) -> None:
     """Phase 1. A finished cache is a no-op; the encoders are gone when it returns."""
     dtype = getattr(torch, config.model.dtype)
@@ -73,6 +90,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
         device = processes.device
         return Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
 
+    job = processes.gather(uuid.uuid4().hex)[0]
     for split, rows in zip(("train", "validation"), read_split(config), strict=True):
         if not rows:
             continue
@@ -80,8 +98,9 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             rows,
             geometry,
             load_encoders,
-            Path(config.cache.dir) / split,
+            config.cache.dir,
             fingerprint=model.fingerprint(*ENCODERS),
+            name=f"{(split == 'validation' and config.data.validation) or config.data.dataset} ({split})",
             rejected_path=Path(config.run_dir)
             / ("rejected.jsonl" if split == "train" else "rejected_validation.jsonl"),
             batch_size=config.cache.batch_size,
@@ -93,6 +112,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             rank=processes.rank,
             world_size=processes.world_size,
             barrier=processes.barrier,
+            job=f"{job}-{split}",
         )
         processes.say(f"{split}: {summary}")
 
@@ -119,7 +139,14 @@ def train_phase(
     """
     run_dir, dtype, settings = Path(config.run_dir), getattr(torch, config.model.dtype), config.train
     fingerprint = model.fingerprint(*ENCODERS)
-    reader = CacheReader(Path(config.cache.dir) / "train", fingerprint=fingerprint, geometry=geometry)
+    training, held_out = processes.gather(dataset_digests(config) if processes.is_main else None)[0]
+    reader = CacheReader(
+        config.cache.dir,
+        training,
+        fingerprint=fingerprint,
+        geometry=geometry,
+        caption_dropout=config.data.caption_dropout > 0,
+    )
     stream = BatchStream(
         reader,
         seed=config.seed,
@@ -147,7 +174,7 @@ def train_phase(
         return 0
 
     # whatever may fail in a second comes before the weights are read
-    validate = held_out_validation(config, fingerprint, geometry, decode, processes)
+    validate = held_out_validation(config, held_out, fingerprint, geometry, decode, processes)
     if processes.is_main:
         write_text(run_dir / "config.yaml", to_yaml(config))
     record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
@@ -199,15 +226,20 @@ def train_phase(
 
 
 def held_out_validation(
-    config: Config, fingerprint: str, geometry: Geometry, decode: Callable[[Tensor], Tensor], processes: Processes
+    config: Config,
+    dataset: str | None,
+    fingerprint: str,
+    geometry: Geometry,
+    decode: Callable[[Tensor], Tensor],
+    processes: Processes,
 ) -> Any:
     """The validation, or None where there is none or nothing to validate on."""
     if not config.validate:
         return None
-    if not read_split(config)[1]:
+    if dataset is None:
         processes.say("no validation: data.validation is not set and no row has split=validation")
         return None
-    held_out = CacheReader(Path(config.cache.dir) / "validation", fingerprint=fingerprint, geometry=geometry)
+    held_out = CacheReader(config.cache.dir, dataset, fingerprint=fingerprint, geometry=geometry, negative=True)
     return build_validation(config, held_out, decode, processes)
 
 

@@ -133,9 +133,7 @@ def sweep(overrides: list[str]) -> None:
         run_jobs([*settings, *parsed.fixed_lines("run_dir"), *swept])
         return
     caches = {cache_name(config): job for job, config in reversed(jobs.items()) if "cache" in config.phases}
-    if len(caches) > 1 and parsed.value("cache.dir"):
-        raise InputError("jobs with different data cannot share cache.dir while they run at once: leave it out")
-    for job in caches.values():  # jobs that run at once must not build one cache together
+    for job in caches.values():  # jobs that run at once would encode the same rows
         own = [
             line for line in job if line not in parsed.fixed_lines() or line in parsed.fixed_lines("run_dir", "phases")
         ]
@@ -190,8 +188,6 @@ def run_job(composed: DictConfig) -> None:
     overrides = list(settings.overrides.task)
     folder, name = Path(settings.sweep.dir), job_name(settings.job.override_dirname)
     own = {"run_dir": str(folder / name), "name": f"{config.name}-{name}"}
-    if not any(each.startswith("cache.dir=") for each in overrides):
-        own["cache.dir"] = str(folder / "cache" / cache_name(config))
     arguments = [*overrides, *(f"{key}={quoted(value)}" for key, value in own.items())]
     code = launch(arguments, job_environment(name, folder.name))
     if code != 0:
@@ -205,7 +201,7 @@ def job_name(swept: str) -> str:
 
 
 def cache_name(config: Config) -> str:
-    """The same for jobs whose cache is the same: a cache has the index of one dataset."""
+    """The same for jobs that train on the same records."""
     settings = json.dumps([asdict(config.model), asdict(config.data)], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from data_prep.cache.index import REBUILD
 from data_prep.cache.order import Order
-from data_prep.cache.reader import REBUILD, CacheReader, Record
+from data_prep.cache.reader import CacheReader, Record
 from data_prep.errors import InputError
 from losses.batch import Batch, Condition
 from losses.randomness import SampleRandom

@@ -1,6 +1,6 @@
-"""A row becomes a record: its images are read and sized on worker threads, then encoded in batches of one size."""
+"""A row becomes records: its images are read and sized on worker threads, then encoded in batches of one size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.cache.reader import CacheHeader, bucket_name
+from data_prep.cache.keys import Failure
+from data_prep.cache.reader import bucket_name
 from data_prep.cache.shards import to_arrow
 from data_prep.errors import BadPrompt
 from data_prep.model.geometry import Geometry, Size, background_cells, fit, fit_back_mask, stretch, to_pixels
-from data_prep.rows.images import check_mask_shape, open_image, open_mask
-from data_prep.rows.rows import EMPTY_PROMPT, Row
+from data_prep.rows.images import RejectedImage, check_mask_shape, open_image, open_mask
+from data_prep.rows.rows import Row
 
 
 class ImageEncoder(Protocol):
@@ -27,8 +28,10 @@ class ImageEncoder(Protocol):
 class TextEncoder(Protocol):
     """Qwen2.5-VL with the edit template."""
 
-    def encode(self, prompt: str, images: list[Image.Image]) -> Tensor:
-        """An instruction and images at their vision size -> hidden states (L, D)."""
+    def encode_many(
+        self, requests: Sequence[tuple[str, list[Image.Image]]], batch_size: int
+    ) -> list[Tensor | BadPrompt]:
+        """Instructions with images at their vision size -> hidden states (L, D) of each, or why there are none."""
         ...
 
 
@@ -41,38 +44,83 @@ class Encoders:
 
 
 @dataclass
-class PreparedRow:
-    """A row whose images are read and have their final sizes; pixels are still 8 bits, to be small while they wait."""
+class Lacking:
+    """What is to be encoded of a row."""
 
-    key: str
     row: Row
+    latents: str | None
+    """Their key; None: they are there."""
+    texts: dict[str, str]
+    """Key -> instruction."""
+
+
+@dataclass
+class PreparedImages:
+    """What the VAE is to see of a row; pixels are still 8 bits, to be small while they wait."""
+
     target: Image.Image
     source: Image.Image
     """At the target's size. It is `references[bridge_image]` itself when that has the same size."""
     references: list[Image.Image]
-    vision: list[Image.Image]
     mask: Tensor | None
 
+    @property
+    def encoded(self) -> tuple[Image.Image, ...]:
+        """All of them; one may be there twice."""
+        return self.target, self.source, *self.references
 
-def prepare_row(key: str, row: Row, geometry: Geometry) -> PreparedRow:
-    """Reads and sizes all images of a row.
 
-    Raises:
-        RejectedImage: one of them cannot be used.
-    """
+@dataclass
+class PreparedRow:
+    """A row whose images are read and have their final sizes."""
+
+    lacking: Lacking
+    images: PreparedImages | None
+    """None if only texts are lacking, or the target or the mask cannot be used."""
+    vision: list[Image.Image]
+    failures: dict[str, Failure]
+    """Keys of what cannot be encoded, and why."""
+
+
+@dataclass
+class Encoded:
+    """Records of some rows."""
+
+    latents: list[dict[str, Any]]
+    """Values of `LATENTS_SCHEMA`."""
+    texts: list[dict[str, Any]]
+    """Values of `TEXT_SCHEMA`."""
+    failures: dict[str, Failure]
+    """Keys of instructions that cannot be encoded, and why."""
+
+
+def prepare_row(lacking: Lacking, geometry: Geometry) -> PreparedRow:
+    """Reads and sizes the images of a row. Embeddings do not need the target: they are made though it cannot be used."""
+    row = lacking.row
+    try:
+        edit_images = [open_image(path) for path in row.edit_image]
+    except RejectedImage as error:
+        keys = [lacking.latents] if lacking.latents else []
+        return PreparedRow(lacking, None, [], dict.fromkeys([*keys, *lacking.texts], Failure.of(error)))
+    vision = [stretch(each, geometry.vision_size(Size.of(each))) for each in edit_images] if lacking.texts else []
+    try:
+        images = _prepare_images(row, edit_images, geometry) if lacking.latents else None
+    except RejectedImage as error:
+        assert lacking.latents is not None
+        return PreparedRow(lacking, None, vision, {lacking.latents: Failure.of(error)})
+    return PreparedRow(lacking, images, vision, {})
+
+
+def _prepare_images(row: Row, edit_images: list[Image.Image], geometry: Geometry) -> PreparedImages:
     image = open_image(row.image)
     size = geometry.target_size(Size.of(image))
-    edit_images = [open_image(path) for path in row.edit_image]
     sizes = geometry.reference_sizes([Size.of(each) for each in edit_images], Size.of(image), row.bridge_image)
     references = [fit(each, its_size) for each, its_size in zip(edit_images, sizes, strict=True)]
     aligned = references[row.bridge_image]
-    return PreparedRow(
-        key=key,
-        row=row,
+    return PreparedImages(
         target=fit(image, size),
         source=aligned if Size.of(aligned) == size else fit(edit_images[row.bridge_image], size),
         references=references,
-        vision=[stretch(each, geometry.vision_size(Size.of(each))) for each in edit_images],
         mask=_prepare_mask(row, image, size) if row.back_mask else None,
     )
 
@@ -85,22 +133,28 @@ def _prepare_mask(row: Row, image: Image.Image, size: Size) -> Tensor:
 
 
 @torch.no_grad()
-def encode_rows(
-    prepared: Sequence[PreparedRow], encoders: Encoders, header: CacheHeader, batch_size: int
-) -> list[dict[str, Any] | BadPrompt]:
-    """Encodes a few rows: images of one size go through the VAE together, `batch_size` at a time.
+def encode_rows(prepared: Sequence[PreparedRow], encoders: Encoders, dtype: torch.dtype, batch_size: int) -> Encoded:
+    """Encodes what a few rows lack: images of one size go through the VAE together, `batch_size` at a time.
 
-    Returns:
-        One value of `SHARD_SCHEMA` per row, tensors in the header's dtype, or why its prompts cannot be encoded.
+    Args:
+        dtype: what tensors are stored as.
+        batch_size: of instructions too, where the text encoder takes several at once.
     """
-    texts = [_encode_prompts(row, encoders.prompt_encoder, header) for row in prepared]
-    good = [row for row, text in zip(prepared, texts, strict=True) if not isinstance(text, BadPrompt)]
-    images = [image for row in good for image in (row.target, row.source, *row.references)]
-    latents = _encode_images(images, encoders.vae, batch_size)
-    return [
-        text if isinstance(text, BadPrompt) else _to_values(row, latents, text, header)
-        for row, text in zip(prepared, texts, strict=True)
-    ]
+    encoded = Encoded([], [], {})
+    requests = {
+        key: (text, each.vision) for each in prepared if each.vision for key, text in each.lacking.texts.items()
+    }
+    embeddings = encoders.prompt_encoder.encode_many(list(requests.values()), batch_size)
+    for key, embedding in zip(requests, embeddings, strict=True):
+        if isinstance(embedding, BadPrompt):
+            encoded.failures[key] = Failure("", str(embedding))
+        else:
+            encoded.texts.append({"key": key, "prompt_emb": to_arrow(embedding.to(dtype))})
+    with_images = [(each.lacking, each.images) for each in prepared if each.images]
+    latents = _encode_images([image for _, images in with_images for image in images.encoded], encoders.vae, batch_size)
+    latents = {name: latent.to(dtype) for name, latent in latents.items()}
+    encoded.latents = [_to_values(lacking, images, latents) for lacking, images in with_images]
+    return encoded
 
 
 @torch.no_grad()
@@ -123,35 +177,16 @@ def _encode_images(images: list[Image.Image], vae: ImageEncoder, batch_size: int
     return latents
 
 
-def _encode_prompts(
-    prepared: PreparedRow, prompt_encoder: TextEncoder, header: CacheHeader
-) -> dict[str, Tensor] | BadPrompt:
-    """The hidden states of each of the record's prompts, by its column."""
-    prompts = {"prompt_emb": prepared.row.prompt}
-    if header.caption_dropout:
-        prompts["empty_prompt_emb"] = EMPTY_PROMPT
-    if header.negative:
-        prompts["negative_prompt_emb"] = prepared.row.negative_prompt or EMPTY_PROMPT
-    try:
-        found = {text: prompt_encoder.encode(text, prepared.vision) for text in dict.fromkeys(prompts.values())}
-    except BadPrompt as error:
-        return error
-    return {name: found[text] for name, text in prompts.items()}
-
-
-def _to_values(
-    prepared: PreparedRow, latents: dict[int, Tensor], embeddings: dict[str, Tensor], header: CacheHeader
-) -> dict[str, Any]:
-    row, dtype = prepared.row, getattr(torch, header.dtype)
-    target = latents[id(prepared.target)]
-    edit_latents = [latents[id(image)] for image in prepared.references]
+def _to_values(lacking: Lacking, images: PreparedImages, latents: Mapping[int, Tensor]) -> dict[str, Any]:
+    target, bridge = latents[id(images.target)], lacking.row.bridge_image
+    edit_latents = [latents[id(image)] for image in images.references]
+    is_reference = images.source is images.references[bridge]
     return {
-        "key": prepared.key,
-        "id": row.id,
+        "key": lacking.latents,
         "bucket": bucket_name(target, edit_latents),
-        "target_latents": to_arrow(target.to(dtype)),
-        "source_latents": to_arrow(latents[id(prepared.source)].to(dtype)),
-        "edit_latents": [to_arrow(each.to(dtype)) for each in edit_latents],
-        "mask": None if prepared.mask is None else to_arrow(prepared.mask.to(dtype)),
-        **{name: to_arrow(embedding.to(dtype)) for name, embedding in embeddings.items()},
+        "target_latents": to_arrow(target),
+        "source_latents": None if is_reference else to_arrow(latents[id(images.source)]),
+        "edit_latents": [to_arrow(each) for each in edit_latents],
+        "bridge_image": bridge,
+        "mask": None if images.mask is None else to_arrow(images.mask.to(target.dtype)),
     }

@@ -1,26 +1,33 @@
-"""The identity of a record: a hash of everything that its tensors depend on, and of nothing else."""
+"""The identity of a record: a hash of everything that its tensors depend on, and of nothing else.
+
+Latents do not depend on instructions, nor embeddings on targets and masks: each has a key of its own.
+"""
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from data_prep.cache.digests import FileDigests
+from data_prep.cache.index import CacheHeader
 from data_prep.cache.ranks import Ranks
-from data_prep.cache.reader import CacheHeader
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
 from data_prep.rows.images import RejectedImage, file_digest
 from data_prep.rows.rows import EMPTY_PROMPT, RejectedRow, Row
+
+Digest = Callable[[Path], str]
 
 
 class Failure(NamedTuple):
     """Which file, and why."""
 
     path: str
+    """Empty for a prompt."""
     reason: str
 
     @classmethod
@@ -30,35 +37,55 @@ class Failure(NamedTuple):
 
     def reject(self, row: Row) -> RejectedRow:
         """The report on a row that failed for this reason."""
-        return RejectedRow(row.number, row.id, self.path, self.reason)
+        return RejectedRow(row.number, row.id, self.path or str(row.image), self.reason)
 
 
 @dataclass
 class KeyedRow:
-    """A row and the key of its record."""
+    """A row and the keys of what is stored of it."""
 
     row: Row
     key: str
+    """Of all of it."""
+    latents: str
+    """Of its images' latents and its mask."""
+    texts: dict[str, str]
+    """Of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, `negative_prompt`."""
 
 
-def key_rows(rows: Sequence[Row], header: CacheHeader, ranks: Ranks, workers: int) -> list[KeyedRow | RejectedRow]:
-    """The key of every row, or why its files cannot be read. Each rank reads its share of them and tells the rest."""
-    mine = rows[ranks.rank :: ranks.world_size]
-    digest = functools.lru_cache(maxsize=100_000)(file_digest)  # rows often share a source
-    shares: list[list[str | list[str]]] = ranks.exchange("keys", _share(mine, header, digest, workers, ranks.rank == 0))
-    return [_keyed(row, shares[place % ranks.world_size][place // ranks.world_size]) for place, row in enumerate(rows)]
+def key_rows(
+    rows: Sequence[Row], header: CacheHeader, ranks: Ranks, workers: int, digests: FileDigests
+) -> list[KeyedRow | RejectedRow]:
+    """The keys of every row, or why its files cannot be read. Each rank reads its share of them and tells the rest.
+
+    Rank 0 saves what all have read.
+    """
+    answers = _share(rows[ranks.rank :: ranks.world_size], header, digests, workers, ranks.rank == 0)
+    shares = ranks.exchange("keys", {"answers": answers, "digests": digests.new})
+    if ranks.rank == 0:
+        digests.save({file: digest for share in shares for file, digest in share["digests"].items()})
+    return [
+        _keyed(row, shares[place % ranks.world_size]["answers"][place // ranks.world_size])
+        for place, row in enumerate(rows)
+    ]
 
 
-def _keyed(row: Row, answer: str | list[str]) -> KeyedRow | RejectedRow:
-    return KeyedRow(row, answer) if isinstance(answer, str) else Failure(*answer).reject(row)
+def _keyed(row: Row, answer: dict[str, Any] | list[str]) -> KeyedRow | RejectedRow:
+    return KeyedRow(row, **answer) if isinstance(answer, dict) else Failure(*answer).reject(row)
 
 
 def _share(
-    rows: Sequence[Row], header: CacheHeader, digest: Callable[[Path], str], workers: int, shown: bool
-) -> list[str | Failure]:
-    def answer(row: Row) -> str | Failure:
+    rows: Sequence[Row], header: CacheHeader, digests: FileDigests, workers: int, shown: bool
+) -> list[dict[str, Any] | Failure]:
+    digest = functools.lru_cache(maxsize=100_000)(digests)  # rows often share a source
+
+    def answer(row: Row) -> dict[str, Any] | Failure:
         try:
-            return record_key(row, header, digest)
+            return {
+                "key": record_key(row, header, digest),
+                "latents": latents_key(row, header, digest),
+                "texts": {name: text_key(row, text, header, digest) for name, text in prompts(row, header).items()},
+            }
         except RejectedImage as error:
             return Failure.of(error)
 
@@ -70,22 +97,78 @@ def _share(
     return answers
 
 
-def record_key(row: Row, header: CacheHeader, digest: Callable[[Path], str] = file_digest) -> str:
-    """The key of a row's record: 32 hexadecimal digits.
+def prompts(row: Row, header: CacheHeader) -> dict[str, str]:
+    """What is encoded of a row's instructions, by the index's column."""
+    return dict(_prompts(row, header))
+
+
+def _prompts(row: Row, header: CacheHeader) -> Iterator[tuple[str, str]]:
+    yield "prompt", row.prompt
+    if header.caption_dropout:
+        yield "empty_prompt", EMPTY_PROMPT
+    if header.negative:
+        yield "negative_prompt", row.negative_prompt or EMPTY_PROMPT
+
+
+def record_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> str:
+    """The key of all that is stored of a row: 32 hexadecimal digits. Checkpoints remember it, to know their data again.
 
     Raises:
         RejectedImage: a file is missing, unreadable or empty; `ref_gt` too, although no tensor depends on it.
     """
     if row.ref_gt is not None:
         digest(row.ref_gt)
-    contents = {
-        "header": header.to_json(),
-        "prompt": row.prompt,
-        "negative_prompt": (row.negative_prompt or EMPTY_PROMPT) if header.negative else None,
-        "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
+    return _hash(
+        {
+            "header": header.to_json(),
+            "prompt": row.prompt,
+            "negative_prompt": (row.negative_prompt or EMPTY_PROMPT) if header.negative else None,
+            "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
+            **_images(row, digest),
+        }
+    )
+
+
+def latents_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> str:
+    """The key of a row's latents and mask.
+
+    Raises:
+        RejectedImage: a file is missing, unreadable or empty.
+    """
+    geometry = header.geometry
+    sizes = {"max_pixels": geometry.max_pixels, "reference_pixels": geometry.reference_pixels}
+    return _hash({**_encoder(header), **sizes, **_images(row, digest)})
+
+
+def text_key(row: Row, prompt: str, header: CacheHeader, digest: Digest = file_digest) -> str:
+    """The key of the embedding of one instruction, which sees the row's sources.
+
+    Raises:
+        RejectedImage: a file is missing, unreadable or empty.
+    """
+    sources = [digest(path) for path in row.edit_image]
+    return _hash(
+        {
+            **_encoder(header),
+            "vision_pixels": header.geometry.vision_pixels,
+            "prompt": prompt,
+            "edit_image": sources,
+        }
+    )
+
+
+def _encoder(header: CacheHeader) -> dict[str, Any]:
+    return {"schema_version": header.schema_version, "fingerprint": header.fingerprint, "dtype": header.dtype}
+
+
+def _images(row: Row, digest: Digest) -> dict[str, Any]:
+    return {
         "image": digest(row.image),
         "edit_image": [digest(path) for path in row.edit_image],
         "bridge_image": row.bridge_image,
         "back_mask": digest(row.back_mask) if row.back_mask else None,
     }
+
+
+def _hash(contents: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()

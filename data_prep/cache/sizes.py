@@ -1,7 +1,6 @@
 """How large the rows of a dataset are, without encoding them: from a finished cache, or from the images' headers."""
 
 import functools
-import itertools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,8 +8,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from data_prep.cache.reader import CacheFolder, read_index
-from data_prep.cache.shards import read_arrow
+from data_prep.cache.index import CacheFolder, find_index
 from data_prep.errors import InputError
 from data_prep.model.geometry import LATENT_CELL, Geometry, Size
 from data_prep.rows.images import MAX_ASPECT
@@ -74,6 +72,8 @@ class DatasetSizes:
     num_rows: int
     origin: str
     """Where this is from, in words."""
+    cached: bool = False
+    """Whether these are records."""
 
     @functools.cached_property
     def _groups(self) -> dict[tuple[Size, tuple[Size, ...], int | None], list[int]]:
@@ -115,22 +115,30 @@ def cache_bytes(data: DatasetSizes, geometry: Geometry, text_width: int, num_pro
     return round(per_row * data.num_rows)
 
 
-def cached_sizes(folder: str | Path) -> DatasetSizes:
-    """The sizes of all records of a finished cache; no latents are read.
+def cached_sizes(
+    folder: str | Path,
+    dataset: str | None = None,
+    fingerprint: str | None = None,
+    geometry: Geometry | None = None,
+    caption_dropout: bool = False,
+) -> DatasetSizes:
+    """The sizes of all records of a dataset in a cache; no records are read. Arguments as `find_index` has them.
 
     Raises:
-        InputError: there is no finished cache.
+        InputError: as `find_index`.
     """
-    cache = CacheFolder(folder)
-    index = read_index(cache)[1].select(["bucket", "shard", "place"]).to_pylist()
-    rows = []
-    for shard, lines in itertools.groupby(sorted(index, key=lambda line: line["shard"]), lambda line: line["shard"]):
-        shapes = read_arrow(cache.shard(shard)).column("prompt_emb").field("shape").to_pylist()
-        for line in lines:
-            latent = [Size(*map(int, part.split("x"))) for part in line["bucket"].split("+")]
-            target, *references = (Size(size.height * LATENT_CELL, size.width * LATENT_CELL) for size in latent)
-            rows.append(RowSize(target, tuple(references), shapes[line["place"]][0]))
-    return DatasetSizes(tuple(rows), len(rows), f"the cache at {folder}")
+    lines = find_index(CacheFolder(folder), dataset, fingerprint, geometry, caption_dropout).lines
+    latents = {bucket: _bucket_sizes(bucket) for bucket in lines.column("bucket").unique().to_pylist()}
+    one = functools.cache(lambda bucket, tokens: RowSize(*latents[bucket], tokens))  # a large dataset has few of them
+    rows = map(one, *(column.to_pylist() for column in lines.select(["bucket", "text_tokens"]).columns))
+    return DatasetSizes(tuple(rows), len(lines), f"the cache at {folder}", cached=True)
+
+
+def _bucket_sizes(bucket: str) -> tuple[Size, tuple[Size, ...]]:
+    """Pixels of the target and the references."""
+    latent = [Size(*map(int, part.split("x"))) for part in bucket.split("+")]
+    target, *references = (Size(size.height * LATENT_CELL, size.width * LATENT_CELL) for size in latent)
+    return target, tuple(references)
 
 
 def estimated_sizes(

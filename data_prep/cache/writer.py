@@ -1,49 +1,65 @@
-"""Phase 1: rows become a cache folder, once. Running again encodes only what is missing or changed.
+"""Phase 1: rows become records of a cache folder and an index, once. Running again encodes only what is missing or changed.
 
-Every row has a key: a hash of the *contents* of its images and mask, its prompt, and the header (encoders, geometry,
-dtype, schema). A record is found by its key, so that a moved folder or a reordered file costs nothing, two rows with
-the same contents share a record, and nothing made by another model or geometry is ever reused.
+Latents and embeddings have keys: hashes of the *contents* of what they depend on (images and mask, or images and
+instruction) and of encoders, sizes, dtype and schema. A record is found by its key, so that a moved folder or a reordered
+file costs nothing, datasets share what they have in common, a new instruction does not run the VAE, and nothing made by
+another model or geometry is ever reused.
 
-The work is cut over ranks by position in the list of missing keys, which all ranks compute alike. Records are written
-in shards that appear whole, by renaming; after a kill, those that are there count as done. At the end rank 0 writes the
-index. Records that no row wants any more are ignored and not deleted, since another run that shares the folder may be
-reading them, and going back to an earlier dataset or setting then costs nothing; delete the folder to have the space.
+Rank 0 says what is missing, and the ranks share it by position. Records are written in shards that appear whole, by
+renaming; after a kill, those that are there count as done. At the end rank 0 writes the index. Records that no row wants
+any more are ignored and not deleted, since another run that shares the folder may be reading them, and going back to an
+earlier dataset or setting then costs nothing; `data_prep/run.py cache prune` makes room.
 """
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 
-from data_prep.cache.encoding import Encoders, PreparedRow, encode_rows, encode_white, prepare_row
-from data_prep.cache.keys import Failure, KeyedRow, key_rows
+from data_prep.cache.digests import FileDigests
+from data_prep.cache.encoding import Encoders, Lacking, PreparedRow, encode_rows, encode_white, prepare_row
+from data_prep.cache.index import CacheFolder, CacheHeader, DatasetDigest, read_index, row_json, write_index
+from data_prep.cache.keys import Failure, KeyedRow, key_rows, prompts
 from data_prep.cache.ranks import Ranks
-from data_prep.cache.reader import CacheFolder, CacheHeader, target_size, write_index
-from data_prep.cache.shards import SHARD_SCHEMA, SUB_NOISE_SCHEMA, read_arrow, to_arrow, write_arrow
-from data_prep.errors import BadPrompt, InputError
+from data_prep.cache.reader import file_size, mark_used, target_size
+from data_prep.cache.shards import (
+    LATENTS_SCHEMA,
+    SUB_NOISE_SCHEMA,
+    TEXT_SCHEMA,
+    read_arrow,
+    to_arrow,
+    write_arrow,
+)
+from data_prep.errors import InputError
 from data_prep.files import remove_leftovers, write_text
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
 from data_prep.model.geometry import Geometry, Size
-from data_prep.rows.images import RejectedImage
 from data_prep.rows.rows import RejectedRow, Row
+
+BUILDING = ".building"
+"""Suffix of the file that says that a build is running, below the folder `work`."""
 
 
 @dataclass
 class CacheSummary:
     """What `build_cache` did, the same on every rank."""
 
+    dataset: str
+    """The digest of the rows, for `CacheReader`."""
     num_rows: int
     """Rows that the cache now serves."""
     num_encoded: int
-    """Records encoded by this call, over all ranks; the others were there."""
+    """Rows of which this call encoded something, over all ranks; the others were there."""
     rejected: list[RejectedRow]
     """Rows left out, in dataset order."""
     seconds: float
@@ -51,15 +67,6 @@ class CacheSummary:
     def __str__(self) -> str:
         rejected = f", {len(self.rejected)} rejected" if self.rejected else ""
         return f"{self.num_rows} rows cached ({self.num_encoded} encoded now{rejected}) in {self.seconds:.1f} s"
-
-
-@dataclass(frozen=True)
-class _Location:
-    """Where a record is."""
-
-    shard: str
-    place: int
-    bucket: str
 
 
 def build_cache(
@@ -70,6 +77,7 @@ def build_cache(
     *,
     fingerprint: str,
     rejected_path: str | Path,
+    name: str = "",
     dtype: torch.dtype = torch.bfloat16,
     batch_size: int = 4,
     shard_size: int = 64,
@@ -79,9 +87,10 @@ def build_cache(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    job: str | None = None,
     workers: int = 8,
 ) -> CacheSummary:
-    """Makes `folder` the cache of `rows`. Every rank calls it with the same arguments but `rank`.
+    """Makes `folder` serve `rows`. Every rank calls it with the same arguments but `rank`.
 
     Args:
         rows: from `read_rows`; the rejected ones are reported with those that fail here.
@@ -90,9 +99,10 @@ def build_cache(
         folder: on a disk that all ranks share.
         fingerprint: of the weights that `load_encoders` loads.
         rejected_path: the report, one JSON object per rejected row: row, id, path, reason.
+        name: of the dataset, for people who look at what the folder holds.
         dtype: what tensors are stored as.
         batch_size: images of one size per call of the VAE.
-        shard_size: records per file, which is the most work that a kill can cost a rank.
+        shard_size: rows per file, which is the most work that a kill can cost a rank.
         caption_dropout: also encode an empty instruction with each row's images.
         negative: also encode each row's negative prompt.
         on_error: with "raise", rejected rows stop the build: unreadable files before anything is encoded, broken
@@ -100,6 +110,8 @@ def build_cache(
         rank: this process, from 0.
         world_size: processes that share the work.
         barrier: returns when every rank has called it.
+        job: tells the messages of these ranks from those of other builds in the folder; None: a hash of the rows, which
+            is enough where no two builds of the same rows run at once.
         workers: threads that read images.
 
     Raises:
@@ -111,38 +123,102 @@ def build_cache(
     all_rows = list(rows)
     if not all_rows:
         raise InputError("there are no rows to cache: check data.dataset and the column split")
-    ranks = Ranks(rank, world_size, barrier, store.work / _job_id(all_rows, header))
-    rejected = [row for row in all_rows if isinstance(row, RejectedRow)]
     good_rows = [row for row in all_rows if isinstance(row, Row)]
+    dataset = str(DatasetDigest(good_rows))
+    job = job or store.index(dataset, header).stem
+    ranks = Ranks(rank, world_size, barrier, store.work / job)
+    rejections = _Rejections(ranks, len(all_rows), Path(rejected_path), on_error)
+    rejections.found += [row for row in all_rows if isinstance(row, RejectedRow)]
 
-    def report() -> None:
+    with _building(store.work / f"{job}{BUILDING}") as touch:
+        answers = key_rows(good_rows, header, ranks, workers, FileDigests(store.digests))
+        keyed = [answer for answer in answers if isinstance(answer, KeyedRow)]
+        rejections.found += [answer for answer in answers if isinstance(answer, RejectedRow)]
+        rejections.report()
+
+        touch()
+        stored = _Stored(store, header)
+        finished = rank == 0 and _is_finished(store, dataset, header, keyed)
+        [missing, *_] = ranks.exchange("missing", stored.lacking(keyed) if rank == 0 and not finished else [])
+        encoding = _Encoding(load_encoders, store, header, batch_size, shard_size, workers, rank == 0, touch)
+        work = [_lacking(keyed[place], latents, texts, header) for place, latents, texts in missing[rank::world_size]]
+        failures: dict[str, Failure] = {}
+        for share in ranks.exchange("failures", encoding.run(work)):
+            failures.update({key: Failure(*failure) for key, failure in share.items()})
+        served = rejections.without(keyed, failures)
+        rejections.report()
+
+        if finished:
+            mark_used(store.index(dataset, header))
+        elif rank == 0:
+            stored.publish(served, dataset, name)
+        ranks.forget("keys", "missing", "failures")
+    kept = {id(each) for each in served}
+    num_encoded = sum(id(keyed[place]) in kept for place, *_ in missing)
+    return CacheSummary(dataset, len(served), num_encoded, rejections.found, time.monotonic() - start)
+
+
+@contextmanager
+def _building(marker: Path) -> Iterator[Callable[[], None]]:
+    """Says with a file, whose time `touch()` makes the present, that a build relies on the records that are there."""
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    try:
+        yield marker.touch
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+@dataclass
+class _Rejections:
+    """Rows that cannot be used."""
+
+    ranks: Ranks
+    num_rows: int
+    """Of the dataset."""
+    path: Path
+    on_error: Literal["raise", "skip"]
+    found: list[RejectedRow] = field(default_factory=list)
+
+    def without(self, keyed: list[KeyedRow], failures: dict[str, Failure]) -> list[KeyedRow]:
+        """The rows of which nothing failed; the others are rejected."""
+        served = []
+        for each in keyed:
+            reasons = [failures[key] for key in (each.latents, *each.texts.values()) if key in failures]
+            if reasons:
+                self.found.append(reasons[0].reject(each.row))
+            else:
+                served.append(each)
+        return served
+
+    def report(self) -> None:
+        """Writes the report, and ends the build if it must.
+
+        Raises:
+            InputError: there are rejected rows and none may be, or there is no other row.
+        """
+        rejected = self.found
         rejected.sort(key=lambda row: row.number)
-        if rank == 0:
-            _write_report(rejected, Path(rejected_path))
-        if rejected and (on_error == "raise" or len(rejected) == len(all_rows)):
-            barrier()  # the first process to fail may take the others with it
-            raise InputError(_refusal(rejected, len(all_rows), rejected_path))
+        if self.ranks.rank == 0:
+            lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rejected]
+            write_text(self.path, "".join(lines))
+        if not rejected or (self.on_error == "skip" and len(rejected) < self.num_rows):
+            return
+        self.ranks.barrier()  # the first process to fail may take the others with it
+        way_out = "mend them" if len(rejected) == self.num_rows else "mend them or set data.on_error=skip"
+        raise InputError(
+            f"{rejected[0]}. {len(rejected)} of {self.num_rows} rows cannot be used, all listed in {self.path}: {way_out}"
+        )
 
-    existing = _scan(store, header)  # before the first exchange: until then no rank writes shards
-    answers = key_rows(good_rows, header, ranks, workers)
-    keyed = [answer for answer in answers if isinstance(answer, KeyedRow)]
-    rejected += [answer for answer in answers if isinstance(answer, RejectedRow)]
-    report()
 
-    first_rows = {each.key: each for each in reversed(keyed)}  # one row of each key: the first
-    missing = [each for each in keyed if each is first_rows[each.key] and each.key not in existing]
-    encoding = _Encoding(load_encoders, store, header, batch_size, shard_size, workers, shown=rank == 0)
-    broken: dict[str, Failure] = {}
-    for share in ranks.exchange("broken", encoding.run(missing[rank::world_size])):
-        broken.update({key: Failure(*failure) for key, failure in share.items()})
-    rejected += [broken[each.key].reject(each.row) for each in keyed if each.key in broken]
-    report()
+Missing = tuple[int, bool, list[str]]
+"""A row's place, whether its latents are missing, and the columns of its missing embeddings; a list in JSON."""
 
-    served = [each for each in keyed if each.key not in broken]
-    if rank == 0:
-        _publish(served, store, header)
-    ranks.forget("keys", "broken")
-    return CacheSummary(len(served), len(missing) - len(broken), rejected, time.monotonic() - start)
+
+def _lacking(keyed: KeyedRow, latents: bool, texts: list[str], header: CacheHeader) -> Lacking:
+    instructions = prompts(keyed.row, header)
+    wanted = {keyed.texts[name]: instructions[name] for name in texts}
+    return Lacking(keyed.row, keyed.latents if latents else None, wanted)
 
 
 @dataclass
@@ -156,92 +232,140 @@ class _Encoding:
     shard_size: int
     workers: int
     shown: bool
+    touch: Callable[[], None]
 
-    def run(self, missing: list[KeyedRow]) -> dict[str, Failure]:
-        """Writes a shard for every `shard_size` records. Returns the keys of those whose images or prompts cannot be used."""
-        if not missing:
+    def run(self, work: list[Lacking]) -> dict[str, Failure]:
+        """Writes shards for every `shard_size` rows. Returns the keys of what cannot be encoded."""
+        if not work:
             return {}
         encoders = self.load_encoders()
-        broken: dict[str, Failure] = {}
-        prepared = ahead(self._prepare, missing, ThreadPoolExecutor(self.workers), depth=self.shard_size)
-        with progress("caching", len(missing), shown=self.shown) as advance:
-            for start in range(0, len(missing), self.shard_size):
-                keys = [each.key for each in missing[start : start + self.shard_size]]
-                results = dict(zip(keys, prepared, strict=False))  # takes as many as there are keys
-                broken.update({key: result for key, result in results.items() if isinstance(result, Failure)})
-                broken.update(
-                    self._write([each for each in results.values() if isinstance(each, PreparedRow)], encoders)
-                )
-                advance(len(keys))
-        return broken
+        failures: dict[str, Failure] = {}
+        prepared = ahead(self._prepare, work, ThreadPoolExecutor(self.workers), depth=self.shard_size)
+        with progress("caching", len(work), shown=self.shown) as advance:
+            for _ in range(0, len(work), self.shard_size):
+                rows = list(itertools.islice(prepared, self.shard_size))
+                failures.update(self._write(rows, encoders))
+                advance(len(rows))
+        return failures
 
-    def _prepare(self, keyed: KeyedRow) -> PreparedRow | Failure:
-        try:
-            return prepare_row(keyed.key, keyed.row, self.header.geometry)
-        except RejectedImage as error:
-            return Failure.of(error)
+    def _prepare(self, lacking: Lacking) -> PreparedRow:
+        return prepare_row(lacking, self.header.geometry)
 
     def _write(self, prepared: list[PreparedRow], encoders: Encoders) -> dict[str, Failure]:
-        """White's latents first: a record that is there can rely on them. Returns the keys of rows with a bad prompt."""
-        for size in {Size.of(each.target) for each in prepared}:
+        """White's latents first: a record that is there can rely on them."""
+        dtype = getattr(torch, self.header.dtype)
+        for size in {Size.of(each.images.target) for each in prepared if each.images}:
             path = self.store.sub_noise(self.header, *size.latent)
             if not path.exists():
-                white = encode_white(size, encoders.vae).to(getattr(torch, self.header.dtype))
+                white = encode_white(size, encoders.vae).to(dtype)
                 write_arrow(path, [{"sub_noise": to_arrow(white)}], SUB_NOISE_SCHEMA)
-        answers = encode_rows(prepared, encoders, self.header, self.batch_size)
-        if values := [answer for answer in answers if not isinstance(answer, BadPrompt)]:
-            name = hashlib.blake2b("".join(value["key"] for value in values).encode(), digest_size=8).hexdigest()
-            write_arrow(self.store.shard(name), values, SHARD_SCHEMA)
+        encoded = encode_rows(prepared, encoders, dtype, self.batch_size)
+        _write_shard(self.store.texts, encoded.texts, TEXT_SCHEMA)
+        _write_shard(self.store.latents, encoded.latents, LATENTS_SCHEMA)
+        self.touch()
+        return {key: failure for each in prepared for key, failure in each.failures.items()} | encoded.failures
+
+
+def _write_shard(folder: Path, values: list[dict[str, Any]], schema: pa.Schema) -> None:
+    if values:
+        name = hashlib.blake2b("".join(value["key"] for value in values).encode(), digest_size=8).hexdigest()
+        write_arrow(folder / f"{name}.arrow", values, schema)
+
+
+@dataclass
+class _Stored:
+    """Where every record is, by key. A damaged shard counts as absent, and so do latents whose white is lost."""
+
+    store: CacheFolder
+    header: CacheHeader
+    latents: dict[str, tuple[str, int, str]] = field(default_factory=dict)
+    """Shard, place and bucket."""
+    texts: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    """Shard, place and number of tokens."""
+    _seen: set[Path] = field(default_factory=set)
+
+    def lacking(self, keyed: list[KeyedRow]) -> list[Missing]:
+        """What is missing of the rows; what several of them share, only with the first."""
+        self._look()
+        claimed: set[str] = set()
+        found: list[Missing] = []
+        for place, each in enumerate(keyed):
+            latents = each.latents not in claimed and each.latents not in self.latents
+            texts = []
+            for name, key in each.texts.items():
+                if key not in claimed and key not in self.texts:
+                    texts.append(name)
+                    claimed.add(key)
+            if latents:
+                claimed.add(each.latents)
+            if latents or texts:
+                found.append((place, latents, texts))
+        return found
+
+    def publish(self, served: list[KeyedRow], dataset: str, name: str) -> None:
+        """Writes the index, and clears away what killed processes left half written."""
+        self._look()
+        sizes = {
+            f"{folder.name}/{shard}.arrow": file_size(folder / f"{shard}.arrow")
+            for folder, shards in (
+                (self.store.latents, {self.latents[each.latents][0] for each in served}),
+                (self.store.texts, {self.texts[key][0] for each in served for key in each.texts.values()}),
+            )
+            for shard in sorted(shards)
+        }
+        write_index(self.store, dataset, self.header, name, sizes, map(self._line, served))
+        for folder in (self.store.latents, self.store.texts, self.store.white, self.store.indexes, self.store.path):
+            remove_leftovers(folder)
+
+    def _line(self, keyed: KeyedRow) -> dict[str, Any]:
+        shard, place, bucket = self.latents[keyed.latents]
+        texts = {name: self.texts[key] for name, key in keyed.texts.items()}
         return {
-            each.key: Failure(str(each.row.image), str(answer))
-            for each, answer in zip(prepared, answers, strict=True)
-            if isinstance(answer, BadPrompt)
+            "key": keyed.key,
+            "id": keyed.row.id,
+            "bucket": bucket,
+            "text_tokens": texts["prompt"][2],
+            "latents": {"shard": shard, "place": place},
+            **{name: {"shard": where, "place": place} for name, (where, place, _) in texts.items()},
+            "row": row_json(keyed.row),
         }
 
-
-def _job_id(rows: list[Row | RejectedRow], header: CacheHeader) -> str:
-    """Keeps the messages of two jobs that share a cache folder apart."""
-    digest = hashlib.blake2b(header.to_json().encode(), digest_size=8)
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
-def _scan(store: CacheFolder, header: CacheHeader) -> dict[str, _Location]:
-    """Where every record is, by key. A damaged shard counts as absent, and so do records whose white is lost."""
-    locations: dict[str, _Location] = {}
-    for path in sorted(store.shards.glob("*.arrow")):
-        try:
-            shard = read_arrow(path)
-        except pa.ArrowInvalid:
-            continue
-        if shard.schema.equals(SHARD_SCHEMA):
+    def _look(self) -> None:
+        """Reads the keys of the shards that it has not seen yet."""
+        for path, shard in self._unseen(self.store.latents, LATENTS_SCHEMA):
             keys, buckets = shard.column("key").to_pylist(), shard.column("bucket").to_pylist()
-            for place, (key, bucket) in enumerate(zip(keys, buckets, strict=True)):
-                locations[key] = _Location(path.stem, place, bucket)
-    white = {
-        bucket: store.sub_noise(header, *target_size(bucket)).exists()
-        for bucket in {each.bucket for each in locations.values()}
-    }
-    return {key: location for key, location in locations.items() if white[location.bucket]}
+            white = {b: self.store.sub_noise(self.header, *target_size(b)).exists() for b in set(buckets)}
+            self.latents |= {
+                key: (path.stem, place, bucket)
+                for place, (key, bucket) in enumerate(zip(keys, buckets, strict=True))
+                if white[bucket]
+            }
+        for path, shard in self._unseen(self.store.texts, TEXT_SCHEMA):
+            keys, shapes = shard.column("key").to_pylist(), shard.column("prompt_emb").field("shape").to_pylist()
+            self.texts |= {
+                key: (path.stem, place, shape[0]) for place, (key, shape) in enumerate(zip(keys, shapes, strict=True))
+            }
+
+    def _unseen(self, folder: Path, schema: pa.Schema) -> Iterator[tuple[Path, pa.RecordBatch]]:
+        for path in sorted(set(folder.glob("*.arrow")) - self._seen):
+            try:
+                shard = read_arrow(path)
+            except (pa.ArrowInvalid, FileNotFoundError):
+                continue
+            if shard.schema.equals(schema):
+                self._seen.add(path)
+                yield path, shard
 
 
-def _publish(served: list[KeyedRow], store: CacheFolder, header: CacheHeader) -> None:
-    """Writes the index, and clears away what killed processes left half written."""
-    locations = _scan(store, header)
-    lines = []
-    for each in served:
-        row = json.dumps(asdict(each.row), default=str, ensure_ascii=False)
-        lines.append({"key": each.key, "id": each.row.id, "row": row, **asdict(locations[each.key])})
-    write_index(store, header, lines)
-    remove_leftovers(store.shards)
-    remove_leftovers(store.white)
-
-
-def _write_report(rejected: list[RejectedRow], path: Path) -> None:
-    write_text(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rejected))
-
-
-def _refusal(rejected: list[RejectedRow], num_rows: int, report: str | Path) -> str:
-    way_out = "mend them" if len(rejected) == num_rows else "mend them or set data.on_error=skip"
-    return f"{rejected[0]}. {len(rejected)} of {num_rows} rows cannot be used, all listed in {report}: {way_out}"
+def _is_finished(store: CacheFolder, dataset: str, header: CacheHeader, keyed: list[KeyedRow]) -> bool:
+    """Whether there is an index of these very records, and their files are whole, as far as sizes tell."""
+    try:
+        index = read_index(store.index(dataset, header))
+    except (FileNotFoundError, InputError):
+        return False
+    if index.lines.column("key").to_pylist() != [each.key for each in keyed]:
+        return False
+    buckets = index.lines.column("bucket").unique().to_pylist()
+    return all(file_size(store.path / name) == size for name, size in index.sizes.items()) and all(
+        store.sub_noise(header, *target_size(bucket)).exists() for bucket in buckets
+    )

@@ -6,13 +6,11 @@ from itertools import islice
 
 import torch
 
-from data_prep.cache.encoding import Encoders, encode_rows, prepare_row
-from data_prep.cache.reader import CacheHeader
+from data_prep.cache.encoding import Encoders, Lacking, encode_rows, prepare_row
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry
-from data_prep.rows.images import RejectedImage
 from data_prep.rows.rows import RejectedRow, Row
 
 
@@ -30,14 +28,12 @@ def seconds_per_row(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     encoders = Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
-    header = CacheHeader("", geometry, str(dtype).removeprefix("torch."), caption_dropout=False, negative=False)
     seconds = []
     usable = (row for row in rows if isinstance(row, Row))
     for row in islice(usable, number + 1):
         start = time.perf_counter()
-        try:
-            encode_rows([prepare_row("", row, geometry)], encoders, header, batch_size=4)
-        except RejectedImage:
+        prepared = prepare_row(Lacking(row, "latents", {"text": row.prompt}), geometry)
+        if encode_rows([prepared], encoders, dtype, batch_size=4).failures or prepared.failures:
             continue
         seconds.append(time.perf_counter() - start)
     if len(seconds) < 2:

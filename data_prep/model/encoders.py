@@ -146,13 +146,59 @@ class PromptEncoder:
             ValueError: no image, or more than three.
             BadPrompt: the instruction is too long, or holds a token of the template, which is no text to the model.
         """
+        return self._forward([self._inputs(prompt, images)])[0]
+
+    def encode_many(
+        self, requests: Sequence[tuple[str, Sequence[Image.Image]]], batch_size: int
+    ) -> list[Tensor | BadPrompt]:
+        """`encode` of several instructions with their images: the hidden states of each, or why it cannot be encoded.
+
+        On a GPU those of one length are computed together, at most `batch_size` at a time. On a CPU each is computed by
+        itself, as that is no slower there, and its last bits do not depend on the others.
+        """
+        if self.model.device.type == "cpu":
+            return [self._encode_or_refuse(prompt, images) for prompt, images in requests]
+        return self.encode_batches(requests, batch_size)
+
+    @torch.no_grad()
+    def encode_batches(
+        self, requests: Sequence[tuple[str, Sequence[Image.Image]]], batch_size: int
+    ) -> list[Tensor | BadPrompt]:
+        """`encode_many` as on a GPU, wherever the model is."""
+        found: dict[int, Tensor | BadPrompt] = {}
+        by_length: dict[int, dict[int, Any]] = {}
+        for place, (prompt, images) in enumerate(requests):
+            try:
+                inputs = self._inputs(prompt, images)
+            except BadPrompt as error:
+                found[place] = error
+            else:
+                by_length.setdefault(inputs["input_ids"].shape[1], {})[place] = inputs
+        for group in by_length.values():
+            places = list(group)
+            for start in range(0, len(places), batch_size):
+                batch = places[start : start + batch_size]
+                found.update(zip(batch, self._forward([group[place] for place in batch]), strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _encode_or_refuse(self, prompt: str, images: Sequence[Image.Image]) -> Tensor | BadPrompt:
+        try:
+            return self.encode(prompt, images)
+        except BadPrompt as error:
+            return error
+
+    def _inputs(self, prompt: str, images: Sequence[Image.Image]) -> Any:
+        """What the model takes, of a batch of one."""
         self._check_prompt(prompt)
         if not 1 <= len(images) <= MAX_SOURCES:
             raise ValueError(f"an instruction needs 1 to {MAX_SOURCES} images, got {len(images)}")
-        inputs = self.processor(text=[edit_text(prompt, len(images))], images=list(images), return_tensors="pt")
+        return self.processor(text=[edit_text(prompt, len(images))], images=list(images), return_tensors="pt")
+
+    def _forward(self, inputs: Sequence[Any]) -> Tensor:
+        """Hidden states (B, L, D) of inputs of one length."""
+        together = {name: torch.cat([each[name] for each in inputs]).to(self.model.device) for name in inputs[0]}
         # mm_token_type_ids is among the inputs: without it image tokens silently get 1-D positions instead of M-RoPE.
-        output = self.model(**inputs.to(self.model.device), use_cache=False)
-        return output.last_hidden_state[0, DROPPED_TOKENS:]
+        return self.model(**together, use_cache=False).last_hidden_state[:, DROPPED_TOKENS:]
 
     def _check_prompt(self, prompt: str) -> None:
         tokenizer = self.processor.tokenizer

@@ -225,7 +225,7 @@ class Validation:
     def _batches(self) -> Iterator[list[int]]:
         """Rows of one bucket, `batch_size` at a time."""
         for members in self.reader.buckets.values():
-            chosen = sorted(set(members).intersection(self.rows))
+            chosen = np.intersect1d(members, self.rows).tolist()
             for start in range(0, len(chosen), self.batch_size):
                 yield chosen[start : start + self.batch_size]
 

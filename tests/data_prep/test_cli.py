@@ -14,7 +14,7 @@ from tests.commands import run_script
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "check")
+COMMANDS = ("pairs", "table", "hf", "coco", "overlay", "synth", "mask", "split", "cache", "check")
 
 
 def test_help_lists_every_command():

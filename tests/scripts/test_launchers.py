@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cache.reader import CacheReader
 from tests import children
+from tests.caching import cached
 from tests.commands import ROOT, warm_programs
 
 pytestmark = pytest.mark.slow
@@ -234,7 +234,8 @@ def test_two_nodes_cache_and_train_together(slurm, spooled, tiny_model_dir, tiny
     done = bash(spooled, "+exp=tiny_lbm", *data, *settings, *paths, "cache.shard_size=2", folder=tmp_path, **warm)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("12 rows cached (12 encoded now)") == 1
-    assert CacheReader(tmp_path / "shared cache/train").keys == CacheReader(tiny_cache / "train").keys
+    one, two = (cached(folder, tiny_pairs / "train.json") for folder in (tiny_cache, tmp_path / "shared cache"))
+    assert one.keys == two.keys
     assert (tmp_path / "runs/two nodes/checkpoints/step-000001/adapter_model.safetensors").exists()
 
 

@@ -35,7 +35,7 @@ def test_every_experiment_composes(name):
     config = compose(overrides(name))
     assert config.loss["_target_"].startswith("losses.")
     assert config.run_dir == f"runs/{config.name}"
-    assert config.cache.dir == f"{config.run_dir}/cache"
+    assert config.cache.dir == "cache"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -245,6 +245,17 @@ def test_what_only_a_run_finds_gets_a_sentence_too(command, tmp_path, overrides)
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_another_dataset_than_the_cached_one_is_refused_with_what_mends_it(command, tiny_pairs, tmp_path):
+    """The same file, one instruction edited since."""
+    rows = json.loads((tiny_pairs / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps([{**rows[0], "prompt": "another"}, *rows[1:]]))
+    data = [f"data.dataset={tmp_path}/train.json", f"data.root={tiny_pairs}", "phases=[train]"]
+    with pytest.raises(
+        InputError, match=r"has no index of this dataset as its file is now, .*: run with phases=\[cache,"
+    ):
+        run(compose(command(tmp_path, *data)[1:]))
+
+
 @pytest.mark.slow
 def test_other_settings_are_not_continued(command, tmp_path):
     run_script(*command(tmp_path, "train.num_steps=2"))

@@ -112,7 +112,7 @@ def test_a_missing_plugin_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_and_continues(workspace):
-    """Two jobs and a shared cache; the third job, added later, is all that the same command then has to do."""
+    """Two jobs and the cache that all runs share; the third job, added later, is all that the same command then has to do."""
     arguments = ["data.dataset=my pairs/train.json", "seed=3", "run_dir=runs/my sweep"]
     names = {"WANDB_NAME": "first"}
     done = run_sweep(workspace, *arguments, "adapter.rank=2,4", **names)
@@ -121,12 +121,11 @@ def test_a_sweep_runs_every_job_and_continues(workspace):
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter.rank=2",
         "adapter.rank=4",
-        "cache",
         "multirun.yaml",
     ]
     assert "12 rows cached (12 encoded now)" in done.stderr
     assert "12 rows cached (0 encoded now)" in done.stderr
-    assert len(list((folder / "cache").iterdir())) == 1
+    assert len(list((workspace / "cache/indexes").iterdir())) == 1
     for rank in (2, 4):
         job = folder / f"adapter.rank={rank}"
         config = (job / "config.yaml").read_text()
@@ -141,7 +140,7 @@ def test_a_sweep_runs_every_job_and_continues(workspace):
 
 @pytest.mark.slow
 def test_a_job_that_fails_leaves_the_others_alone(workspace):
-    """Different data, different caches. The exit code tells."""
+    """The exit code tells."""
     done = run_sweep(workspace, "data.dataset=missing.json,'my pairs/train.json'", "adapter.rank=2")
     assert done.returncode == 1
     assert "error: there is no dataset at missing.json" in done.stderr

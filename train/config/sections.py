@@ -64,10 +64,10 @@ class DataConfig:
 class CacheConfig:
     """Phase 1."""
 
-    dir: str = "${run_dir}/cache"
-    """Where the cache is; runs may share one."""
+    dir: str = "cache"
+    """The folder of the cache. All runs share it: what one has encoded, no other encodes again."""
     batch_size: int = 4
-    """Number of images of one size that the VAE encodes together."""
+    """Number of images of one size that the VAE encodes together, and on a GPU of instructions of one length."""
     shard_size: int = 64
     """Records per file, which is the most work that is lost when caching is killed."""
     workers: int = 8

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from data_prep.model.encoders import LATENT_CHANNELS, VAE, build_vae, use_single_frame
@@ -30,6 +31,10 @@ class EncoderSizes:
         with init_empty_weights():
             model: Any = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(text_encoder))
         self.text_encoder_bytes = _parameter_bytes(model.to(dtype))
+        parts = model.language_model.layers, model.visual
+        self._weights = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+        """Numbers that each token of the text meets, and each patch of an image."""
+        self._patches_per_token = model.config.vision_config.spatial_merge_size**2
         self.encode_bytes, self.decode_bytes = functools.cache(self._encode_bytes), functools.cache(self._decode_bytes)
 
     @torch.no_grad()
@@ -39,6 +44,19 @@ class EncoderSizes:
         with flash_attention(), LiveBytes() as live:
             self.vae.encode(pixels)
         return live.peak
+
+    def text_flops(self, text_tokens: int) -> int:
+        """Operations of one instruction and its images, by 2 for each token and weight; nearly all tokens are the images'."""
+        text, vision = self._weights
+        return 2 * text_tokens * (text + self._patches_per_token * vision)
+
+    @functools.cached_property
+    def flops_per_pixel(self) -> float:
+        """Operations of the VAE's encoder, counted on an image of 512 x 512; its one attention layer grows faster."""
+        side = 512
+        with torch.no_grad(), flash_attention(), FlopCounterMode(display=False) as counter:
+            self.vae.encode(torch.empty(1, 3, side, side, device=META))
+        return counter.get_total_flops() / side**2
 
     def _decode_bytes(self, latents: Size, batch_size: int, gradient: bool = False) -> int:
         """The peak of decoding, and with `gradient` of the way back."""

@@ -4,9 +4,8 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_prep.cache.reader import CacheReader
+from data_prep.cache.index import DatasetDigest
 from data_prep.cache.sizes import Bucket, DatasetSizes, cached_sizes, estimated_sizes, num_tokens
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
@@ -25,7 +24,7 @@ from train.plan.planner import (
     lora_sizes,
     utilisation,
 )
-from train.plan.speed import GIGA, LINK_BUSY, Step
+from train.plan.speed import GIGA, LINK_BUSY, UTILISATION, Step
 
 SHOWN_BUCKETS = 5
 
@@ -51,6 +50,8 @@ class Plan:
     cache_phase: Memory
     """Of phase 1."""
     cache_bytes: int
+    caching_flops: float | None
+    """Of phase 1, for each row; None where every row is cached."""
     checkpoint_bytes: int
     """Of one."""
     num_checkpoints: int
@@ -135,6 +136,7 @@ class Plan:
             f"  disk       {_size(self.cache_bytes)} cache, {self.num_checkpoints} checkpoints of "
             f"{_size(self.checkpoint_bytes)} (one more while saving)"
         )
+        yield from self._caching()
         yield from self._time()
         if self.faster:
             yield f"  faster     {self.faster.settings}, with about {self.faster.seconds:.3g} s a step"
@@ -166,6 +168,18 @@ class Plan:
         if self.world_size > gpu.per_machine:
             yield f"  links      what leaves a machine of {gpu.per_machine} GPUs is slower than this plan knows"
 
+    def _caching(self) -> Iterator[str]:
+        """What phase 1 has to do, and how long it takes at an assumed share of the peak."""
+        if self.caching_flops is None or self.gpu.tflops is None or self.dtype != "bfloat16":
+            return
+        share = UTILISATION["plain"]
+        seconds = self.data.num_rows * self.caching_flops / (self.gpu.tflops * 1e12 * share) / self.world_size
+        if seconds >= 1:  # the encoders take longer to load
+            yield (
+                f"  caching    {self.caching_flops / 1e12:.3g} TFLOP a row: about {_duration(seconds)} at {share:.0%} of peak, "
+                "if files are read as fast; an estimate, not measured"
+            )
+
     def _time(self) -> Iterator[str]:
         samples = _plural(self.samples_per_step, "sample")
         work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({samples} per GPU)"
@@ -192,15 +206,16 @@ def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
     Raises:
         InputError: the dataset cannot be read, or none of its rows can be used.
     """
-    geometry, folder = geometry_of(config), Path(config.cache.dir) / "train"
-    with contextlib.suppress(InputError):
-        CacheReader(folder, geometry=geometry)
-        return cached_sizes(folder)
+    geometry, dropout = geometry_of(config), config.data.caption_dropout > 0
     assert config.data.dataset is not None
-    rows = read_rows(config.data.dataset, config.data.root)
+    rows = [
+        row for row in read_rows(config.data.dataset, config.data.root) if isinstance(row, Row) and row.split == "train"
+    ]
+    with contextlib.suppress(InputError):
+        return cached_sizes(config.cache.dir, str(DatasetDigest(rows)), geometry=geometry, caption_dropout=dropout)
     vision = model.config("text_encoder").get("vision_config", {})
     side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-    return estimated_sizes((r for r in rows if isinstance(r, Row) and r.split == "train"), geometry, side)
+    return estimated_sizes(rows, geometry, side)
 
 
 def make_plan(
@@ -244,6 +259,7 @@ def make_plan(
         memory=planner.training(config, world_size, gpu),
         cache_phase=cache_phase,
         cache_bytes=planner.cache_bytes(config),
+        caching_flops=None if data.cached else planner.caching_flops(config),
         checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
         decided=decided,

@@ -139,6 +139,19 @@ class Planner:
             }
         )
 
+    def caching_flops(self, config: Config) -> float:
+        """Operations of phase 1 for one row, on average: its target, its references, the source where its size is another one,
+        and its instructions."""
+        num_prompts = 2 if config.data.caption_dropout > 0 else 1
+        total = 0.0
+        for bucket in self.buckets(config):
+            images = [bucket.target, *bucket.references]
+            images += [bucket.target] * (bucket.target not in bucket.references)
+            pixels = sum(size.height * size.width for size in images)
+            text = num_prompts * self.encoders.text_flops(bucket.text_tokens)
+            total += bucket.share * (pixels * self.encoders.flops_per_pixel + text)
+        return total
+
     def backward_bytes(self, config: Config) -> int:
         """Activations of one micro-batch of the longest sequence."""
         batch_size = config.train.micro_batch_size * forwards_per_sample(config)

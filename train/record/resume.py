@@ -62,7 +62,7 @@ def data_identity(reader: CacheReader) -> str:
     """A hash of the records and their order."""
     digest = hashlib.blake2b(digest_size=8)
     for bucket, indices in sorted(reader.buckets.items()):
-        digest.update(f"{bucket}{indices}".encode())
+        digest.update(f"{bucket}{indices.tolist()}".encode())
     for key in reader.keys:
         digest.update(key.encode())
     return digest.hexdigest()

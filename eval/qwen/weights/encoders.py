@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_prep.errors import BadPrompt
 from data_prep.model.encoders import VAE, PromptEncoder
 
 TILE = 64
@@ -53,3 +54,10 @@ class PlacedPromptEncoder(PromptEncoder):
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
         """As `PromptEncoder.encode`."""
         return super().encode(prompt, images).to(self.device)
+
+    def encode_batches(
+        self, requests: Sequence[tuple[str, Sequence[Image.Image]]], batch_size: int
+    ) -> list[Tensor | BadPrompt]:
+        """As `PromptEncoder.encode_batches`."""
+        found = super().encode_batches(requests, batch_size)
+        return [each if isinstance(each, BadPrompt) else each.to(self.device) for each in found]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data_prep.cache.reader import CacheReader
+from tests.caching import cached
 from tests.commands import launch
 
 
@@ -21,7 +21,7 @@ def test_two_ranks_cache_what_one_does(tiny_model_dir, tiny_pairs, tiny_cache, t
     settings = ["phases=[cache]", "cache.shard_size=2", "parallel=zero3"]
     done = launch(2, "train/run.py", "+exp=tiny_lbm", *data, *paths, *settings)
     assert done.stderr.count("12 rows cached (12 encoded now)") == 1
-    one, two = CacheReader(tiny_cache / "train"), CacheReader(tmp_path / "cache" / "train")
+    one, two = (cached(folder, tiny_pairs / "train.json") for folder in (tiny_cache, tmp_path / "cache"))
     assert one.keys == two.keys
     for a, b in zip(one, two, strict=True):
         # bf16 values of float32 latents that may differ in the last bits

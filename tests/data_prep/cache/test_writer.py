@@ -17,8 +17,9 @@ from PIL import Image
 
 from data_prep.cache import keys
 from data_prep.cache.encoding import Encoders
+from data_prep.cache.index import CacheHeader
 from data_prep.cache.keys import record_key
-from data_prep.cache.reader import CacheHeader, CacheReader, Record
+from data_prep.cache.reader import CacheReader, Record
 from data_prep.cache.shards import read_arrow
 from data_prep.cache.sizes import cached_sizes, estimated_sizes
 from data_prep.cache.writer import build_cache
@@ -29,7 +30,16 @@ from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
 from data_prep.rows.images import open_image
 from data_prep.rows.rows import Row, read_rows
 from eval.qwen.encoding import reference_sizes
-from tests.caching import GEOMETRY, cache_dataset, load_encoders, write_dataset, write_image, write_mask, write_rows
+from tests.caching import (
+    GEOMETRY,
+    cache_dataset,
+    load_encoders,
+    newest,
+    write_dataset,
+    write_image,
+    write_mask,
+    write_rows,
+)
 from tests.children import PATIENCE, started, wait_until
 
 
@@ -50,7 +60,7 @@ def assert_same_records(first: CacheReader, second: CacheReader, tolerance: floa
 
 
 def shard_keys(folder: Path) -> list[str]:
-    return [key for path in (folder / "shards").iterdir() for key in read_arrow(path).column("key").to_pylist()]
+    return [key for path in (folder / "latents").iterdir() for key in read_arrow(path).column("key").to_pylist()]
 
 
 def report(folder: Path) -> list[dict]:
@@ -101,7 +111,7 @@ def test_an_original_and_its_smaller_target_have_one_grid(tmp_path, tiny_model_d
     row = {"prompt": "edit", "image": write_image(tmp_path / "t.png", 2, 64, 32), "edit_image": [source, source]}
     dataset = write_dataset(tmp_path, [row | {"bridge_image": 1}])
     cache_dataset(dataset, tmp_path / "cache", tiny_model_dir)
-    record = CacheReader(tmp_path / "cache")[0]
+    record = newest(tmp_path / "cache")[0]
     assert torch.equal(record.edit_latents[1], record.source_latents)
     assert record.edit_latents[1].shape == record.target_latents.shape == (16, 4, 8)
     assert record.edit_latents[0].shape != record.target_latents.shape
@@ -128,7 +138,7 @@ def test_no_negative_prompt_is_the_empty_instruction_as_in_the_editor(tmp_path, 
         caption_dropout=True,
         negative=True,
     )
-    record = CacheReader(tmp_path / "cache")[0]
+    record = newest(tmp_path / "cache")[0]
     vision = [stretch(open_image(tmp_path / "s0.png"), GEOMETRY.vision_size(Size(64, 96)))]
     expected = load_encoders(tiny_model_dir).prompt_encoder.encode(" ", vision)
     assert record.negative_prompt_emb is not None
@@ -160,7 +170,7 @@ def test_the_edit_of_a_mask_is_kept_whole(tmp_path, tiny_model_dir):
     mask.paste(0, (40, 20, 140, 21))
     mask.save(tmp_path / rows[0]["back_mask"])
     cache_dataset(write_dataset(tmp_path, rows), tmp_path / "cache", tiny_model_dir)
-    record = CacheReader(tmp_path / "cache")[0]
+    record = newest(tmp_path / "cache")[0]
     assert record.mask is not None
     expected = torch.ones(1, 8, 12)
     expected[0, 1, 2:9] = 0
@@ -171,7 +181,7 @@ def test_a_finished_cache_is_a_no_op_and_one_changed_row_costs_one_record(tmp_pa
     rows = write_rows(tmp_path)
     dataset, cache = write_dataset(tmp_path, rows), tmp_path / "cache"
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 6
-    before = list(CacheReader(cache))
+    before = list(newest(cache))
     assert cache_dataset(dataset, cache, tiny_model_dir, load_encoders=refuse_to_load).num_encoded == 0
 
     rows[4]["prompt"] = "another instruction"
@@ -179,7 +189,7 @@ def test_a_finished_cache_is_a_no_op_and_one_changed_row_costs_one_record(tmp_pa
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 1
     write_image(tmp_path / "s2.png", 999, 96)
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 1
-    changed = [new.key != old.key for new, old in zip(CacheReader(cache), before, strict=True)]
+    changed = [new.key != old.key for new, old in zip(newest(cache), before, strict=True)]
     assert changed == [False, False, True, False, True, False]
 
 
@@ -197,7 +207,7 @@ def test_the_view_follows_the_file_and_names_do_not_matter(tmp_path, tiny_model_
     rows[3]["image"] = "renamed.png"
     write_dataset(moved, [rows[5], rows[3], rows[0]])
     summary = cache_dataset(moved / "rows.json", tmp_path / "cache", tiny_model_dir, load_encoders=refuse_to_load)
-    reader = CacheReader(tmp_path / "cache")
+    reader = newest(tmp_path / "cache")
     assert (summary.num_rows, summary.num_encoded) == (3, 0)
     assert [(record.id, record.row["number"]) for record in reader] == [("r5", 1), ("r3", 2), ("r0", 3)]
     assert reader[1].row["image"] == str(moved / "renamed.png")
@@ -217,11 +227,11 @@ def test_the_view_follows_the_file_and_names_do_not_matter(tmp_path, tiny_model_
 def test_whatever_records_depend_on_makes_them_anew_and_going_back_is_free(change, tmp_path, tiny_model_dir):
     dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache"
     cache_dataset(dataset, cache, tiny_model_dir)
-    before = [record.key for record in CacheReader(cache)]
+    before = [record.key for record in newest(cache)]
     assert cache_dataset(dataset, cache, tiny_model_dir, **change).num_encoded == 2
-    assert not {record.key for record in CacheReader(cache)} & set(before)
+    assert not {record.key for record in newest(cache)} & set(before)
     assert cache_dataset(dataset, cache, tiny_model_dir, load_encoders=refuse_to_load).num_encoded == 0
-    assert [record.key for record in CacheReader(cache)] == before
+    assert [record.key for record in newest(cache)] == before
 
 
 def test_rows_with_the_same_contents_share_a_record(tmp_path, tiny_model_dir):
@@ -229,7 +239,7 @@ def test_rows_with_the_same_contents_share_a_record(tmp_path, tiny_model_dir):
     twin = {**rows[1], "id": "twin", "image": shutil.copy(tmp_path / "t1.png", tmp_path / "copy.png")}
     dataset = write_dataset(tmp_path, [rows[0], rows[1], twin | {"image": "copy.png"}])
     summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir)
-    reader = CacheReader(tmp_path / "cache")
+    reader = newest(tmp_path / "cache")
     assert (summary.num_rows, summary.num_encoded) == (3, 2)
     assert [record.id for record in reader] == ["r0", "r1", "twin"]
     assert reader[1].key == reader[2].key
@@ -274,7 +284,7 @@ def test_two_ranks_write_what_one_writes(tmp_path, tiny_model_dir):
     assert [summaries[rank].num_encoded for rank in range(2)] == [one.num_encoded] * 2 == [7, 7]
     assert len(shard_keys(tmp_path / "two")) == len(set(shard_keys(tmp_path / "two"))) == 7
     # The batches of the VAE are cut differently, which moves the last bits of float32.
-    assert_same_records(CacheReader(tmp_path / "one"), CacheReader(tmp_path / "two"), tolerance=1e-4)
+    assert_same_records(newest(tmp_path / "one"), newest(tmp_path / "two"), tolerance=1e-4)
     assert not list((tmp_path / "two").rglob("*.json"))
 
 
@@ -291,14 +301,14 @@ def test_a_killed_build_continues_where_it_was(tmp_path, tiny_model_dir):
     dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 40)), tmp_path / "cache"
     command = [sys.executable, "-c", CHILD, str(dataset), str(cache), str(tiny_model_dir)]
     with started(command, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: len(list(cache.glob("shards/*.arrow"))) >= 2, process)
+        wait_until(lambda: len(list(cache.glob("latents/*.arrow"))) >= 2, process)
     with pytest.raises(InputError, match="no finished cache"):
         CacheReader(cache)
     num_done = len(shard_keys(cache))
     assert num_done >= 4
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 40 - num_done
     cache_dataset(dataset, tmp_path / "whole", tiny_model_dir)
-    assert_same_records(CacheReader(cache), CacheReader(tmp_path / "whole"))
+    assert_same_records(newest(cache), newest(tmp_path / "whole"))
 
 
 def spoil(folder: Path) -> list[dict]:
@@ -315,7 +325,7 @@ def spoil(folder: Path) -> list[dict]:
 def test_bad_rows_are_skipped_and_reported(tmp_path, tiny_model_dir):
     dataset = write_dataset(tmp_path, spoil(tmp_path))
     summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, on_error="skip")
-    assert [record.id for record in CacheReader(tmp_path / "cache")] == ["r0", "r5"]
+    assert [record.id for record in newest(tmp_path / "cache")] == ["r0", "r5"]
     assert (summary.num_rows, summary.num_encoded) == (2, 2)
     assert [(row.number, row.path) for row in summary.rejected] == [
         (2, str(tmp_path / "t1.png")),
@@ -343,7 +353,7 @@ def test_one_bad_prompt_is_a_rejected_row_and_the_others_are_cached(tmp_path, ti
     rows[1][column] = prompt
     dataset = write_dataset(tmp_path, rows)
     summary = cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, negative=True, on_error="skip")
-    assert [record.id for record in CacheReader(tmp_path / "cache")] == ["r0", "r2"]
+    assert [record.id for record in newest(tmp_path / "cache")] == ["r0", "r2"]
     assert (summary.num_rows, summary.num_encoded) == (2, 2)
     [line] = report(tmp_path)
     assert (line["row"], line["id"]) == (2, "r1")
@@ -383,28 +393,28 @@ def test_a_data_set_without_a_usable_row_is_an_error(tmp_path, tiny_model_dir):
 def test_damaged_and_lost_parts_are_made_again(tmp_path, tiny_model_dir):
     dataset, cache = write_dataset(tmp_path, write_rows(tmp_path)), tmp_path / "cache"
     cache_dataset(dataset, cache, tiny_model_dir)
-    whole = [tensors(record) for record in CacheReader(cache)]
-    damaged, lost, _ = (cache / "shards").iterdir()
+    whole = [tensors(record) for record in newest(cache)]
+    damaged, lost, _ = (cache / "latents").iterdir()
     damaged.write_bytes(damaged.read_bytes()[:1000])
     lost.unlink()
-    with pytest.raises(InputError, match=r"has lost its shard .* rebuild it with phases="):
-        CacheReader(cache)
+    with pytest.raises(InputError, match=r"has lost latents/.* rebuild it with phases="):
+        newest(cache)
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 4
     white = next(path for path in (cache / "sub_noise").iterdir() if path.name.startswith("8x12-"))
     white.unlink()
     with pytest.raises(InputError, match="has lost 8x12"):
-        CacheReader(cache)[0]
+        newest(cache)[0]
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 3
-    for record, expected in zip(CacheReader(cache), whole, strict=True):
+    for record, expected in zip(newest(cache), whole, strict=True):
         torch.testing.assert_close(tensors(record), expected)
 
 
 def test_what_a_kill_left_half_written_is_cleared_once_it_is_old(tmp_path, tiny_model_dir):
-    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 1)), tmp_path / "cache"
-    cache_dataset(dataset, cache, tiny_model_dir)
-    old, new = cache / "shards" / ".a.arrow.1.tmp", cache / "shards" / ".a.arrow.2.tmp"
+    cache = tmp_path / "cache"
+    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 1)), cache, tiny_model_dir)
+    old, new = cache / "latents" / ".a.arrow.1.tmp", cache / "latents" / ".a.arrow.2.tmp"
     old.touch()
     new.touch()
     os.utime(old, (0, 0))
-    cache_dataset(dataset, cache, tiny_model_dir)
+    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 2)), cache, tiny_model_dir)
     assert (old.exists(), new.exists()) == (False, True)

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from data_prep.errors import BadPrompt
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import (
     DROPPED_TOKENS,
@@ -159,6 +160,25 @@ def test_positions_are_true_mrope(prompt_encoder):
     prompt_encoder.encode("Swap.", images)
     hook.remove()
     assert torch.equal(seen[0][-3:].cpu(), expected)
+
+
+def test_a_batch_of_one_length_is_what_each_instruction_gives(prompt_encoder):
+    """Of several lengths and sizes of images, with one that cannot be encoded among them."""
+    one, wide, two = pictures((128, 128), (96, 160), (128, 128))
+    requests = [("Swap.", [one]), ("<|im_end|>", [one]), ("Turn.", [two]), ("Turn it.", [wide, one]), ("Melt.", [one])]
+    calls = []
+    hook = prompt_encoder.model.register_forward_pre_hook(
+        lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = prompt_encoder.encode_batches(requests, 2)
+    hook.remove()
+    assert sorted(calls) == [1, 1, 2]
+    assert isinstance(found[1], BadPrompt)
+    for embedding, request in zip(found, requests, strict=True):
+        if isinstance(embedding, torch.Tensor):
+            # float32 against float32, whose sums are taken in another order
+            assert (embedding - prompt_encoder.encode(*request)).abs().max() < TOLERANCE
+    assert str(prompt_encoder.encode_many(requests, 2)[1]) == str(found[1])
 
 
 def test_number_of_images_is_checked(prompt_encoder):

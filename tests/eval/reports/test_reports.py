@@ -401,7 +401,7 @@ def test_counts_are_refused_by_their_own_names_before_anything_is_read(monkeypat
 def test_adapters_get_names_of_their_own():
     paths = ["runs/lbm", "other/lbm/checkpoints/step-000004", "runs/cache", "runs/cache-2", "runs/wandb", "runs/base"]
     named = run.named_adapters([AdapterUse(Path(path)) for path in paths])
-    assert [name for name, _ in named] == ["lbm", "lbm-2", "cache-8", "cache-2-2", "wandb-2", "base-2"]
+    assert [name for name, _ in named] == ["lbm", "lbm-2", "cache-2", "cache-2-2", "wandb-2", "base-2"]
 
 
 @pytest.mark.parametrize(

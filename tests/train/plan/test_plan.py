@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_prep.cache.reader import CacheReader
 from data_prep.cache.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
@@ -17,6 +16,7 @@ from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.rows import read_rows
 from losses.batch import Condition
 from scripts.gpu_smoke import REAL
+from tests.caching import cached
 from tests.train.plan.planning import MEGAPIXEL, build_optimizer, configure, resolved
 from train.config import DEFAULT_TARGETS, compose
 from train.model.adapter import attach_lora
@@ -238,7 +238,10 @@ def test_a_finished_cache_tells_the_true_lengths(tiny_cache, tiny_pairs, tiny_mo
             f"cache.dir={tiny_cache}",
         ]
     )
-    sizes, records = dataset_sizes(config, ModelDirectory(tiny_model_dir)), CacheReader(tiny_cache / "train")
+    sizes, records = (
+        dataset_sizes(config, ModelDirectory(tiny_model_dir)),
+        cached(tiny_cache, tiny_pairs / "train.json"),
+    )
     assert sorted(row.text_tokens for row in sizes.rows) == sorted(len(record.prompt_emb) for record in records)
     plan = make_plan(config, ModelDirectory(tiny_model_dir), sizes, 1, find_gpu("H100"), build_optimizer)
     stored = (

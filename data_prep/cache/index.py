@@ -1,0 +1,227 @@
+"""The cache on disk: records that any dataset may use, and one index for each dataset.
+
+A cache is a folder:
+
+    indexes/<dataset>-<header>.arrow   what a dataset is: one line per row, in dataset order, naming the records that hold it
+    latents/<hash>.arrow               what the VAE made of rows' images: `data_prep.cache.shards.LATENTS_SCHEMA`
+    texts/<hash>.arrow                 what the text encoder made of instructions: `TEXT_SCHEMA`
+    sub_noise/                         latents of pure white, one file per size
+    digests.arrow                      hashes of image files, by their path, size and time
+
+An index is the truth about its dataset: it is written last, atomically, with the header that says what every record depends
+on. Records are plain Arrow files: `datasets.load_dataset("arrow", data_files="…/latents/*.arrow")` reads them too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from data_prep.cache.shards import read_table, write_arrow
+from data_prep.errors import InputError
+from data_prep.model.geometry import Geometry
+from data_prep.rows.rows import Row
+
+SCHEMA_VERSION = 2
+"""Raise it when the meaning of a stored value changes: every record is then encoded anew."""
+LOCATION = pa.struct([("shard", pa.string()), ("place", pa.int32())])
+PROMPTS = ("prompt", "empty_prompt", "negative_prompt")
+"""Columns of the index that say where embeddings are."""
+INDEX_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "id": pa.string(),
+        "bucket": pa.string(),
+        "text_tokens": pa.int32(),
+        "latents": LOCATION,
+        **dict.fromkeys(PROMPTS, LOCATION),
+        "row": pa.large_string(),
+    }
+)
+LINES_PER_BATCH = 65_536
+BUILD = "run with phases=[cache,train], which encodes only what is missing"
+REBUILD = "rebuild it with phases=[cache,train], or name another folder with cache.dir="
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """All that a record depends on besides its own row. Another header is another index."""
+
+    fingerprint: str
+    """Of the weights and settings of the VAE and the text encoder."""
+    geometry: Geometry
+    dtype: str
+    """What tensors are stored as, e.g. `bfloat16`."""
+    caption_dropout: bool
+    """Whether records have `empty_prompt_emb`."""
+    negative: bool
+    """Whether records have `negative_prompt_emb`."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """One canonical line: equal headers give equal text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "CacheHeader":
+        """From the parsed `to_json`."""
+        return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+
+
+class CacheFolder:
+    """Where the parts of a cache are."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.indexes = self.path / "indexes"
+        self.latents = self.path / "latents"
+        self.texts = self.path / "texts"
+        self.white = self.path / "sub_noise"
+        self.digests = self.path / "digests.arrow"
+        self.work = self.path / "work"
+
+    def index(self, dataset: str, header: CacheHeader) -> Path:
+        """The file of a dataset's index."""
+        return self.indexes / f"{dataset}-{_digest(header.to_json())}.arrow"
+
+    def sub_noise(self, header: CacheHeader, height: int, width: int) -> Path:
+        """The file of white's latents; sizes are those of the latents. Only encoder and dtype matter, not the rows."""
+        text = f"{header.schema_version} {header.fingerprint} {header.dtype}"
+        return self.white / f"{height}x{width}-{_digest(text)}.arrow"
+
+    @property
+    def earlier(self) -> list[Path]:
+        """Folders of caches that an earlier version wrote here, each with one index and shards of its own."""
+        return [folder for folder in (self.path, *self.path.glob("*")) if (folder / "index.arrow").is_file()]
+
+
+class Index(NamedTuple):
+    """One dataset in a cache."""
+
+    path: Path
+    header: CacheHeader
+    name: str
+    """Of the dataset, for people."""
+    sizes: dict[str, int]
+    """Bytes of every file of records that its lines name, by `latents/<hash>.arrow`."""
+    lines: pa.Table
+    """`INDEX_SCHEMA`, memory-mapped."""
+
+    @property
+    def dataset(self) -> str:
+        """The digest of its rows."""
+        return self.path.stem.split("-")[0]
+
+
+class DatasetDigest:
+    """Which dataset it is: a hash of what its rows say, not of their files' contents."""
+
+    def __init__(self, rows: Iterable[Row] = ()):
+        self.num_rows = 0
+        self._hash = hashlib.blake2b(digest_size=8)
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """The next row."""
+        self.num_rows += 1
+        self._hash.update(row_json(row).encode() + b"\n")
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+def row_json(row: Row) -> str:
+    """A row as a line of JSON, the paths absolute."""
+    return json.dumps(vars(row), default=str)
+
+
+def write_index(
+    folder: CacheFolder,
+    dataset: str,
+    header: CacheHeader,
+    name: str,
+    sizes: dict[str, int],
+    lines: Iterable[dict[str, Any]],
+) -> None:
+    """Publishes a view of the records: one line per row, in dataset order, with the columns of `INDEX_SCHEMA`."""
+    metadata = {"header": header.to_json(), "name": name, "sizes": json.dumps(sizes)}
+    write_arrow(folder.index(dataset, header), lines, INDEX_SCHEMA.with_metadata(metadata), LINES_PER_BATCH)
+
+
+def read_index(path: Path) -> Index:
+    """An index, whose lines stay on the disk.
+
+    Raises:
+        InputError: it is damaged, or of another version.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        lines = read_table(path)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"the cache index {path} is damaged ({error}): {REBUILD}") from None
+    metadata = {name.decode(): value.decode() for name, value in (lines.schema.metadata or {}).items()}
+    values = json.loads(metadata.get("header", "{}"))
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"the cache at {path.parents[1]} has schema {values.get('schema_version')}, this version reads {SCHEMA_VERSION}: "
+            + REBUILD
+        )
+    header = CacheHeader.from_json(values)
+    return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), lines)
+
+
+def find_index(
+    folder: CacheFolder,
+    dataset: str | None = None,
+    fingerprint: str | None = None,
+    geometry: Geometry | None = None,
+    caption_dropout: bool = False,
+    negative: bool = False,
+) -> Index:
+    """The index of a dataset.
+
+    Args:
+        dataset: its digest; None: the only one that there is.
+        fingerprint, geometry: those of the header; None: any.
+        caption_dropout, negative: what records should have. An index that has more, or less, is taken where none is exact.
+
+    Raises:
+        InputError: there is no index of this dataset, or only for another model or geometry; or it is damaged.
+    """
+    everything = sorted(folder.indexes.glob("*-*.arrow"))
+    mine = [path for path in everything if dataset in (None, path.stem.split("-")[0])]
+    if not everything:
+        reason = " that this version reads" if folder.earlier else ""
+        raise InputError(f"no finished cache{reason} at {folder.path}: {BUILD}")
+    if not mine:
+        others = ", ".join(sorted({index.name or index.dataset for index in map(read_index, everything)}))
+        raise InputError(
+            f"the cache at {folder.path} has no index of this dataset as its file is now, but of {others}: {BUILD}"
+        )
+    found = [read_index(path) for path in mine]
+    for what, expected in (("fingerprint", fingerprint), ("geometry", geometry)):
+        fitting = [index for index in found if expected in (None, getattr(index.header, what))]
+        if not fitting:
+            was, word = getattr(found[0].header, what), "model" if what == "fingerprint" else what
+            raise InputError(
+                f"the cache at {folder.path} was written with another {word} ({was}, now {expected}): {REBUILD}"
+            )
+        found = fitting
+    if len({index.dataset for index in found}) > 1:
+        names = ", ".join(sorted({index.name or index.dataset for index in found}))
+        raise InputError(f"the cache at {folder.path} has several datasets ({names}): name the one to read")
+
+    def preference(index: Index) -> tuple[bool, int, float]:
+        has = index.header.caption_dropout, index.header.negative
+        return has == (caption_dropout, negative), sum(has), index.path.stat().st_mtime
+
+    return max(found, key=preference)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
