@@ -1,10 +1,11 @@
 """Cuts real photographs into pairs for two edits that only the instruction tells apart, and writes dataset files.
 
-    python scripts/make_demo_data.py --out runs/demo/data [--train 300] [--validation 8] [--size 128]
+    python scripts/make_demo_data.py --out runs/demo/data [--train 300] [--validation 8] [--size 128] [--selection]
 
 Every source is a crop with a sticker on it. "remove the sticker" has the clean crop as its target and a mask of what
 must stay; "turn it into an old sepia print" keeps the sticker and changes every colour. Crops of the held-out photographs
-appear in validation.json alone.
+appear in validation.json alone. With --selection that file has crops of other photographs, two of those that are trained on
+without it: settings are chosen there, and the held-out photographs are not read.
 """
 
 import argparse
@@ -86,15 +87,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--train", type=int, default=300, help="crops of the training photographs; two rows each")
     parser.add_argument("--validation", type=int, default=8, help="crops of the held-out photographs; two rows each")
+    parser.add_argument(
+        "--selection",
+        action="store_true",
+        help="keep two training photographs back, to choose settings on, as validation",
+    )
     parser.add_argument("--size", type=int, default=128, help="pixels, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    validation = photographs.SELECTION if args.selection else photographs.HELD_OUT
+    train = [path for path in photographs.TRAIN if path not in validation]
     args.out.mkdir(parents=True, exist_ok=True)
-    for split, paths, count in (
-        ("train", photographs.TRAIN, args.train),
-        ("validation", photographs.HELD_OUT, args.validation),
-    ):
+    for split, paths, count in (("train", train, args.train), ("validation", validation, args.validation)):
         rng = random.Random(f"{args.seed}/{split}")
         pictures = {path.stem: photographs.load(path) for path in paths}
         rows = []
