@@ -6,6 +6,9 @@ Every source is a crop with a sticker on it. "remove the sticker" has the clean 
 must stay; "turn it into an old sepia print" keeps the sticker and changes every colour. Crops of the held-out photographs
 appear in validation.json alone. With --selection that file has crops of other photographs, two of those that are trained on
 without it: settings are chosen there, and the held-out photographs are not read.
+
+With --products N nothing is paired: it writes photographs and stickers, of each split apart, in the folders that
+`data_prep/run.py synth --recipes cutout` makes products on white of.
 """
 
 import argparse
@@ -82,6 +85,20 @@ def make_pairs(photograph: Image.Image, name: str, folder: Path, size: int, rng:
     ]
 
 
+def write_products(out: Path, splits: dict[str, list[Path]], number: int, size: int, seed: int) -> None:
+    """`SPLIT/photographs` and `SPLIT/products`; a quarter of the products, at least one, is held out."""
+    held_out = max(1, number // 4)
+    for split, paths in splits.items():
+        rng = random.Random(f"{seed}/{split}/products")
+        folders = [out / split / kind for kind in ("photographs", "products")]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            photographs.load(path).save(folders[0] / f"{path.stem}.png")
+        for i in range(held_out if split == "validation" else number - held_out):
+            sticker(size, rng).save(folders[1] / f"sticker-{i:02d}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
@@ -92,6 +109,11 @@ def main() -> None:
         action="store_true",
         help="keep two training photographs back, to choose settings on, as validation",
     )
+    parser.add_argument(
+        "--products",
+        type=int,
+        help="write photographs and so many stickers, a quarter of them held out, instead of pairs",
+    )
     parser.add_argument("--size", type=int, default=128, help="pixels, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -99,6 +121,9 @@ def main() -> None:
     validation = photographs.SELECTION if args.selection else photographs.HELD_OUT
     train = [path for path in photographs.TRAIN if path not in validation]
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.products:
+        write_products(args.out, {"train": train, "validation": validation}, args.products, args.size, args.seed)
+        return
     for split, paths, count in (("train", train, args.train), ("validation", validation, args.validation)):
         rng = random.Random(f"{args.seed}/{split}")
         pictures = {path.stem: photographs.load(path) for path in paths}
