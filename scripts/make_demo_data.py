@@ -1,10 +1,14 @@
 """Cuts real photographs into pairs for two edits that only the instruction tells apart, and writes dataset files.
 
-    python scripts/make_demo_data.py --out runs/demo/data [--train 300] [--validation 8] [--size 128]
+    python scripts/make_demo_data.py --out runs/demo/data [--train 300] [--validation 8] [--size 128] [--selection]
 
 Every source is a crop with a sticker on it. "remove the sticker" has the clean crop as its target and a mask of what
 must stay; "turn it into an old sepia print" keeps the sticker and changes every colour. Crops of the held-out photographs
-appear in validation.json alone.
+appear in validation.json alone. With --selection that file has crops of other photographs, two of those that are trained on
+without it: settings are chosen there, and the held-out photographs are not read.
+
+With --products N nothing is paired: it writes photographs and stickers, of each split apart, in the folders that
+`data_prep/run.py synth --recipes cutout` makes products on white of.
 """
 
 import argparse
@@ -81,20 +85,46 @@ def make_pairs(photograph: Image.Image, name: str, folder: Path, size: int, rng:
     ]
 
 
+def write_products(out: Path, splits: dict[str, list[Path]], number: int, size: int, seed: int) -> None:
+    """`SPLIT/photographs` and `SPLIT/products`; a quarter of the products, at least one, is held out."""
+    held_out = max(1, number // 4)
+    for split, paths in splits.items():
+        rng = random.Random(f"{seed}/{split}/products")
+        folders = [out / split / kind for kind in ("photographs", "products")]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            photographs.load(path).save(folders[0] / f"{path.stem}.png")
+        for i in range(held_out if split == "validation" else number - held_out):
+            sticker(size, rng).save(folders[1] / f"sticker-{i:02d}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--train", type=int, default=300, help="crops of the training photographs; two rows each")
     parser.add_argument("--validation", type=int, default=8, help="crops of the held-out photographs; two rows each")
+    parser.add_argument(
+        "--selection",
+        action="store_true",
+        help="keep two training photographs back, to choose settings on, as validation",
+    )
+    parser.add_argument(
+        "--products",
+        type=int,
+        help="write photographs and so many stickers, a quarter of them held out, instead of pairs",
+    )
     parser.add_argument("--size", type=int, default=128, help="pixels, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    validation = photographs.SELECTION if args.selection else photographs.HELD_OUT
+    train = [path for path in photographs.TRAIN if path not in validation]
     args.out.mkdir(parents=True, exist_ok=True)
-    for split, paths, count in (
-        ("train", photographs.TRAIN, args.train),
-        ("validation", photographs.HELD_OUT, args.validation),
-    ):
+    if args.products:
+        write_products(args.out, {"train": train, "validation": validation}, args.products, args.size, args.seed)
+        return
+    for split, paths, count in (("train", train, args.train), ("validation", validation, args.validation)):
         rng = random.Random(f"{args.seed}/{split}")
         pictures = {path.stem: photographs.load(path) for path in paths}
         rows = []

@@ -1,7 +1,8 @@
 """The photographs that ship inside scikit-image and scikit-learn: the only real pictures this project needs offline.
 
 The split is by photograph, never by crop: what is held out is seen by no trained part, neither the tiny VAE,
-nor the tiny DiT, nor the demo's LoRA.
+nor the tiny DiT, nor the demo's LoRA. Settings are chosen on photographs of their own (`SELECTION`), which the LoRA is then
+not trained on, so that what is held out is only ever measured.
 """
 
 import random
@@ -31,6 +32,8 @@ TRAIN = [
     SKLEARN_DATA / "flower.jpg",
 ]
 HELD_OUT = [SKIMAGE_DATA / "chelsea.png", SKIMAGE_DATA / "coffee.png"]
+SELECTION = [SKIMAGE_DATA / "astronaut.png", SKLEARN_DATA / "flower.jpg"]
+"""Of `TRAIN`: kept back from the LoRA, and validated on, while settings are chosen."""
 
 
 def load(path: Path) -> Image.Image:
