@@ -25,7 +25,9 @@ class Order:
         groups_per_step: of one optimizer step, over all ranks and accumulation steps.
     """
 
-    def __init__(self, buckets: Mapping[str, Sequence[int]], seed: int, group_size: int, groups_per_step: int):
+    def __init__(
+        self, buckets: Mapping[str, Sequence[int] | np.ndarray], seed: int, group_size: int, groups_per_step: int
+    ):
         self.seed, self.group_size, self.groups_per_step = seed, group_size, groups_per_step
         self.names = sorted(buckets)
         self._members = [np.asarray(buckets[name]) for name in self.names]

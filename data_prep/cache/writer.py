@@ -306,7 +306,7 @@ class _Stored:
         """Writes the index, and clears away what killed processes left half written."""
         self._look()
         sizes = {
-            f"{folder.name}/{shard}.arrow": file_size(folder / f"{shard}.arrow")
+            f"{folder.name}/{shard}.arrow": (folder / f"{shard}.arrow").stat().st_size
             for folder, shards in (
                 (self.store.latents, {self.latents[each.latents][0] for each in served}),
                 (self.store.texts, {self.texts[key][0] for each in served for key in each.texts.values()}),
