@@ -175,3 +175,11 @@ def test_a_cell_that_touches_white_counts_as_white():
     expected[0, 1, 1] = 1.0
     expected[0, 2, 0] = 128 / 255
     torch.testing.assert_close(latent, expected)
+
+
+@pytest.mark.parametrize("resize", [fit, stretch])
+def test_a_smaller_picture_averages_the_pixels_that_it_covers(resize):
+    """A chessboard of single pixels becomes grey; to take the nearest pixel would give black and white."""
+    board = Image.fromarray((np.indices((128, 192)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    values = np.asarray(resize(board, Size(32, 48)))[4:-4, 4:-4]
+    assert abs(values.astype(int) - 127).max() <= 2
