@@ -37,7 +37,7 @@ from eval.request.placement import Placement, make_placement
 from eval.request.request import AdapterUse, EditRequest
 from losses.batch import Condition
 from scripts.bench.report import Report, environment
-from train.config import AdapterConfig
+from train.config import DEFAULT_TARGETS
 from train.model.adapter import PREFIX, match_modules
 from train.model.adapter_files import WEIGHTS_FILE
 from train.model.denoiser import Denoiser, build_dit
@@ -161,7 +161,7 @@ def write_adapter(model: ModelDirectory, folder: Path, objective: str, rank: int
     with torch.device("meta"):
         dit = build_dit(model.config("transformer"))
     generator, tensors = torch.Generator().manual_seed(len(folder.name)), {}
-    for name in match_modules(dit, AdapterConfig().target_modules):
+    for name in match_modules(dit, DEFAULT_TARGETS):
         module: Any = dit.get_submodule(name)
         down = torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5
         up = 1e-3 * torch.randn(module.out_features, rank, generator=generator)

@@ -30,8 +30,8 @@ def test_compiled_blocks_with_adapters(tiny_model_dir, tmp_path, monkeypatch, ca
     adapter = AdapterUse(write_adapter(tmp_path / "a", tiny_model_dir, "flow", SMALL))
     places = [Placement(dtype=torch.float32, weights=weights, offload="model", compile=each) for each in (True, False)]
     compiled, plain = (Components(model, place) for place in places)
-    graphs = []
-    for uses in ([], [adapter], [AdapterUse(adapter.path, 0.5)], []):
+    graphs, wanted = [], [[], [adapter], [AdapterUse(adapter.path, 0.5)], []]
+    for uses in wanted if weights == "full" else wanted[1:3]:  # beside rounded weights, none is another graph
         with compiled.denoiser(uses) as mine, plain.denoiser(uses) as theirs:
             assert torch.equal(velocity(mine), velocity(theirs))
         graphs.append(counters["stats"]["unique_graphs"])
@@ -41,7 +41,7 @@ def test_compiled_blocks_with_adapters(tiny_model_dir, tmp_path, monkeypatch, ca
     assert "compiled a block in" in said.err
     assert "without torch.compile" not in said.err
     assert not said.out
-    assert graphs == [2] * 4 if weights == "full" else graphs[1] == graphs[-1]
+    assert len(set(graphs)) == 1
     torch._dynamo.reset()
 
 
