@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 DIR=${DEMO_DIR:-runs/demo-white}
 MODEL=${DEMO_MODEL:-models/tiny}
-STEPS=${DEMO_STEPS:-400}
+STEPS=${DEMO_STEPS:-300}
 PAIRS=${DEMO_PAIRS:-24} # of each photograph
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive
 

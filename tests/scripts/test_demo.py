@@ -21,7 +21,7 @@ def shown_photographs(file):
 @pytest.mark.parametrize("selection", [True, False])
 def test_no_photograph_is_on_both_sides(selection, tmp_path):
     run_script(
-        *("scripts/make_demo_data.py", "--out", tmp_path, "--train", 14, "--validation", 2, "--size", 32),
+        *("scripts/make_demo_data.py", "--out", tmp_path, "--train", "14", "--validation", "2", "--size", "32"),
         *["--selection"] * selection,
     )
     held_out, chosen_on, known = (
