@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.cache.batches import BatchStream
+from data_prep.cache.batches import BatchStream, checked_group_size
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import DatasetDigest
 from data_prep.cache.reader import CacheReader
@@ -41,6 +41,7 @@ from train.parallel.stopping import StopRequest
 from train.plan.gpus import find_gpu
 from train.plan.plan import Plan, dataset_sizes, make_plan
 from train.plan.planner import apply, geometry_of
+from train.record.checkpoint import read_run
 from train.record.lock import locked
 from train.record.loggers import STOPPED, Loggers
 from train.record.provenance import provenance
@@ -130,9 +131,17 @@ def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:
 
 
 def train_phase(
-    config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, plan: Plan | None
+    config: Config,
+    model: ModelDirectory,
+    geometry: Geometry,
+    processes: Processes,
+    plan: Plan | None,
+    request: StopRequest | None = None,
 ) -> int:
     """Phase 2. Every rank runs it; rank 0 speaks and writes, and has the plan.
+
+    Args:
+        request: made before, so that a launcher that has gone meanwhile is missed.
 
     Returns:
         The exit code: 0 if the training is complete, 1 if something beside it failed, else what `StopRequest` says.
@@ -150,9 +159,7 @@ def train_phase(
     stream = BatchStream(
         reader,
         seed=config.seed,
-        global_batch_size=settings.micro_batch_size
-        * settings.accumulation(processes.world_size)
-        * processes.world_size,
+        global_batch_size=global_batch_size(config, processes.world_size),
         micro_batch_size=settings.micro_batch_size,
         group_size=settings.group_size,
         rank=processes.rank,
@@ -180,7 +187,7 @@ def train_phase(
     record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
     states = continued_states(checkpoint, checkpoints)
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
-    with StopRequest() as request, closing(stream), loggers:
+    with request or StopRequest() as request, closing(stream), loggers:
         decided = processes.gather(plan and plan.decided)[0]
         if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
             processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
@@ -223,6 +230,18 @@ def train_phase(
     for problem in loggers.problems:
         processes.say(f"the training is complete, but {problem}")
     return 1 if loggers.problems else 0
+
+
+def global_batch_size(config: Config, world_size: int) -> int:
+    """Samples per optimizer step over all processes."""
+    return config.train.micro_batch_size * config.train.accumulation(world_size) * world_size
+
+
+def known_identity(config: Config, model: ModelDirectory, world_size: int) -> dict[str, Any]:
+    """What is known of `run_identity` before anything is cached."""
+    settings, together = config.train, global_batch_size(config, world_size)
+    group_size = checked_group_size(settings.group_size, settings.micro_batch_size, together)
+    return {"model": model.fingerprint("transformer"), "global_batch_size": together, "group_size": group_size}
 
 
 def held_out_validation(
@@ -274,14 +293,20 @@ def run(config: Config) -> int:
     Raises:
         InputError: the configuration or the input is wrong.
     """
-    for key, folder in ("run_dir", config.run_dir), ("cache.dir", config.cache.dir):
-        check_folder(key, Path(folder))
+    request = StopRequest()  # here, where the launcher certainly lives
+    if config.phases != ["plan"]:
+        check_folder("run_dir", Path(config.run_dir))
+    if "cache" in config.phases:
+        check_folder("cache.dir", Path(config.cache.dir))
     model = ModelDirectory.resolve(config.model.path, weights=config.phases != ["plan"])
     geometry = geometry_of(config)
     check_nodes(config, model)
-    if "train" in config.phases and (newest := newest_checkpoint(config)):
+    newest = newest_checkpoint(config) if "train" in config.phases else None
+    if newest:
         check_settings(config, newest)  # before an hour of caching
     processes = Processes.start(config.train.device)
+    if newest:
+        check_identity(newest, read_run(newest), known_identity(config, model, processes.world_size))
     plan = None
     if processes.is_main and config.phases != ["cache"]:
         plan = plan_run(config, model, processes.world_size)
@@ -292,10 +317,13 @@ def run(config: Config) -> int:
     with locked(Path(config.run_dir)) if "train" in config.phases and processes.is_main else nullcontext():
         if "cache" in config.phases:
             cache_phase(config, model, geometry, processes)
-        if "train" in config.phases:
+        if "train" in config.phases and processes.any(bool(request.reason)):
+            processes.say(f"stopped by {request.reason or 'another rank'} after caching: the same command trains")
+            exit_code = request.exit_code
+        elif "train" in config.phases:
             if torch.cuda.is_available():  # what phase 1 needed is free again
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            exit_code = train_phase(config, model, geometry, processes, plan)
+            exit_code = train_phase(config, model, geometry, processes, plan, request)
     processes.stop()
     return exit_code

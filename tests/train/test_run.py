@@ -267,8 +267,16 @@ def test_other_settings_are_not_continued(command, tmp_path):
     assert "resume=never" in done.stderr
 
 
-def test_a_run_of_another_version_is_not_continued_as_if_nothing_were(command, tmp_path):
-    """Its checkpoint does not say how it ordered records, or says it otherwise."""
+def test_a_launcher_that_goes_while_it_caches_is_missed(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("train.phases.cache_phase", lambda *_: monkeypatch.setattr("os.getppid", lambda: 1))
+    assert run(compose(command(tmp_path)[1:])) == 1
+    assert "stopped by the end of its launcher after caching: the same command trains" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_of_another_version_is_not_continued_as_if_nothing_were(command, tmp_path, monkeypatch):
+    """Its checkpoint does not say how it ordered records, or says it otherwise. What is refused is refused before caching."""
     run_script(*command(tmp_path, "train.num_steps=2"))
     state = tmp_path / "checkpoints" / "step-000002" / "state.json"
     values = json.loads(state.read_text())
@@ -281,8 +289,11 @@ def test_a_run_of_another_version_is_not_continued_as_if_nothing_were(command, t
             run(compose(command(tmp_path, "train.num_steps=4", "optim.schedule_steps=2")[1:]))
     state.write_text(json.dumps(values))
     other = ("train.micro_batch_size=1", "train.grad_accum_steps=2", "train.num_steps=4", "optim.schedule_steps=2")
-    with pytest.raises(InputError, match=r"train\.group_size was 2 and is 1\."):
-        run(compose(command(tmp_path, *other)[1:]))
+    refused = compose(command(tmp_path, *other)[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr("train.phases.cache_phase", lambda *_: pytest.fail("it caches what it will refuse"))
+        with pytest.raises(InputError, match=r"train\.group_size was 2 and is 1\."):
+            run(refused)
     run(compose(command(tmp_path, *other, "train.group_size=2")[1:]))
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
 

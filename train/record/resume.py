@@ -101,13 +101,14 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
     """Refuses to continue a run with other records, another model, another global batch or other groups.
 
     Args:
-        saved, identity: of `run_identity`, and `model`, then and now.
+        saved, identity: of `run_identity`, and `model`, then and now; before caching without `data`.
 
     Raises:
         InputError: names what differs.
     """
-    words = {"data": "the training data", "model": "the model's weights"}
-    words |= {"global_batch_size": "the global batch", "group_size": "train.group_size"}
+    if "data" in identity and saved.get("data", identity["data"]) != identity["data"]:
+        _refuse(checkpoint, ["the training data was another: its rows, their order or their pictures have changed"])
+    words = {"model": "the model's weights", "global_batch_size": "the global batch", "group_size": "train.group_size"}
     differing = [key for key in words if saved.get(key, identity[key]) != identity[key]]
     _refuse(checkpoint, [f"{words[key]} was {saved[key]} and is {identity[key]}" for key in differing])
 
