@@ -2,7 +2,7 @@
 
 The split is by photograph, never by crop: what is held out is seen by no trained part, neither the tiny VAE,
 nor the tiny DiT, nor the demo's LoRA. Settings are chosen on photographs of their own (`SELECTION`), which the LoRA is then
-not trained on, so that what is held out is only ever measured.
+not trained on. docs/training.md says which of the demo's settings are older than that and were chosen on what is held out.
 """
 
 import random
