@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_what_was_not_used_for_long_goes(caches):
     command("prune", cache, older_than=30)
     assert [record.id for record in newest(cache)] == ["r1", "r2"]
     assert len(list(cache.glob("indexes/*"))) == 1
+
+
+def test_what_is_being_read_stays_however_long_ago_it_was_opened(caches, monkeypatch):
+    cache, one, _ = caches
+    reader, now = CacheReader(cache, one), time.monotonic()
+    [index] = cache.glob(f"indexes/{one}-*.arrow")
+    os.utime(index, (0, 0))
+    reader[0]
+    assert index.stat().st_mtime == 0, "once an hour is enough"
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3700)
+    reader[0]
+    command("prune", cache, older_than=2)
+    assert index.is_file()
+    assert [record.id for record in reader] == ["r0", "r1"]
 
 
 def test_nothing_goes_while_a_cache_is_being_built(caches):

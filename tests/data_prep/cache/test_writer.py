@@ -409,6 +409,17 @@ def test_damaged_and_lost_parts_are_made_again(tmp_path, tiny_model_dir):
         torch.testing.assert_close(tensors(record), expected)
 
 
+@pytest.mark.parametrize("folder", ["latents", "texts"])
+def test_a_shard_that_vanishes_under_a_reader_is_said_to_be_lost(folder, tmp_path, tiny_model_dir):
+    cache = tmp_path / "cache"
+    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 1)), cache, tiny_model_dir)
+    reader = newest(cache)
+    [shard] = (cache / folder).iterdir()
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"has lost {folder}/{shard.name}: rebuild it with phases="):
+        reader[0]
+
+
 def test_what_a_kill_left_half_written_is_cleared_once_it_is_old(tmp_path, tiny_model_dir):
     cache = tmp_path / "cache"
     cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 1)), cache, tiny_model_dir)
