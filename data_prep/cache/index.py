@@ -14,7 +14,7 @@ on. Records are plain Arrow files: `datasets.load_dataset("arrow", data_files="â
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +108,8 @@ class Index(NamedTuple):
     """Of the dataset, for people."""
     sizes: dict[str, int]
     """Bytes of every file of records that its lines name, by `latents/<hash>.arrow`."""
+    failures: dict[str, list[Any]]
+    """Keys of what cannot be encoded, and why (a `data_prep.cache.keys.Failure`): their rows are left out."""
     lines: pa.Table
     """`INDEX_SCHEMA`, memory-mapped."""
 
@@ -147,9 +149,15 @@ def write_index(
     name: str,
     sizes: dict[str, int],
     lines: Iterable[dict[str, Any]],
+    failures: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Publishes a view of the records: one line per row, in dataset order, with the columns of `INDEX_SCHEMA`."""
-    metadata = {"header": header.to_json(), "name": name, "sizes": json.dumps(sizes)}
+    metadata = {
+        "header": header.to_json(),
+        "name": name,
+        "sizes": json.dumps(sizes),
+        "failures": json.dumps(failures or {}),
+    }
     write_arrow(folder.index(dataset, header), lines, INDEX_SCHEMA.with_metadata(metadata), LINES_PER_BATCH)
 
 
@@ -172,7 +180,8 @@ def read_index(path: Path) -> Index:
             + REBUILD
         )
     header = CacheHeader.from_json(values)
-    return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), lines)
+    failures = json.loads(metadata.get("failures", "{}"))
+    return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), failures, lines)
 
 
 def find_index(

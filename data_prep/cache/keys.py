@@ -29,11 +29,13 @@ class Failure(NamedTuple):
     path: str
     """Empty for a prompt."""
     reason: str
+    lasting: bool = True
+    """Whether the same contents fail again."""
 
     @classmethod
     def of(cls, error: RejectedImage) -> "Failure":
         """The same without a traceback, so that it can be written as JSON."""
-        return cls(str(error.path), error.reason)
+        return cls(str(error.path), error.reason, error.lasting)
 
     def reject(self, row: Row) -> RejectedRow:
         """The report on a row that failed for this reason."""

@@ -138,20 +138,21 @@ def build_cache(
 
         touch()
         stored = _Stored(store, header)
-        finished = rank == 0 and _is_finished(store, dataset, header, keyed)
-        [missing, *_] = ranks.exchange("missing", stored.lacking(keyed) if rank == 0 and not finished else [])
+        known = _finished(store, dataset, header, keyed, on_error) if rank == 0 else None
+        lacking = stored.lacking(keyed) if rank == 0 and known is None else []
+        [(missing, known_failures), *_] = ranks.exchange("missing", (lacking, known or {}))
         encoding = _Encoding(load_encoders, store, header, batch_size, shard_size, workers, rank == 0, touch)
         work = [_lacking(keyed[place], latents, texts, header) for place, latents, texts in missing[rank::world_size]]
         failures: dict[str, Failure] = {}
-        for share in ranks.exchange("failures", encoding.run(work)):
+        for share in (known_failures, *ranks.exchange("failures", encoding.run(work))):
             failures.update({key: Failure(*failure) for key, failure in share.items()})
         served = rejections.without(keyed, failures)
         rejections.report()
 
-        if finished:
+        if known is not None:
             mark_used(store.index(dataset, header))
         elif rank == 0:
-            stored.publish(served, dataset, name)
+            stored.publish(served, dataset, name, failures)
         ranks.forget("keys", "missing", "failures")
     kept = {id(each) for each in served}
     num_encoded = sum(id(keyed[place]) in kept for place, *_ in missing)
@@ -302,7 +303,7 @@ class _Stored:
                 found.append((place, latents, texts))
         return found
 
-    def publish(self, served: list[KeyedRow], dataset: str, name: str) -> None:
+    def publish(self, served: list[KeyedRow], dataset: str, name: str, failures: dict[str, Failure]) -> None:
         """Writes the index, and clears away what killed processes left half written."""
         self._look()
         sizes = {
@@ -313,7 +314,8 @@ class _Stored:
             )
             for shard in sorted(shards)
         }
-        write_index(self.store, dataset, self.header, name, sizes, map(self._line, served))
+        lasting = {key: failure for key, failure in failures.items() if failure.lasting}
+        write_index(self.store, dataset, self.header, name, sizes, map(self._line, served), lasting)
         for folder in (self.store.latents, self.store.texts, self.store.white, self.store.indexes, self.store.path):
             remove_leftovers(folder)
 
@@ -357,15 +359,23 @@ class _Stored:
                 yield path, shard
 
 
-def _is_finished(store: CacheFolder, dataset: str, header: CacheHeader, keyed: list[KeyedRow]) -> bool:
-    """Whether there is an index of these very records, and their files are whole, as far as sizes tell."""
+def _finished(
+    store: CacheFolder, dataset: str, header: CacheHeader, keyed: list[KeyedRow], on_error: Literal["raise", "skip"]
+) -> dict[str, Failure] | None:
+    """What cannot be encoded, if there is an index of all other records, whose files are whole as far as sizes tell.
+
+    None if there is something to do. With `on_error="raise"` whatever failed is tried again.
+    """
     try:
         index = read_index(store.index(dataset, header))
     except (FileNotFoundError, InputError):
-        return False
-    if index.lines.column("key").to_pylist() != [each.key for each in keyed]:
-        return False
+        return None
+    failures = {key: Failure(*failure) for key, failure in index.failures.items()}
+    served = [each.key for each in keyed if not failures.keys() & {each.latents, *each.texts.values()}]
+    if index.lines.column("key").to_pylist() != served or (failures and on_error == "raise"):
+        return None
     buckets = index.lines.column("bucket").unique().to_pylist()
-    return all(file_size(store.path / name) == size for name, size in index.sizes.items()) and all(
+    whole = all(file_size(store.path / name) == size for name, size in index.sizes.items()) and all(
         store.sub_noise(header, *target_size(bucket)).exists() for bucket in buckets
     )
+    return failures if whole else None

@@ -1,5 +1,6 @@
 """The cache: everything once, nothing stale, nothing lost."""
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.cache import keys
+from data_prep.cache import encoding, keys
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import CacheHeader
 from data_prep.cache.keys import record_key
@@ -27,7 +28,7 @@ from data_prep.check.measures.column_store import Columns
 from data_prep.check.report.summary import lay_out
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
-from data_prep.rows.images import open_image
+from data_prep.rows.images import RejectedImage, open_image
 from data_prep.rows.rows import Row, read_rows
 from eval.qwen.encoding import reference_sizes
 from tests.caching import (
@@ -358,6 +359,40 @@ def test_one_bad_prompt_is_a_rejected_row_and_the_others_are_cached(tmp_path, ti
     [line] = report(tmp_path)
     assert (line["row"], line["id"]) == (2, "r1")
     assert re.match(reason, line["reason"])
+
+
+def test_what_cannot_be_encoded_is_tried_again_when_its_contents_change(tmp_path, tiny_model_dir):
+    """Not at every start: a cache with a broken picture and a bad prompt is finished, and says so each time."""
+    rows = write_rows(tmp_path, 3)
+    good = (tmp_path / "t0.png").read_bytes()
+    (tmp_path / "t0.png").write_bytes(good[:200])
+    rows[1]["prompt"] = "put <|image_pad|> here"
+    build = functools.partial(
+        cache_dataset, write_dataset(tmp_path, rows), tmp_path / "cache", tiny_model_dir, on_error="skip"
+    )
+    first = build()
+    assert [row.number for row in first.rejected] == [1, 2]
+    again = build(load_encoders=refuse_to_load)
+    assert (again.rejected, again.num_rows, again.num_encoded) == (first.rejected, 1, 0)
+    assert [line["row"] for line in report(tmp_path)] == [1, 2]
+    with pytest.raises(AssertionError, match="nothing to encode"):
+        build(load_encoders=refuse_to_load, on_error="raise")
+    (tmp_path / "t0.png").write_bytes(good)
+    assert [row.number for row in build().rejected] == [2]
+
+
+def test_what_the_disk_refused_is_tried_again(tmp_path, tiny_model_dir, monkeypatch):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache"
+
+    def fail(path):
+        if Path(path).name == "t0.png":
+            raise RejectedImage(Path(path), "cannot be read: Input/output error", lasting=False)
+        return open_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "open_image", fail)
+        assert cache_dataset(dataset, cache, tiny_model_dir, on_error="skip").num_rows == 1
+    assert cache_dataset(dataset, cache, tiny_model_dir, on_error="skip").num_rows == 2
 
 
 def test_unreadable_files_stop_a_strict_build_before_anything_is_encoded(tmp_path, tiny_model_dir):
