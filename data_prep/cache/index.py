@@ -61,10 +61,16 @@ class CacheHeader:
     negative: bool
     """Whether records have `negative_prompt_emb`."""
     schema_version: int = SCHEMA_VERSION
+    encoder_dtype: str = ""
+    """What the encoders computed in. Empty for an index from before this was known, which no build takes up again."""
 
     def to_json(self) -> str:
         """One canonical line: equal headers give equal text."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    def identity_json(self) -> str:
+        """The same of what checkpoints know of their data. `encoder_dtype` is none of it: older runs continue."""
+        return json.dumps({k: v for k, v in asdict(self).items() if k != "encoder_dtype"}, sort_keys=True)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "CacheHeader":
@@ -89,8 +95,8 @@ class CacheFolder:
         return self.indexes / f"{dataset}-{_digest(header.to_json())}.arrow"
 
     def sub_noise(self, header: CacheHeader, height: int, width: int) -> Path:
-        """The file of white's latents; sizes are those of the latents. Only encoder and dtype matter, not the rows."""
-        text = f"{header.schema_version} {header.fingerprint} {header.dtype}"
+        """The file of white's latents; sizes are those of the latents. Only encoder and dtypes matter, not the rows."""
+        text = f"{header.schema_version} {header.fingerprint} {header.dtype} {header.encoder_dtype}"
         return self.white / f"{height}x{width}-{_digest(text)}.arrow"
 
     @property
@@ -191,16 +197,17 @@ def find_index(
     geometry: Geometry | None = None,
     caption_dropout: bool = False,
     negative: bool = False,
+    encoder_dtype: str | None = None,
 ) -> Index:
     """The index of a dataset.
 
     Args:
         dataset: its digest; None: the only one that there is.
-        fingerprint, geometry: those of the header; None: any.
+        fingerprint, geometry, encoder_dtype: those of the header; None: any.
         caption_dropout, negative: what records should have. An index that has more, or less, is taken where none is exact.
 
     Raises:
-        InputError: there is no index of this dataset, or only for another model or geometry; or it is damaged.
+        InputError: there is no index of this dataset, or only for another model, geometry or dtype; or it is damaged.
     """
     everything = sorted(folder.indexes.glob("*-*.arrow"))
     mine = [path for path in everything if dataset in (None, path.stem.split("-")[0])]
@@ -213,12 +220,13 @@ def find_index(
             f"the cache at {folder.path} has no index of this dataset as its file is now, but of {others}: {BUILD}"
         )
     found = [read_index(path) for path in mine]
-    for what, expected in (("fingerprint", fingerprint), ("geometry", geometry)):
+    words = {"fingerprint": "model", "geometry": "geometry", "encoder_dtype": "model.dtype"}
+    for what, expected in zip(words, (fingerprint, geometry, encoder_dtype), strict=True):
         fitting = [index for index in found if expected in (None, getattr(index.header, what))]
         if not fitting:
-            was, word = getattr(found[0].header, what), "model" if what == "fingerprint" else what
+            was = getattr(found[0].header, what) or "not known"
             raise InputError(
-                f"the cache at {folder.path} was written with another {word} ({was}, now {expected}): {REBUILD}"
+                f"the cache at {folder.path} was written with another {words[what]} ({was}, now {expected}): {REBUILD}"
             )
         found = fitting
     if len({index.dataset for index in found}) > 1:

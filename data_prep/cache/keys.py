@@ -122,7 +122,7 @@ def record_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> s
         digest(row.ref_gt)
     return _hash(
         {
-            "header": header.to_json(),
+            "header": header.identity_json(),
             "prompt": row.prompt,
             "negative_prompt": (row.negative_prompt or EMPTY_PROMPT) if header.negative else None,
             "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
@@ -160,7 +160,8 @@ def text_key(row: Row, prompt: str, header: CacheHeader, digest: Digest = file_d
 
 
 def _encoder(header: CacheHeader) -> dict[str, Any]:
-    return {"schema_version": header.schema_version, "fingerprint": header.fingerprint, "dtype": header.dtype}
+    names = "schema_version", "fingerprint", "dtype", "encoder_dtype"
+    return {name: getattr(header, name) for name in names}
 
 
 def _images(row: Row, digest: Digest) -> dict[str, Any]:

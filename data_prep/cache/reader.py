@@ -79,6 +79,7 @@ class CacheReader:
         geometry: Geometry | None = None,
         caption_dropout: bool = False,
         negative: bool = False,
+        encoder_dtype: str | None = None,
     ):
         """Opens a cache.
 
@@ -89,12 +90,13 @@ class CacheReader:
             geometry: the geometry that the caller's config has; None: not checked.
             caption_dropout, negative: whether records should have embeddings of the empty instruction, and of negative
                 prompts. If there are some without, the records are read; who needs more must look at `header`.
+            encoder_dtype: what the encoders computed in, e.g. `bfloat16`; None: not checked.
 
         Raises:
-            InputError: no such dataset there, or only of another schema, model or geometry, or with missing records.
+            InputError: no such dataset there, or only of another schema, model, geometry or dtype, or with missing records.
         """
         self.folder = CacheFolder(folder)
-        index = find_index(self.folder, dataset, fingerprint, geometry, caption_dropout, negative)
+        index = find_index(self.folder, dataset, fingerprint, geometry, caption_dropout, negative, encoder_dtype)
         self.header, self._path, self._lines = index.header, index.path, index.lines
         self._check_files(index.sizes)
         self.buckets = group_by_bucket(index.lines)

@@ -1,7 +1,7 @@
 """Phase 1: rows become records of a cache folder and an index, once. Running again encodes only what is missing or changed.
 
 Latents and embeddings have keys: hashes of the *contents* of what they depend on (images and mask, or images and
-instruction) and of encoders, sizes, dtype and schema. A record is found by its key, so that a moved folder or a reordered
+instruction) and of encoders, sizes, dtypes and schema. A record is found by its key, so that a moved folder or a reordered
 file costs nothing, datasets share what they have in common, a new instruction does not run the VAE, and nothing made by
 another model or geometry is ever reused.
 
@@ -79,6 +79,7 @@ def build_cache(
     rejected_path: str | Path,
     name: str = "",
     dtype: torch.dtype = torch.bfloat16,
+    encoder_dtype: torch.dtype | None = None,
     batch_size: int = 4,
     shard_size: int = 64,
     caption_dropout: bool = False,
@@ -101,6 +102,7 @@ def build_cache(
         rejected_path: the report, one JSON object per rejected row: row, id, path, reason.
         name: of the dataset, for people who look at what the folder holds.
         dtype: what tensors are stored as.
+        encoder_dtype: what the encoders compute in, since another one gives other values; None: the same.
         batch_size: images of one size per call of the VAE.
         shard_size: rows per file, which is the most work that a kill can cost a rank.
         caption_dropout: also encode an empty instruction with each row's images.
@@ -119,7 +121,8 @@ def build_cache(
     """
     start = time.monotonic()
     store = CacheFolder(folder)
-    header = CacheHeader(fingerprint, geometry, str(dtype).removeprefix("torch."), caption_dropout, negative)
+    stored, computed = (str(each).removeprefix("torch.") for each in (dtype, encoder_dtype or dtype))
+    header = CacheHeader(fingerprint, geometry, stored, caption_dropout, negative, encoder_dtype=computed)
     all_rows = list(rows)
     if not all_rows:
         raise InputError("there are no rows to cache: check data.dataset and the column split")

@@ -197,6 +197,20 @@ def test_an_index_with_what_is_wanted_is_preferred_and_one_with_more_is_taken(bu
     assert not cached(cache, dataset).header.caption_dropout
 
 
+def test_encoders_of_another_dtype_share_nothing_and_each_finds_its_own(build, tmp_path):
+    """Although both store the same one, and both runs have the same data."""
+    rows = write_rows(tmp_path, 1)
+    folder, dtypes = tmp_path / "cache", ("bfloat16", "float32")
+    assert build(rows, dtype=torch.bfloat16) == (2 + 1, 1)
+    assert build(rows, dtype=torch.bfloat16, encoder_dtype=torch.float32) == (2 + 1, 1)
+    assert build(rows, dtype=torch.bfloat16) == (0, 0)
+    readers = [CacheReader(folder, encoder_dtype=dtype) for dtype in dtypes]
+    assert [reader.header.encoder_dtype for reader in readers] == [*dtypes]
+    assert readers[0].keys == readers[1].keys
+    with pytest.raises(InputError, match=r"written with another model.dtype \(.*, now float16\): rebuild"):
+        CacheReader(folder, encoder_dtype="float16")
+
+
 def test_a_finished_cache_is_recognised_without_reading_a_file(build, tmp_path, monkeypatch):
     rows = write_rows(tmp_path, 2)
     for path in tmp_path.glob("*.png"):
