@@ -206,6 +206,8 @@ def find_index(
         fingerprint, geometry, encoder_dtype: those of the header; None: any.
         caption_dropout, negative: what records should have. An index that has more, or less, is taken where none is exact.
 
+    Among several that fit the choice depends on their headers alone.
+
     Raises:
         InputError: there is no index of this dataset, or only for another model, geometry or dtype; or it is damaged.
     """
@@ -233,9 +235,10 @@ def find_index(
         names = ", ".join(sorted({index.name or index.dataset for index in found}))
         raise InputError(f"the cache at {folder.path} has several datasets ({names}): name the one to read")
 
-    def preference(index: Index) -> tuple[bool, int, float]:
+    def preference(index: Index) -> tuple[bool, int, str]:
+        """Nothing that changes while ranks look one after the other, such as times."""
         has = index.header.caption_dropout, index.header.negative
-        return has == (caption_dropout, negative), sum(has), index.path.stat().st_mtime
+        return has == (caption_dropout, negative), sum(has), index.header.to_json()
 
     return max(found, key=preference)
 

@@ -211,6 +211,20 @@ def test_encoders_of_another_dtype_share_nothing_and_each_finds_its_own(build, t
         CacheReader(folder, encoder_dtype="float16")
 
 
+def test_the_index_is_the_same_whichever_was_used_last(build, tmp_path):
+    """Ranks look for it one after the other, while another run may use one of them."""
+    rows = write_rows(tmp_path, 1)
+    build(rows)
+    build(rows, encoder_dtype=torch.bfloat16)
+    one, other = (tmp_path / "cache/indexes").glob("*.arrow")
+    found = []
+    for times in ((1, 2), (2, 1)):
+        for path, time in zip((one, other), times, strict=True):
+            os.utime(path, (time, time))
+        found.append(CacheReader(tmp_path / "cache").header)
+    assert found[0] == found[1]
+
+
 def test_a_finished_cache_is_recognised_without_reading_a_file(build, tmp_path, monkeypatch):
     rows = write_rows(tmp_path, 2)
     for path in tmp_path.glob("*.png"):
