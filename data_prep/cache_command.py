@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from data_prep.cache.digests import keep_digests, stamp
-from data_prep.cache.index import CacheFolder, Index, read_index
-from data_prep.cache.reader import target_size
+from data_prep.cache.index import CacheFolder, Index, read_indexes
+from data_prep.cache.reader import file_size, target_size
 from data_prep.cache.writer import BUILDING
 from data_prep.errors import InputError
 from data_prep.files import remove_leftovers
@@ -55,7 +55,7 @@ def command(
 
 def listing(store: CacheFolder) -> Iterator[str]:
     """A line for each dataset, the one that was used last first, and a line about the rest."""
-    indexes = [read_index(path) for path in _index_paths(store)]
+    indexes, unreadable = read_indexes(_index_paths(store))
     rest = _total(unwanted(store, indexes))
     files = {name: size for index in indexes for name, size in index.sizes.items()}
     yield f"{store.path}: {len(indexes)} datasets of {_bytes(sum(files.values()))}, and {_bytes(rest)} that none of them wants"
@@ -63,13 +63,18 @@ def listing(store: CacheFolder) -> Iterator[str]:
         used = datetime.fromtimestamp(index.path.stat().st_mtime).isoformat(" ", "minutes")
         size = _bytes(sum(index.sizes.values()))
         yield f"  {index.dataset}  {len(index.lines):>9} rows  {size:>11}  last used {used}  {index.name}"
+    for path, error in unreadable.items():
+        what = "damaged" if error.schema is None else f"of {'a later' if error.is_newer else 'an earlier'} version"
+        yield f"  {_dataset(path)}  unreadable: {what}"
 
 
 def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run: bool) -> Iterator[str]:
     """Deletes datasets, and then what no dataset wants. Yields what it does.
 
+    Damaged indexes and those of earlier versions go too.
+
     Raises:
-        InputError: a cache is being built in the folder, a dataset is not there, or an index cannot be read.
+        InputError: a cache is being built in the folder, a dataset is not there, or an index is of a later version.
     """
     for marker in store.work.glob(f"*{BUILDING}"):
         minutes = (time.time() - marker.stat().st_mtime) / 60
@@ -83,8 +88,12 @@ def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run
         raise InputError(f"{store.path} has no dataset {missing[0]}: `cache list` shows what it has")
     oldest = time.time() - SECONDS_A_DAY * older_than if older_than is not None else 0.0
     doomed = [path for path in paths if _dataset(path) in names or path.stat().st_mtime < oldest]
-    kept = [read_index(path) for path in paths if path not in doomed]
-    files = {**unwanted(store, kept), **{path: path.stat().st_size for path in doomed}}
+    kept, unreadable = read_indexes(path for path in paths if path not in doomed)
+    for path, error in unreadable.items():
+        if error.is_newer:  # what it names cannot be known, and would go
+            raise InputError(f"{path} is of a later version of this program: prune with that one")
+    doomed += unreadable
+    files = {**unwanted(store, kept), **{path: file_size(path) or 0 for path in doomed}}
     for path in doomed:
         yield f"{'would forget' if dry_run else 'forgot'} the dataset {_dataset(path)}"
     if not dry_run:

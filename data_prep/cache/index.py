@@ -78,6 +78,23 @@ class CacheHeader:
         return cls(**{**values, "geometry": Geometry(**values["geometry"])})
 
 
+class UnreadableIndex(InputError):
+    """An index is damaged, or of another version.
+
+    Args:
+        schema: its version; None if it is damaged.
+    """
+
+    def __init__(self, message: str, schema: int | None = None):
+        super().__init__(message)
+        self.schema = schema
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a later version of this program can read it."""
+        return self.schema is not None and self.schema > SCHEMA_VERSION
+
+
 class CacheFolder:
     """Where the parts of a cache are."""
 
@@ -171,23 +188,42 @@ def read_index(path: Path) -> Index:
     """An index, whose lines stay on the disk.
 
     Raises:
-        InputError: it is damaged, or of another version.
+        UnreadableIndex: it is damaged, or of another version.
         FileNotFoundError: it is not there.
     """
     try:
         lines = read_table(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"the cache index {path} is damaged ({error}): {REBUILD}") from None
-    metadata = {name.decode(): value.decode() for name, value in (lines.schema.metadata or {}).items()}
-    values = json.loads(metadata.get("header", "{}"))
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(
-            f"the cache at {path.parents[1]} has schema {values.get('schema_version')}, this version reads {SCHEMA_VERSION}: "
-            + REBUILD
-        )
-    header = CacheHeader.from_json(values)
-    failures = json.loads(metadata.get("failures", "{}"))
+        metadata = {name.decode(): value.decode() for name, value in (lines.schema.metadata or {}).items()}
+        values = json.loads(metadata["header"])
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise UnreadableIndex(f"the cache index {path} is damaged ({error}): {REBUILD}") from None
+    schema = values.get("schema_version")
+    if schema != SCHEMA_VERSION:
+        folder = path.parents[1]
+        message = f"the cache at {folder} has schema {schema}, this version reads {SCHEMA_VERSION}: {REBUILD}"
+        raise UnreadableIndex(message, schema)
+    header, failures = CacheHeader.from_json(values), json.loads(metadata.get("failures", "{}"))
     return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), failures, lines)
+
+
+class Indexes(NamedTuple):
+    """Those of a folder, by whether they can be read. One that vanishes meanwhile is none of them."""
+
+    readable: list[Index]
+    unreadable: dict[Path, UnreadableIndex]
+
+
+def read_indexes(paths: Iterable[Path]) -> Indexes:
+    """Sorts out what `read_index` cannot read."""
+    found = Indexes([], {})
+    for path in paths:
+        try:
+            found.readable.append(read_index(path))
+        except UnreadableIndex as error:
+            found.unreadable[path] = error
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def find_index(
@@ -209,7 +245,7 @@ def find_index(
     Among several that fit the choice depends on their headers alone.
 
     Raises:
-        InputError: there is no index of this dataset, or only for another model, geometry or dtype; or it is damaged.
+        InputError: there is no index of this dataset, or only for another model, geometry or dtype, or only a damaged one.
     """
     everything = sorted(folder.indexes.glob("*-*.arrow"))
     mine = [path for path in everything if dataset in (None, path.stem.split("-")[0])]
@@ -217,11 +253,12 @@ def find_index(
         reason = " that this version reads" if folder.earlier else ""
         raise InputError(f"no finished cache{reason} at {folder.path}: {BUILD}")
     if not mine:
-        others = ", ".join(sorted({index.name or index.dataset for index in map(read_index, everything)}))
-        raise InputError(
-            f"the cache at {folder.path} has no index of this dataset as its file is now, but of {others}: {BUILD}"
-        )
-    found = [read_index(path) for path in mine]
+        names = sorted({index.name or index.dataset for index in read_indexes(everything).readable})
+        others = f", but of {', '.join(names)}" if names else ""
+        raise InputError(f"the cache at {folder.path} has no index of this dataset as its file is now{others}: {BUILD}")
+    found, unreadable = read_indexes(mine)
+    if not found:
+        raise next(iter(unreadable.values()), InputError(f"the cache at {folder.path} has lost its index: {BUILD}"))
     words = {"fingerprint": "model", "geometry": "geometry", "encoder_dtype": "model.dtype"}
     for what, expected in zip(words, (fingerprint, geometry, encoder_dtype), strict=True):
         fitting = [index for index in found if expected in (None, getattr(index.header, what))]
