@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -76,13 +77,7 @@ def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run
     Raises:
         InputError: a cache is being built in the folder, a dataset is not there, or an index is of a later version.
     """
-    for marker in store.work.glob(f"*{BUILDING}"):
-        minutes = (time.time() - marker.stat().st_mtime) / 60
-        if minutes * 60 < SECONDS_OF_A_SHARD:
-            raise InputError(
-                f"a cache is being built in {store.path}, as {marker} says, which changed {minutes:.0f} minutes ago: wait "
-                "until it is done, or delete that file if the build was killed"
-            )
+    left = _left_by_builds(store)
     paths = _index_paths(store)
     if missing := sorted(names - {_dataset(path) for path in paths}):
         raise InputError(f"{store.path} has no dataset {missing[0]}: `cache list` shows what it has")
@@ -101,8 +96,30 @@ def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run
             path.unlink(missing_ok=True)
         for folder in (store.path, store.latents, store.texts, store.white, store.indexes):
             remove_leftovers(folder)
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         keep_digests(store.digests, set(_stamps(kept)))
     yield f"{'would delete' if dry_run else 'deleted'} {len(files)} files of {_bytes(_total(files))} ({_total(files)} bytes)"
+
+
+def _left_by_builds(store: CacheFolder) -> list[Path]:
+    """Markers and messages of builds that were killed.
+
+    Raises:
+        InputError: a build is running.
+    """
+    left = list(store.work.glob("*"))  # the marker of a build that starts later is not among them, nor are its messages
+    for marker in (path for path in left if path.suffix == BUILDING):
+        minutes = (time.time() - marker.stat().st_mtime) / 60
+        if minutes * 60 < SECONDS_OF_A_SHARD:
+            raise InputError(
+                f"a cache is being built in {store.path}, as {marker} says, which changed {minutes:.0f} minutes ago: wait "
+                "until it is done, or delete that file if the build was killed"
+            )
+    return left
 
 
 def unwanted(store: CacheFolder, kept: Iterable[Index]) -> dict[Path, int]:

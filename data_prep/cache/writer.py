@@ -156,7 +156,7 @@ def build_cache(
             mark_used(store.index(dataset, header))
         elif rank == 0:
             stored.publish(served, dataset, name, failures)
-        ranks.forget("keys", "missing", "failures")
+        ranks.forget()
     kept = {id(each) for each in served}
     num_encoded = sum(id(keyed[place]) in kept for place, *_ in missing)
     return CacheSummary(dataset, len(served), num_encoded, rejections.found, time.monotonic() - start)
@@ -208,7 +208,7 @@ class _Rejections:
             write_text(self.path, "".join(lines))
         if not rejected or (self.on_error == "skip" and len(rejected) < self.num_rows):
             return
-        self.ranks.barrier()  # the first process to fail may take the others with it
+        self.ranks.forget()  # waits: the first process to fail may take the others with it
         way_out = "mend them" if len(rejected) == self.num_rows else "mend them or set data.on_error=skip"
         raise InputError(
             f"{rejected[0]}. {len(rejected)} of {self.num_rows} rows cannot be used, all listed in {self.path}: {way_out}"

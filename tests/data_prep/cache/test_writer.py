@@ -289,6 +289,25 @@ def test_two_ranks_write_what_one_writes(tmp_path, tiny_model_dir):
     assert not list((tmp_path / "two").rglob("*.json"))
 
 
+def test_ranks_that_refuse_leave_no_messages(tmp_path, tiny_model_dir):
+    dataset = write_dataset(tmp_path, spoil(tmp_path))
+    barrier, refused = threading.Barrier(2, timeout=PATIENCE), []
+
+    def run(rank: int):
+        ranks = {"rank": rank, "world_size": 2, "barrier": barrier.wait, "load_encoders": refuse_to_load}
+        with pytest.raises(InputError, match="3 of 7 rows cannot be used"):
+            cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, **ranks)
+        refused.append(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(refused) == [0, 1]
+    assert not list((tmp_path / "cache/work").iterdir())
+
+
 CHILD = """
 import sys
 from pathlib import Path
