@@ -165,6 +165,13 @@ def row_json(row: Row) -> str:
     return json.dumps(vars(row), default=str)
 
 
+def row_from_json(text: str) -> Row:
+    """What `row_json` wrote."""
+    values = json.loads(text)
+    paths = {name: values[name] and Path(values[name]) for name in ("image", "ref_gt", "back_mask")}
+    return Row(**{**values, **paths, "edit_image": tuple(map(Path, values["edit_image"]))})
+
+
 def write_index(
     folder: CacheFolder,
     dataset: str,

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from data_prep.cache.index import INDEX_SCHEMA, REBUILD, CacheFolder, find_index
+from data_prep.cache.index import INDEX_SCHEMA, REBUILD, CacheFolder, find_index, row_from_json
 from data_prep.cache.shards import LATENTS_SCHEMA, from_arrow, read_arrow
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.rows import Row
 
 OPEN_SHARDS = 64
 """Files of latents, and as many of texts."""
@@ -112,6 +113,12 @@ class CacheReader:
     def keys(self) -> list[str]:
         """The records' content keys, in dataset order."""
         return self._lines.column("key").to_pylist()
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """The rows of the dataset file, in its order."""
+        for chunk in self._lines.column("row").chunks:
+            yield from map(row_from_json, chunk.to_pylist())
 
     def __len__(self) -> int:
         return self._lines.num_rows

@@ -12,8 +12,10 @@ from PIL import Image
 from data_prep.cache import digests
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import INDEX_SCHEMA
+from data_prep.cache.keys import check_files
 from data_prep.cache.shards import read_arrow
 from data_prep.errors import InputError
+from data_prep.rows.rows import read_rows
 from tests.caching import (
     CacheReader,
     cache_dataset,
@@ -239,6 +241,32 @@ def test_a_finished_cache_is_recognised_without_reading_a_file(build, tmp_path, 
     os.utime(tmp_path / "t1.png", (1, 2))
     assert build(rows) == (2, 0)
     assert read == ["t1.png"]
+
+
+def test_pictures_that_changed_in_place_are_refused_and_those_rewritten_alike_are_not(build, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path, 3)
+    rows[1]["ref_gt"] = "t0.png"
+    for path in tmp_path.glob("*.png"):
+        os.utime(path, (1, 1))
+    build(rows, caption_dropout=True, negative=True)
+    reader, read, digest = CacheReader(tmp_path / "cache"), [], digests.file_digest
+    assert list(reader.rows) == list(read_rows(tmp_path / "rows.json"))
+    monkeypatch.setattr(digests, "file_digest", lambda path: read.append(path.name) or digest(path))
+    check_files(reader)
+    assert read == []
+    os.utime(tmp_path / "s1.png", (2, 2))
+    for _ in range(2):
+        check_files(reader)
+    assert read == ["s1.png"]
+    (tmp_path / "t0.png").unlink()
+    check_files(reader)
+    write_image(tmp_path / "r2.png", 77, 96)
+    with pytest.raises(
+        InputError, match=r"row 3 \(.*t2.png\) has other pictures .* as 1 of 3 rows have: run with phases="
+    ):
+        check_files(reader)
+    build(rows[1:2] + rows[2:], caption_dropout=True, negative=True, on_error="skip")
+    check_files(cached(tmp_path / "cache", tmp_path / "rows.json"))
 
 
 def test_a_file_written_just_now_is_read_again(build, tmp_path):
