@@ -113,7 +113,10 @@ def _left_by_builds(store: CacheFolder) -> list[Path]:
     """
     left = list(store.work.glob("*"))  # the marker of a build that starts later is not among them, nor are its messages
     for marker in (path for path in left if path.suffix == BUILDING):
-        minutes = (time.time() - marker.stat().st_mtime) / 60
+        try:
+            minutes = (time.time() - marker.stat().st_mtime) / 60
+        except FileNotFoundError:  # it has just ended
+            continue
         if minutes * 60 < SECONDS_OF_A_SHARD:
             raise InputError(
                 f"a cache is being built in {store.path}, as {marker} says, which changed {minutes:.0f} minutes ago: wait "

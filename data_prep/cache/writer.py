@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def build_cache(
     rejections = _Rejections(ranks, len(all_rows), Path(rejected_path), on_error)
     rejections.found += [row for row in all_rows if isinstance(row, RejectedRow)]
 
-    with _building(store.work / f"{job}{BUILDING}") as touch:
+    with _building(store.work / f"{job}-{uuid.uuid4().hex}{BUILDING}") as touch:
         answers = key_rows(good_rows, header, ranks, workers, FileDigests(store.digests))
         keyed = [answer for answer in answers if isinstance(answer, KeyedRow)]
         rejections.found += [answer for answer in answers if isinstance(answer, RejectedRow)]
@@ -164,7 +165,10 @@ def build_cache(
 
 @contextmanager
 def _building(marker: Path) -> Iterator[Callable[[], None]]:
-    """Says with a file, whose time `touch()` makes the present, that a build relies on the records that are there."""
+    """Says with a file, whose time `touch()` makes the present, that a build relies on the records that are there.
+
+    Every process has a file of its own: the first to leave takes none from the others, nor from another build.
+    """
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
     try:

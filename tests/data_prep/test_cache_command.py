@@ -118,6 +118,7 @@ def test_nothing_goes_while_a_cache_is_being_built(caches):
     with pytest.raises(InputError, match=r"is being built in .*job.building says, which changed 0 minutes ago: wait"):
         command("prune", cache)
     os.utime(marker, (0, 0))
+    (cache / "work/ended.building").symlink_to("what was there when the folder was listed")
     (cache / "work/job").mkdir()
     (cache / "work/job/keys-0.json").write_text("[]")
     command("prune", cache, dry_run=True)

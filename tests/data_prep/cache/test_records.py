@@ -299,6 +299,20 @@ def test_two_builds_at_once_in_one_folder_both_finish(tmp_path, tiny_model_dir, 
     assert [record.id for record in newest(tmp_path / "cache")] == [f"r{number}" for number in range(5)]
 
 
+def test_a_build_that_ends_does_not_unmark_another_of_the_same_rows(tmp_path, tiny_model_dir, counted):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 1)), tmp_path / "cache"
+    marked = []
+
+    def load() -> Encoders:
+        cache_dataset(dataset, cache, tiny_model_dir, load_encoders=counted)
+        marked.extend(cache.glob("work/*.building"))
+        return counted()
+
+    cache_dataset(dataset, cache, tiny_model_dir, load_encoders=load)
+    assert len(marked) == 1
+    assert not list(cache.glob("work/*"))
+
+
 def test_the_text_of_rows_may_be_larger_than_two_gigabytes():
     """Arrow's plain strings hold 2 GiB a column of a batch."""
     assert str(INDEX_SCHEMA.field("row").type) == "large_string"
