@@ -113,7 +113,7 @@ class CacheFolder:
 
     def sub_noise(self, header: CacheHeader, height: int, width: int) -> Path:
         """The file of white's latents; sizes are those of the latents. Only encoder and dtypes matter, not the rows."""
-        text = f"{header.schema_version} {header.fingerprint} {header.dtype} {header.encoder_dtype}"
+        text = f"{header.schema_version} {header.fingerprint} {header.dtype} {header.encoder_dtype}".rstrip()
         return self.white / f"{height}x{width}-{_digest(text)}.arrow"
 
     @property

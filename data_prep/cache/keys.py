@@ -74,7 +74,7 @@ def key_rows(
     ]
 
 
-def _keyed(row: Row, answer: dict[str, Any] | list[str]) -> KeyedRow | RejectedRow:
+def _keyed(row: Row, answer: dict[str, Any] | list[Any]) -> KeyedRow | RejectedRow:
     return KeyedRow(row, **answer) if isinstance(answer, dict) else Failure(*answer).reject(row)
 
 

@@ -84,7 +84,7 @@ def test_an_unreadable_index_stops_nobody_and_goes(caches, capsys):
     (cache / "indexes/bb-1.arrow").write_text("")
     [path] = cache.glob(f"indexes/{two}-*.arrow")
     lines = read_table(path)
-    header = json.loads(lines.schema.metadata[b"header"])
+    header = json.loads((lines.schema.metadata or {})[b"header"])
 
     def write_schema(version: int) -> None:
         metadata = {"header": json.dumps(header | {"schema_version": version})}

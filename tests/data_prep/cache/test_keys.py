@@ -66,6 +66,7 @@ def test_what_the_encoders_compute_in_counts_for_records_but_not_for_what_checkp
     assert text_key(row, row.prompt, one) != text_key(row, row.prompt, other)
     assert record_key(row, one) == record_key(row, other)
     folder = CacheFolder(tmp_path)
+    assert folder.sub_noise(known, 8, 8).name == "8x8-f73c5d94fd61890d.arrow", "where earlier indexes have it"
     assert folder.sub_noise(one, 8, 8) != folder.sub_noise(other, 8, 8)
     assert known.identity_json() == one.identity_json() == other.identity_json() == HEADER
 
