@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -11,8 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from data_prep.cache.digests import keep_digests, stamp
-from data_prep.cache.index import CacheFolder, Index, read_index
-from data_prep.cache.reader import target_size
+from data_prep.cache.index import CacheFolder, Index, read_indexes
+from data_prep.cache.reader import file_size, target_size
 from data_prep.cache.writer import BUILDING
 from data_prep.errors import InputError
 from data_prep.files import remove_leftovers
@@ -55,7 +56,7 @@ def command(
 
 def listing(store: CacheFolder) -> Iterator[str]:
     """A line for each dataset, the one that was used last first, and a line about the rest."""
-    indexes = [read_index(path) for path in _index_paths(store)]
+    indexes, unreadable = read_indexes(_index_paths(store))
     rest = _total(unwanted(store, indexes))
     files = {name: size for index in indexes for name, size in index.sizes.items()}
     yield f"{store.path}: {len(indexes)} datasets of {_bytes(sum(files.values()))}, and {_bytes(rest)} that none of them wants"
@@ -63,28 +64,31 @@ def listing(store: CacheFolder) -> Iterator[str]:
         used = datetime.fromtimestamp(index.path.stat().st_mtime).isoformat(" ", "minutes")
         size = _bytes(sum(index.sizes.values()))
         yield f"  {index.dataset}  {len(index.lines):>9} rows  {size:>11}  last used {used}  {index.name}"
+    for path, error in unreadable.items():
+        what = "damaged" if error.schema is None else f"of {'a later' if error.is_newer else 'an earlier'} version"
+        yield f"  {_dataset(path)}  unreadable: {what}"
 
 
 def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run: bool) -> Iterator[str]:
     """Deletes datasets, and then what no dataset wants. Yields what it does.
 
+    Damaged indexes and those of earlier versions go too.
+
     Raises:
-        InputError: a cache is being built in the folder, a dataset is not there, or an index cannot be read.
+        InputError: a cache is being built in the folder, a dataset is not there, or an index is of a later version.
     """
-    for marker in store.work.glob(f"*{BUILDING}"):
-        minutes = (time.time() - marker.stat().st_mtime) / 60
-        if minutes * 60 < SECONDS_OF_A_SHARD:
-            raise InputError(
-                f"a cache is being built in {store.path}, as {marker} says, which changed {minutes:.0f} minutes ago: wait "
-                "until it is done, or delete that file if the build was killed"
-            )
+    left = _left_by_builds(store)
     paths = _index_paths(store)
     if missing := sorted(names - {_dataset(path) for path in paths}):
         raise InputError(f"{store.path} has no dataset {missing[0]}: `cache list` shows what it has")
     oldest = time.time() - SECONDS_A_DAY * older_than if older_than is not None else 0.0
     doomed = [path for path in paths if _dataset(path) in names or path.stat().st_mtime < oldest]
-    kept = [read_index(path) for path in paths if path not in doomed]
-    files = {**unwanted(store, kept), **{path: path.stat().st_size for path in doomed}}
+    kept, unreadable = read_indexes(path for path in paths if path not in doomed)
+    for path, error in unreadable.items():
+        if error.is_newer:  # what it names cannot be known, and would go
+            raise InputError(f"{path} is of a later version of this program: prune with that one")
+    doomed += unreadable
+    files = {**unwanted(store, kept), **{path: file_size(path) or 0 for path in doomed}}
     for path in doomed:
         yield f"{'would forget' if dry_run else 'forgot'} the dataset {_dataset(path)}"
     if not dry_run:
@@ -92,8 +96,33 @@ def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run
             path.unlink(missing_ok=True)
         for folder in (store.path, store.latents, store.texts, store.white, store.indexes):
             remove_leftovers(folder)
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         keep_digests(store.digests, set(_stamps(kept)))
     yield f"{'would delete' if dry_run else 'deleted'} {len(files)} files of {_bytes(_total(files))} ({_total(files)} bytes)"
+
+
+def _left_by_builds(store: CacheFolder) -> list[Path]:
+    """Markers and messages of builds that were killed.
+
+    Raises:
+        InputError: a build is running.
+    """
+    left = list(store.work.glob("*"))  # the marker of a build that starts later is not among them, nor are its messages
+    for marker in (path for path in left if path.suffix == BUILDING):
+        try:
+            minutes = (time.time() - marker.stat().st_mtime) / 60
+        except FileNotFoundError:  # it has just ended
+            continue
+        if minutes * 60 < SECONDS_OF_A_SHARD:
+            raise InputError(
+                f"a cache is being built in {store.path}, as {marker} says, which changed {minutes:.0f} minutes ago: wait "
+                "until it is done, or delete that file if the build was killed"
+            )
+    return left
 
 
 def unwanted(store: CacheFolder, kept: Iterable[Index]) -> dict[Path, int]:

@@ -317,7 +317,12 @@ def cache_rows(
             )
         print(summary, file=sys.stderr, flush=True)
         readers[geometry] = CacheReader(
-            out / "cache", summary.dataset, fingerprint=fingerprint, geometry=geometry, negative=True
+            out / "cache",
+            summary.dataset,
+            fingerprint=fingerprint,
+            geometry=geometry,
+            negative=True,
+            encoder_dtype=str(placement.dtype).removeprefix("torch."),
         )
     return readers
 

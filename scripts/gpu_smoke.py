@@ -139,6 +139,7 @@ def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folde
         config.cache.dir,
         fingerprint=model.fingerprint(*ENCODERS),
         rejected_path=folder / "rejected.jsonl",
+        encoder_dtype=getattr(torch, config.model.dtype),  # as training will ask for
     )
 
 

@@ -99,7 +99,8 @@ def newest(folder: Path) -> CacheReader:
     """The dataset that was written or read last."""
     index = read_index(max(folder.glob("indexes/*.arrow"), key=lambda path: path.stat().st_mtime_ns))
     header = index.header
-    flags = {"caption_dropout": header.caption_dropout, "negative": header.negative}
+    names = "caption_dropout", "negative", "encoder_dtype"
+    flags = {name: getattr(header, name) for name in names}
     return CacheReader(folder, index.dataset, fingerprint=header.fingerprint, geometry=header.geometry, **flags)
 
 

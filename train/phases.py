@@ -104,6 +104,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             name=f"{(split == 'validation' and config.data.validation) or config.data.dataset} ({split})",
             rejected_path=Path(config.run_dir)
             / ("rejected.jsonl" if split == "train" else "rejected_validation.jsonl"),
+            encoder_dtype=dtype,
             batch_size=config.cache.batch_size,
             shard_size=config.cache.shard_size,
             workers=config.cache.workers,
@@ -258,7 +259,14 @@ def held_out_validation(
     if dataset is None:
         processes.say("no validation: data.validation is not set and no row has split=validation")
         return None
-    held_out = CacheReader(config.cache.dir, dataset, fingerprint=fingerprint, geometry=geometry, negative=True)
+    held_out = CacheReader(
+        config.cache.dir,
+        dataset,
+        fingerprint=fingerprint,
+        geometry=geometry,
+        negative=True,
+        encoder_dtype=config.model.dtype,
+    )
     return build_validation(config, held_out, decode, processes)
 
 

@@ -14,7 +14,7 @@ on. Records are plain Arrow files: `datasets.load_dataset("arrow", data_files="â
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,15 +61,38 @@ class CacheHeader:
     negative: bool
     """Whether records have `negative_prompt_emb`."""
     schema_version: int = SCHEMA_VERSION
+    encoder_dtype: str = ""
+    """What the encoders computed in. Empty for an index from before this was known, which no build takes up again."""
 
     def to_json(self) -> str:
         """One canonical line: equal headers give equal text."""
         return json.dumps(asdict(self), sort_keys=True)
 
+    def identity_json(self) -> str:
+        """The same of what checkpoints know of their data. `encoder_dtype` is none of it: older runs continue."""
+        return json.dumps({k: v for k, v in asdict(self).items() if k != "encoder_dtype"}, sort_keys=True)
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "CacheHeader":
         """From the parsed `to_json`."""
         return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+
+
+class UnreadableIndex(InputError):
+    """An index is damaged, or of another version.
+
+    Args:
+        schema: its version; None if it is damaged.
+    """
+
+    def __init__(self, message: str, schema: int | None = None):
+        super().__init__(message)
+        self.schema = schema
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a later version of this program can read it."""
+        return self.schema is not None and self.schema > SCHEMA_VERSION
 
 
 class CacheFolder:
@@ -89,8 +112,8 @@ class CacheFolder:
         return self.indexes / f"{dataset}-{_digest(header.to_json())}.arrow"
 
     def sub_noise(self, header: CacheHeader, height: int, width: int) -> Path:
-        """The file of white's latents; sizes are those of the latents. Only encoder and dtype matter, not the rows."""
-        text = f"{header.schema_version} {header.fingerprint} {header.dtype}"
+        """The file of white's latents; sizes are those of the latents. Only encoder and dtypes matter, not the rows."""
+        text = f"{header.schema_version} {header.fingerprint} {header.dtype} {header.encoder_dtype}".rstrip()
         return self.white / f"{height}x{width}-{_digest(text)}.arrow"
 
     @property
@@ -108,6 +131,8 @@ class Index(NamedTuple):
     """Of the dataset, for people."""
     sizes: dict[str, int]
     """Bytes of every file of records that its lines name, by `latents/<hash>.arrow`."""
+    failures: dict[str, list[Any]]
+    """Keys of what cannot be encoded, and why (a `data_prep.cache.keys.Failure`): their rows are left out."""
     lines: pa.Table
     """`INDEX_SCHEMA`, memory-mapped."""
 
@@ -140,6 +165,13 @@ def row_json(row: Row) -> str:
     return json.dumps(vars(row), default=str)
 
 
+def row_from_json(text: str) -> Row:
+    """What `row_json` wrote."""
+    values = json.loads(text)
+    paths = {name: values[name] and Path(values[name]) for name in ("image", "ref_gt", "back_mask")}
+    return Row(**{**values, **paths, "edit_image": tuple(map(Path, values["edit_image"]))})
+
+
 def write_index(
     folder: CacheFolder,
     dataset: str,
@@ -147,9 +179,15 @@ def write_index(
     name: str,
     sizes: dict[str, int],
     lines: Iterable[dict[str, Any]],
+    failures: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Publishes a view of the records: one line per row, in dataset order, with the columns of `INDEX_SCHEMA`."""
-    metadata = {"header": header.to_json(), "name": name, "sizes": json.dumps(sizes)}
+    metadata = {
+        "header": header.to_json(),
+        "name": name,
+        "sizes": json.dumps(sizes),
+        "failures": json.dumps(failures or {}),
+    }
     write_arrow(folder.index(dataset, header), lines, INDEX_SCHEMA.with_metadata(metadata), LINES_PER_BATCH)
 
 
@@ -157,22 +195,42 @@ def read_index(path: Path) -> Index:
     """An index, whose lines stay on the disk.
 
     Raises:
-        InputError: it is damaged, or of another version.
+        UnreadableIndex: it is damaged, or of another version.
         FileNotFoundError: it is not there.
     """
     try:
         lines = read_table(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"the cache index {path} is damaged ({error}): {REBUILD}") from None
-    metadata = {name.decode(): value.decode() for name, value in (lines.schema.metadata or {}).items()}
-    values = json.loads(metadata.get("header", "{}"))
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(
-            f"the cache at {path.parents[1]} has schema {values.get('schema_version')}, this version reads {SCHEMA_VERSION}: "
-            + REBUILD
-        )
-    header = CacheHeader.from_json(values)
-    return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), lines)
+        metadata = {name.decode(): value.decode() for name, value in (lines.schema.metadata or {}).items()}
+        values = json.loads(metadata["header"])
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise UnreadableIndex(f"the cache index {path} is damaged ({error}): {REBUILD}") from None
+    schema = values.get("schema_version")
+    if schema != SCHEMA_VERSION:
+        folder = path.parents[1]
+        message = f"the cache at {folder} has schema {schema}, this version reads {SCHEMA_VERSION}: {REBUILD}"
+        raise UnreadableIndex(message, schema)
+    header, failures = CacheHeader.from_json(values), json.loads(metadata.get("failures", "{}"))
+    return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), failures, lines)
+
+
+class Indexes(NamedTuple):
+    """Those of a folder, by whether they can be read. One that vanishes meanwhile is none of them."""
+
+    readable: list[Index]
+    unreadable: dict[Path, UnreadableIndex]
+
+
+def read_indexes(paths: Iterable[Path]) -> Indexes:
+    """Sorts out what `read_index` cannot read."""
+    found = Indexes([], {})
+    for path in paths:
+        try:
+            found.readable.append(read_index(path))
+        except UnreadableIndex as error:
+            found.unreadable[path] = error
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def find_index(
@@ -182,16 +240,19 @@ def find_index(
     geometry: Geometry | None = None,
     caption_dropout: bool = False,
     negative: bool = False,
+    encoder_dtype: str | None = None,
 ) -> Index:
     """The index of a dataset.
 
     Args:
         dataset: its digest; None: the only one that there is.
-        fingerprint, geometry: those of the header; None: any.
+        fingerprint, geometry, encoder_dtype: those of the header; None: any.
         caption_dropout, negative: what records should have. An index that has more, or less, is taken where none is exact.
 
+    Among several that fit the choice depends on their headers alone.
+
     Raises:
-        InputError: there is no index of this dataset, or only for another model or geometry; or it is damaged.
+        InputError: there is no index of this dataset, or only for another model, geometry or dtype, or only a damaged one.
     """
     everything = sorted(folder.indexes.glob("*-*.arrow"))
     mine = [path for path in everything if dataset in (None, path.stem.split("-")[0])]
@@ -199,26 +260,29 @@ def find_index(
         reason = " that this version reads" if folder.earlier else ""
         raise InputError(f"no finished cache{reason} at {folder.path}: {BUILD}")
     if not mine:
-        others = ", ".join(sorted({index.name or index.dataset for index in map(read_index, everything)}))
-        raise InputError(
-            f"the cache at {folder.path} has no index of this dataset as its file is now, but of {others}: {BUILD}"
-        )
-    found = [read_index(path) for path in mine]
-    for what, expected in (("fingerprint", fingerprint), ("geometry", geometry)):
+        names = sorted({index.name or index.dataset for index in read_indexes(everything).readable})
+        others = f", but of {', '.join(names)}" if names else ""
+        raise InputError(f"the cache at {folder.path} has no index of this dataset as its file is now{others}: {BUILD}")
+    found, unreadable = read_indexes(mine)
+    if not found:
+        raise next(iter(unreadable.values()), InputError(f"the cache at {folder.path} has lost its index: {BUILD}"))
+    words = {"fingerprint": "model", "geometry": "geometry", "encoder_dtype": "model.dtype"}
+    for what, expected in zip(words, (fingerprint, geometry, encoder_dtype), strict=True):
         fitting = [index for index in found if expected in (None, getattr(index.header, what))]
         if not fitting:
-            was, word = getattr(found[0].header, what), "model" if what == "fingerprint" else what
+            was = getattr(found[0].header, what) or "not known"
             raise InputError(
-                f"the cache at {folder.path} was written with another {word} ({was}, now {expected}): {REBUILD}"
+                f"the cache at {folder.path} was written with another {words[what]} ({was}, now {expected}): {REBUILD}"
             )
         found = fitting
     if len({index.dataset for index in found}) > 1:
         names = ", ".join(sorted({index.name or index.dataset for index in found}))
         raise InputError(f"the cache at {folder.path} has several datasets ({names}): name the one to read")
 
-    def preference(index: Index) -> tuple[bool, int, float]:
+    def preference(index: Index) -> tuple[bool, int, str]:
+        """Nothing that changes while ranks look one after the other, such as times."""
         has = index.header.caption_dropout, index.header.negative
-        return has == (caption_dropout, negative), sum(has), index.path.stat().st_mtime
+        return has == (caption_dropout, negative), sum(has), index.header.to_json()
 
     return max(found, key=preference)
 

@@ -8,13 +8,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.cache.digests import FileDigests
-from data_prep.cache.index import CacheHeader
+from data_prep.cache.index import BUILD, CacheHeader
 from data_prep.cache.ranks import Ranks
+from data_prep.cache.reader import CacheReader
+from data_prep.errors import InputError
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
 from data_prep.rows.images import RejectedImage, file_digest
@@ -29,11 +31,13 @@ class Failure(NamedTuple):
     path: str
     """Empty for a prompt."""
     reason: str
+    lasting: bool = True
+    """Whether the same contents fail again."""
 
     @classmethod
     def of(cls, error: RejectedImage) -> "Failure":
         """The same without a traceback, so that it can be written as JSON."""
-        return cls(str(error.path), error.reason)
+        return cls(str(error.path), error.reason, error.lasting)
 
     def reject(self, row: Row) -> RejectedRow:
         """The report on a row that failed for this reason."""
@@ -70,7 +74,7 @@ def key_rows(
     ]
 
 
-def _keyed(row: Row, answer: dict[str, Any] | list[str]) -> KeyedRow | RejectedRow:
+def _keyed(row: Row, answer: dict[str, Any] | list[Any]) -> KeyedRow | RejectedRow:
     return KeyedRow(row, **answer) if isinstance(answer, dict) else Failure(*answer).reject(row)
 
 
@@ -110,6 +114,41 @@ def _prompts(row: Row, header: CacheHeader) -> Iterator[tuple[str, str]]:
         yield "negative_prompt", row.negative_prompt or EMPTY_PROMPT
 
 
+def check_files(reader: CacheReader, workers: int = 8) -> None:
+    """Refuses a cache of pictures that have other contents now. One process is enough.
+
+    A file whose size and time are known is not read, one that was only rewritten is read once, and one that is not there
+    cannot contradict its record.
+
+    Args:
+        reader: of the dataset.
+        workers: threads that look at files.
+
+    Raises:
+        InputError: some file of a row has changed since the row was encoded.
+    """
+    digests = FileDigests(reader.folder.digests)
+    digest = functools.lru_cache(maxsize=100_000)(digests)
+
+    def changed(row: Row, key: str) -> bool:
+        try:
+            return record_key(replace(row, ref_gt=None), reader.header, digest) != key
+        except RejectedImage:
+            return False
+
+    def answer(pair: tuple[Row, str]) -> Row | None:
+        return pair[0] if changed(*pair) else None
+
+    pairs = zip(reader.rows, reader.keys, strict=True)
+    found = [row for row in ahead(answer, pairs, ThreadPoolExecutor(workers), depth=4 * workers) if row]
+    digests.save(digests.new)
+    if found:
+        raise InputError(
+            f"row {found[0].number} ({found[0].image}) has other pictures now than in the cache at {reader.folder.path}, as "
+            f"{len(found)} of {len(reader)} rows have: {BUILD}"
+        )
+
+
 def record_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> str:
     """The key of all that is stored of a row: 32 hexadecimal digits. Checkpoints remember it, to know their data again.
 
@@ -120,7 +159,7 @@ def record_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> s
         digest(row.ref_gt)
     return _hash(
         {
-            "header": header.to_json(),
+            "header": header.identity_json(),
             "prompt": row.prompt,
             "negative_prompt": (row.negative_prompt or EMPTY_PROMPT) if header.negative else None,
             "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
@@ -158,7 +197,8 @@ def text_key(row: Row, prompt: str, header: CacheHeader, digest: Digest = file_d
 
 
 def _encoder(header: CacheHeader) -> dict[str, Any]:
-    return {"schema_version": header.schema_version, "fingerprint": header.fingerprint, "dtype": header.dtype}
+    names = "schema_version", "fingerprint", "dtype", "encoder_dtype"
+    return {name: getattr(header, name) for name in names}
 
 
 def _images(row: Row, digest: Digest) -> dict[str, Any]:

@@ -29,11 +29,11 @@ class Ranks:
         self.barrier()
         return [json.loads(self._file(name, rank).read_text(encoding="utf-8")) for rank in range(self.world_size)]
 
-    def forget(self, *names: str) -> None:
+    def forget(self) -> None:
         """Waits for all, then deletes what this rank passed."""
         self.barrier()
-        for name in names:
-            self._file(name, self.rank).unlink(missing_ok=True)
+        for path in self.folder.glob(f"*-{self.rank}.json"):
+            path.unlink()
         with contextlib.suppress(OSError):  # not the last to leave
             self.folder.rmdir()
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from data_prep.cache.index import INDEX_SCHEMA, REBUILD, CacheFolder, find_index
+from data_prep.cache.index import INDEX_SCHEMA, REBUILD, CacheFolder, find_index, row_from_json
 from data_prep.cache.shards import LATENTS_SCHEMA, from_arrow, read_arrow
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.rows import Row
 
 OPEN_SHARDS = 64
 """Files of latents, and as many of texts."""
+SECONDS_BETWEEN_MARKS = 3600
+"""How often a dataset that is being read is marked as used, so that `cache prune --older-than` keeps it."""
 
 
 @dataclass
@@ -64,7 +68,7 @@ def target_size(bucket: str) -> Size:
 class CacheReader:
     """A dataset of a cache as a sequence of records in its order, memory-mapped: only what is asked for is read.
 
-    It holds 8 bytes a row: everything else stays on the disk.
+    It holds 8 bytes a row: everything else stays on the disk. As long as records are read, the index is marked as used.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class CacheReader:
         geometry: Geometry | None = None,
         caption_dropout: bool = False,
         negative: bool = False,
+        encoder_dtype: str | None = None,
     ):
         """Opens a cache.
 
@@ -86,27 +91,34 @@ class CacheReader:
             geometry: the geometry that the caller's config has; None: not checked.
             caption_dropout, negative: whether records should have embeddings of the empty instruction, and of negative
                 prompts. If there are some without, the records are read; who needs more must look at `header`.
+            encoder_dtype: what the encoders computed in, e.g. `bfloat16`; None: not checked.
 
         Raises:
-            InputError: no such dataset there, or only of another schema, model or geometry, or with missing records.
+            InputError: no such dataset there, or only of another schema, model, geometry or dtype, or with missing records.
         """
         self.folder = CacheFolder(folder)
-        index = find_index(self.folder, dataset, fingerprint, geometry, caption_dropout, negative)
-        self.header, self._lines = index.header, index.lines
+        index = find_index(self.folder, dataset, fingerprint, geometry, caption_dropout, negative, encoder_dtype)
+        self.header, self._path, self._lines = index.header, index.path, index.lines
         self._check_files(index.sizes)
         self.buckets = group_by_bucket(index.lines)
         """Bucket -> indices of its records, an array in dataset order."""
         self._latents, self._texts = (
-            functools.lru_cache(maxsize=OPEN_SHARDS)(functools.partial(_read_shard, where))
-            for where in (self.folder.latents, self.folder.texts)
+            functools.lru_cache(maxsize=OPEN_SHARDS)(functools.partial(self._read_shard, where))
+            for where in ("latents", "texts")
         )
         self._sub_noise = functools.cache(self._read_sub_noise)
-        mark_used(index.path)
+        self._mark_used()
 
     @property
     def keys(self) -> list[str]:
         """The records' content keys, in dataset order."""
         return self._lines.column("key").to_pylist()
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """The rows of the dataset file, in its order."""
+        for chunk in self._lines.column("row").chunks:
+            yield from map(row_from_json, chunk.to_pylist())
 
     def __len__(self) -> int:
         return self._lines.num_rows
@@ -114,6 +126,8 @@ class CacheReader:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        if time.monotonic() - self._marked > SECONDS_BETWEEN_MARKS:
+            self._mark_used()
         line = {name: self._lines.column(name)[index] for name in INDEX_SCHEMA.names}
         shard, place = self._latents(line["latents"]["shard"].as_py()), line["latents"]["place"].as_py()
         values = {name: shard.column(name)[place] for name in LATENTS_SCHEMA.names}
@@ -145,15 +159,29 @@ class CacheReader:
         shard = self._texts(location["shard"].as_py())
         return from_arrow(shard.column("prompt_emb")[location["place"].as_py()])
 
+    def _mark_used(self) -> None:
+        self._marked = time.monotonic()
+        mark_used(self._path)
+
     def _check_files(self, sizes: dict[str, int]) -> None:
         for name, size in sizes.items():
             if file_size(self.folder.path / name) != size:
-                raise InputError(f"the cache at {self.folder.path} has lost {name}: {REBUILD}")
+                raise self._lost(name)
+
+    def _lost(self, name: str) -> InputError:
+        return InputError(f"the cache at {self.folder.path} has lost {name}: {REBUILD}")
+
+    def _read_shard(self, folder: str, shard: str) -> pa.RecordBatch:
+        name = f"{folder}/{shard}.arrow"
+        try:
+            return read_arrow(self.folder.path / name)
+        except FileNotFoundError:
+            raise self._lost(name) from None
 
     def _read_sub_noise(self, height: int, width: int) -> Tensor:
         path = self.folder.sub_noise(self.header, height, width)
         if not path.is_file():
-            raise InputError(f"the cache at {self.folder.path} has lost {path.name}: {REBUILD}")
+            raise self._lost(path.name)
         return from_arrow(read_arrow(path).column("sub_noise")[0])
 
 
@@ -178,7 +206,3 @@ def mark_used(index: Path) -> None:
     """Makes the time of an index the one at which its dataset was last used, where the folder can be written to."""
     with contextlib.suppress(OSError):
         os.utime(index)
-
-
-def _read_shard(folder: Path, name: str) -> pa.RecordBatch:
-    return read_arrow(folder / f"{name}.arrow")

@@ -1,7 +1,7 @@
 """Phase 1: rows become records of a cache folder and an index, once. Running again encodes only what is missing or changed.
 
 Latents and embeddings have keys: hashes of the *contents* of what they depend on (images and mask, or images and
-instruction) and of encoders, sizes, dtype and schema. A record is found by its key, so that a moved folder or a reordered
+instruction) and of encoders, sizes, dtypes and schema. A record is found by its key, so that a moved folder or a reordered
 file costs nothing, datasets share what they have in common, a new instruction does not run the VAE, and nothing made by
 another model or geometry is ever reused.
 
@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ def build_cache(
     rejected_path: str | Path,
     name: str = "",
     dtype: torch.dtype = torch.bfloat16,
+    encoder_dtype: torch.dtype | None = None,
     batch_size: int = 4,
     shard_size: int = 64,
     caption_dropout: bool = False,
@@ -101,6 +103,7 @@ def build_cache(
         rejected_path: the report, one JSON object per rejected row: row, id, path, reason.
         name: of the dataset, for people who look at what the folder holds.
         dtype: what tensors are stored as.
+        encoder_dtype: what the encoders compute in, since another one gives other values; None: the same.
         batch_size: images of one size per call of the VAE.
         shard_size: rows per file, which is the most work that a kill can cost a rank.
         caption_dropout: also encode an empty instruction with each row's images.
@@ -119,7 +122,8 @@ def build_cache(
     """
     start = time.monotonic()
     store = CacheFolder(folder)
-    header = CacheHeader(fingerprint, geometry, str(dtype).removeprefix("torch."), caption_dropout, negative)
+    stored, computed = (str(each).removeprefix("torch.") for each in (dtype, encoder_dtype or dtype))
+    header = CacheHeader(fingerprint, geometry, stored, caption_dropout, negative, encoder_dtype=computed)
     all_rows = list(rows)
     if not all_rows:
         raise InputError("there are no rows to cache: check data.dataset and the column split")
@@ -130,7 +134,7 @@ def build_cache(
     rejections = _Rejections(ranks, len(all_rows), Path(rejected_path), on_error)
     rejections.found += [row for row in all_rows if isinstance(row, RejectedRow)]
 
-    with _building(store.work / f"{job}{BUILDING}") as touch:
+    with _building(store.work / f"{job}-{uuid.uuid4().hex}{BUILDING}") as touch:
         answers = key_rows(good_rows, header, ranks, workers, FileDigests(store.digests))
         keyed = [answer for answer in answers if isinstance(answer, KeyedRow)]
         rejections.found += [answer for answer in answers if isinstance(answer, RejectedRow)]
@@ -138,21 +142,22 @@ def build_cache(
 
         touch()
         stored = _Stored(store, header)
-        finished = rank == 0 and _is_finished(store, dataset, header, keyed)
-        [missing, *_] = ranks.exchange("missing", stored.lacking(keyed) if rank == 0 and not finished else [])
+        known = _finished(store, dataset, header, keyed, on_error) if rank == 0 else None
+        lacking = stored.lacking(keyed) if rank == 0 and known is None else []
+        [(missing, known_failures), *_] = ranks.exchange("missing", (lacking, known or {}))
         encoding = _Encoding(load_encoders, store, header, batch_size, shard_size, workers, rank == 0, touch)
         work = [_lacking(keyed[place], latents, texts, header) for place, latents, texts in missing[rank::world_size]]
         failures: dict[str, Failure] = {}
-        for share in ranks.exchange("failures", encoding.run(work)):
+        for share in (known_failures, *ranks.exchange("failures", encoding.run(work))):
             failures.update({key: Failure(*failure) for key, failure in share.items()})
         served = rejections.without(keyed, failures)
         rejections.report()
 
-        if finished:
+        if known is not None:
             mark_used(store.index(dataset, header))
         elif rank == 0:
-            stored.publish(served, dataset, name)
-        ranks.forget("keys", "missing", "failures")
+            stored.publish(served, dataset, name, failures)
+        ranks.forget()
     kept = {id(each) for each in served}
     num_encoded = sum(id(keyed[place]) in kept for place, *_ in missing)
     return CacheSummary(dataset, len(served), num_encoded, rejections.found, time.monotonic() - start)
@@ -160,7 +165,10 @@ def build_cache(
 
 @contextmanager
 def _building(marker: Path) -> Iterator[Callable[[], None]]:
-    """Says with a file, whose time `touch()` makes the present, that a build relies on the records that are there."""
+    """Says with a file, whose time `touch()` makes the present, that a build relies on the records that are there.
+
+    Every process has a file of its own: the first to leave takes none from the others, nor from another build.
+    """
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
     try:
@@ -204,7 +212,7 @@ class _Rejections:
             write_text(self.path, "".join(lines))
         if not rejected or (self.on_error == "skip" and len(rejected) < self.num_rows):
             return
-        self.ranks.barrier()  # the first process to fail may take the others with it
+        self.ranks.forget()  # waits: the first process to fail may take the others with it
         way_out = "mend them" if len(rejected) == self.num_rows else "mend them or set data.on_error=skip"
         raise InputError(
             f"{rejected[0]}. {len(rejected)} of {self.num_rows} rows cannot be used, all listed in {self.path}: {way_out}"
@@ -302,7 +310,7 @@ class _Stored:
                 found.append((place, latents, texts))
         return found
 
-    def publish(self, served: list[KeyedRow], dataset: str, name: str) -> None:
+    def publish(self, served: list[KeyedRow], dataset: str, name: str, failures: dict[str, Failure]) -> None:
         """Writes the index, and clears away what killed processes left half written."""
         self._look()
         sizes = {
@@ -313,7 +321,8 @@ class _Stored:
             )
             for shard in sorted(shards)
         }
-        write_index(self.store, dataset, self.header, name, sizes, map(self._line, served))
+        lasting = {key: failure for key, failure in failures.items() if failure.lasting}
+        write_index(self.store, dataset, self.header, name, sizes, map(self._line, served), lasting)
         for folder in (self.store.latents, self.store.texts, self.store.white, self.store.indexes, self.store.path):
             remove_leftovers(folder)
 
@@ -357,15 +366,23 @@ class _Stored:
                 yield path, shard
 
 
-def _is_finished(store: CacheFolder, dataset: str, header: CacheHeader, keyed: list[KeyedRow]) -> bool:
-    """Whether there is an index of these very records, and their files are whole, as far as sizes tell."""
+def _finished(
+    store: CacheFolder, dataset: str, header: CacheHeader, keyed: list[KeyedRow], on_error: Literal["raise", "skip"]
+) -> dict[str, Failure] | None:
+    """What cannot be encoded, if there is an index of all other records, whose files are whole as far as sizes tell.
+
+    None if there is something to do. With `on_error="raise"` whatever failed is tried again.
+    """
     try:
         index = read_index(store.index(dataset, header))
     except (FileNotFoundError, InputError):
-        return False
-    if index.lines.column("key").to_pylist() != [each.key for each in keyed]:
-        return False
+        return None
+    failures = {key: Failure(*failure) for key, failure in index.failures.items()}
+    served = [each.key for each in keyed if not failures.keys() & {each.latents, *each.texts.values()}]
+    if index.lines.column("key").to_pylist() != served or (failures and on_error == "raise"):
+        return None
     buckets = index.lines.column("bucket").unique().to_pylist()
-    return all(file_size(store.path / name) == size for name, size in index.sizes.items()) and all(
+    whole = all(file_size(store.path / name) == size for name, size in index.sizes.items()) and all(
         store.sub_noise(header, *target_size(bucket)).exists() for bucket in buckets
     )
+    return failures if whole else None

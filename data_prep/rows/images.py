@@ -42,12 +42,17 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class RejectedImage(ValueError):
-    """One image file cannot be used; the rest of the dataset can. `path` and `reason` are for the report."""
+    """One image file cannot be used; the rest of the dataset can. `path` and `reason` are for the report.
 
-    def __init__(self, path: Path, reason: str):
+    Args:
+        lasting: whether the contents are at fault; False: the disk or the permissions, and the next try may succeed.
+    """
+
+    def __init__(self, path: Path, reason: str, lasting: bool = True):
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -159,9 +164,9 @@ def _open(path: Path) -> BufferedReader:
             raise RejectedImage(path, "the file is empty (zero bytes)")
         return open(path, "rb")
     except FileNotFoundError:
-        raise RejectedImage(path, "no such file") from None
+        raise RejectedImage(path, "no such file", lasting=False) from None
     except OSError as error:  # permissions, folders, symlink loops
-        raise RejectedImage(path, f"cannot be read: {error.strerror}") from None
+        raise RejectedImage(path, f"cannot be read: {error.strerror}", lasting=False) from None
 
 
 def _decode(path: Path, conversions: list[str], is_mask: bool = False) -> Image.Image:
@@ -178,8 +183,8 @@ def _decode(path: Path, conversions: list[str], is_mask: bool = False) -> Image.
         raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedImage(path, _bomb_reason()) from None
-    except OSError as error:  # Pillow's "image file is truncated"
-        raise RejectedImage(path, f"cannot be read: {error}") from None
+    except OSError as error:  # Pillow's "image file is truncated" has no number, the system's errors have one
+        raise RejectedImage(path, f"cannot be read: {error}", lasting=error.errno is None) from None
     except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's plugins raise for broken headers and chunks
         if isinstance(error, RejectedImage):
             raise

@@ -1,12 +1,15 @@
 """`data_prep/run.py cache`: what a cache folder holds, and what goes."""
 
+import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from data_prep.cache.index import CacheFolder
+from data_prep.cache.shards import read_table, write_arrow
 from data_prep.cache_command import command
 from data_prep.errors import InputError
 from tests.caching import CacheReader, cache_dataset, newest, write_dataset, write_rows
@@ -61,6 +64,53 @@ def test_what_was_not_used_for_long_goes(caches):
     assert len(list(cache.glob("indexes/*"))) == 1
 
 
+def test_what_is_being_read_stays_however_long_ago_it_was_opened(caches, monkeypatch):
+    cache, one, _ = caches
+    reader, now = CacheReader(cache, one), time.monotonic()
+    [index] = cache.glob(f"indexes/{one}-*.arrow")
+    os.utime(index, (0, 0))
+    reader[0]
+    assert index.stat().st_mtime == 0, "once an hour is enough"
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3700)
+    reader[0]
+    command("prune", cache, older_than=2)
+    assert index.is_file()
+    assert [record.id for record in reader] == ["r0", "r1"]
+
+
+def test_an_unreadable_index_stops_nobody_and_goes(caches, capsys):
+    cache, one, two = caches
+    (cache / "indexes/aa-1.arrow").write_text("nonsense")
+    (cache / "indexes/bb-1.arrow").write_text("")
+    [path] = cache.glob(f"indexes/{two}-*.arrow")
+    lines = read_table(path)
+    header = json.loads((lines.schema.metadata or {})[b"header"])
+
+    def write_schema(version: int) -> None:
+        metadata = {"header": json.dumps(header | {"schema_version": version})}
+        write_arrow(cache / f"indexes/{one}-0.arrow", [], lines.schema.with_metadata(metadata))
+
+    write_schema(1)
+    assert [record.id for record in CacheReader(cache, one)] == ["r0", "r1"]
+    with pytest.raises(InputError, match=r"no index of this dataset .* but of one.json"):
+        CacheReader(cache, "cc")
+    with pytest.raises(InputError, match="is damaged"):
+        CacheReader(cache, "aa")
+    command("list", cache)
+    said = capsys.readouterr().out
+    assert all(f"  {name}  unreadable: damaged" in said for name in ("aa", "bb"))
+    assert f"  {one}  unreadable: of an earlier version" in said
+    assert f"  {two} " in said
+
+    write_schema(99)
+    with pytest.raises(InputError, match=f"{one}-0.arrow is of a later version of this program: prune with that one"):
+        command("prune", cache)
+    write_schema(1)
+    command("prune", cache)
+    assert "deleted 3 files" in capsys.readouterr().out
+    assert {path.stem.split("-")[0] for path in cache.glob("indexes/*")} == {one, two}
+
+
 def test_nothing_goes_while_a_cache_is_being_built(caches):
     cache, *_ = caches
     marker = CacheFolder(cache).work / "job.building"
@@ -68,7 +118,13 @@ def test_nothing_goes_while_a_cache_is_being_built(caches):
     with pytest.raises(InputError, match=r"is being built in .*job.building says, which changed 0 minutes ago: wait"):
         command("prune", cache)
     os.utime(marker, (0, 0))
+    (cache / "work/ended.building").symlink_to("what was there when the folder was listed")
+    (cache / "work/job").mkdir()
+    (cache / "work/job/keys-0.json").write_text("[]")
+    command("prune", cache, dry_run=True)
+    assert marker.exists()
     command("prune", cache)
+    assert not list(cache.glob("work/*"))
 
 
 def test_caches_of_earlier_versions_go(caches, capsys):

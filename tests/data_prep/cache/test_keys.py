@@ -4,11 +4,17 @@ import shutil
 
 import pytest
 
-from data_prep.cache.keys import CacheHeader, record_key
+from data_prep.cache.index import CacheFolder, CacheHeader
+from data_prep.cache.keys import latents_key, record_key, text_key
 from data_prep.rows.rows import Row, read_rows
-from tests.caching import GEOMETRY, write_dataset, write_image, write_mask
+from tests.caching import GEOMETRY, write_dataset, write_image, write_mask, write_rows
 
 PAIR = {"id": "a", "prompt": "edit", "image": "t.png", "edit_image": ["s.png", "r.png"]}
+HEADER = (
+    '{"caption_dropout": false, "dtype": "bfloat16", "fingerprint": "tiny", '
+    '"geometry": {"max_pixels": 9216, "reference_pixels": null, "vision_pixels": 12544}, "negative": false, "schema_version": 2}'
+)
+"""As checkpoints of earlier runs have it in their identity."""
 
 
 @pytest.fixture
@@ -47,6 +53,22 @@ def test_a_negative_prompt_counts_where_it_is_encoded(key):
     assert key(negative_prompt="blurry") == key(negative_prompt="noisy") == key()
     assert len({key(True, negative_prompt=text) for text in ("blurry", "noisy", "")}) == 3
     assert key(True) == key(True, negative_prompt="")
+
+
+def test_what_the_encoders_compute_in_counts_for_records_but_not_for_what_checkpoints_know(tmp_path):
+    (row,) = read_rows(write_dataset(tmp_path, write_rows(tmp_path, 1)))
+    assert isinstance(row, Row)
+    known, one, other = (
+        CacheHeader("tiny", GEOMETRY, "bfloat16", False, False, encoder_dtype=dtype)
+        for dtype in ("", "bfloat16", "float32")
+    )
+    assert latents_key(row, one) != latents_key(row, other)
+    assert text_key(row, row.prompt, one) != text_key(row, row.prompt, other)
+    assert record_key(row, one) == record_key(row, other)
+    folder = CacheFolder(tmp_path)
+    assert folder.sub_noise(known, 8, 8).name == "8x8-f73c5d94fd61890d.arrow", "where earlier indexes have it"
+    assert folder.sub_noise(one, 8, 8) != folder.sub_noise(other, 8, 8)
+    assert known.identity_json() == one.identity_json() == other.identity_json() == HEADER
 
 
 def test_names_do_not_count(key):

@@ -12,8 +12,10 @@ from PIL import Image
 from data_prep.cache import digests
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import INDEX_SCHEMA
+from data_prep.cache.keys import check_files
 from data_prep.cache.shards import read_arrow
 from data_prep.errors import InputError
+from data_prep.rows.rows import read_rows
 from tests.caching import (
     CacheReader,
     cache_dataset,
@@ -197,6 +199,34 @@ def test_an_index_with_what_is_wanted_is_preferred_and_one_with_more_is_taken(bu
     assert not cached(cache, dataset).header.caption_dropout
 
 
+def test_encoders_of_another_dtype_share_nothing_and_each_finds_its_own(build, tmp_path):
+    """Although both store the same one, and both runs have the same data."""
+    rows = write_rows(tmp_path, 1)
+    folder, dtypes = tmp_path / "cache", ("bfloat16", "float32")
+    assert build(rows, dtype=torch.bfloat16) == (2 + 1, 1)
+    assert build(rows, dtype=torch.bfloat16, encoder_dtype=torch.float32) == (2 + 1, 1)
+    assert build(rows, dtype=torch.bfloat16) == (0, 0)
+    readers = [CacheReader(folder, encoder_dtype=dtype) for dtype in dtypes]
+    assert [reader.header.encoder_dtype for reader in readers] == [*dtypes]
+    assert readers[0].keys == readers[1].keys
+    with pytest.raises(InputError, match=r"written with another model.dtype \(.*, now float16\): rebuild"):
+        CacheReader(folder, encoder_dtype="float16")
+
+
+def test_the_index_is_the_same_whichever_was_used_last(build, tmp_path):
+    """Ranks look for it one after the other, while another run may use one of them."""
+    rows = write_rows(tmp_path, 1)
+    build(rows)
+    build(rows, encoder_dtype=torch.bfloat16)
+    one, other = (tmp_path / "cache/indexes").glob("*.arrow")
+    found = []
+    for times in ((1, 2), (2, 1)):
+        for path, time in zip((one, other), times, strict=True):
+            os.utime(path, (time, time))
+        found.append(CacheReader(tmp_path / "cache").header)
+    assert found[0] == found[1]
+
+
 def test_a_finished_cache_is_recognised_without_reading_a_file(build, tmp_path, monkeypatch):
     rows = write_rows(tmp_path, 2)
     for path in tmp_path.glob("*.png"):
@@ -211,6 +241,32 @@ def test_a_finished_cache_is_recognised_without_reading_a_file(build, tmp_path, 
     os.utime(tmp_path / "t1.png", (1, 2))
     assert build(rows) == (2, 0)
     assert read == ["t1.png"]
+
+
+def test_pictures_that_changed_in_place_are_refused_and_those_rewritten_alike_are_not(build, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path, 3)
+    rows[1]["ref_gt"] = "t0.png"
+    for path in tmp_path.glob("*.png"):
+        os.utime(path, (1, 1))
+    build(rows, caption_dropout=True, negative=True)
+    reader, read, digest = CacheReader(tmp_path / "cache"), [], digests.file_digest
+    assert list(reader.rows) == list(read_rows(tmp_path / "rows.json"))
+    monkeypatch.setattr(digests, "file_digest", lambda path: read.append(path.name) or digest(path))
+    check_files(reader)
+    assert read == []
+    os.utime(tmp_path / "s1.png", (2, 2))
+    for _ in range(2):
+        check_files(reader)
+    assert read == ["s1.png"]
+    (tmp_path / "t0.png").unlink()
+    check_files(reader)
+    write_image(tmp_path / "r2.png", 77, 96)
+    with pytest.raises(
+        InputError, match=r"row 3 \(.*t2.png\) has other pictures .* as 1 of 3 rows have: run with phases="
+    ):
+        check_files(reader)
+    build(rows[1:2] + rows[2:], caption_dropout=True, negative=True, on_error="skip")
+    check_files(cached(tmp_path / "cache", tmp_path / "rows.json"))
 
 
 def test_a_file_written_just_now_is_read_again(build, tmp_path):
@@ -241,6 +297,20 @@ def test_two_builds_at_once_in_one_folder_both_finish(tmp_path, tiny_model_dir, 
         thread.join()
     assert done == [5] * 4
     assert [record.id for record in newest(tmp_path / "cache")] == [f"r{number}" for number in range(5)]
+
+
+def test_a_build_that_ends_does_not_unmark_another_of_the_same_rows(tmp_path, tiny_model_dir, counted):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 1)), tmp_path / "cache"
+    marked = []
+
+    def load() -> Encoders:
+        cache_dataset(dataset, cache, tiny_model_dir, load_encoders=counted)
+        marked.extend(cache.glob("work/*.building"))
+        return counted()
+
+    cache_dataset(dataset, cache, tiny_model_dir, load_encoders=load)
+    assert len(marked) == 1
+    assert not list(cache.glob("work/*"))
 
 
 def test_the_text_of_rows_may_be_larger_than_two_gigabytes():

@@ -1,5 +1,6 @@
 """The cache: everything once, nothing stale, nothing lost."""
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.cache import keys
+from data_prep.cache import encoding, keys
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import CacheHeader
 from data_prep.cache.keys import record_key
@@ -27,7 +28,7 @@ from data_prep.check.measures.column_store import Columns
 from data_prep.check.report.summary import lay_out
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size, fit, stretch, to_pixels
-from data_prep.rows.images import open_image
+from data_prep.rows.images import RejectedImage, open_image
 from data_prep.rows.rows import Row, read_rows
 from eval.qwen.encoding import reference_sizes
 from tests.caching import (
@@ -288,6 +289,25 @@ def test_two_ranks_write_what_one_writes(tmp_path, tiny_model_dir):
     assert not list((tmp_path / "two").rglob("*.json"))
 
 
+def test_ranks_that_refuse_leave_no_messages(tmp_path, tiny_model_dir):
+    dataset = write_dataset(tmp_path, spoil(tmp_path))
+    barrier, refused = threading.Barrier(2, timeout=PATIENCE), []
+
+    def run(rank: int):
+        ranks = {"rank": rank, "world_size": 2, "barrier": barrier.wait, "load_encoders": refuse_to_load}
+        with pytest.raises(InputError, match="3 of 7 rows cannot be used"):
+            cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, **ranks)
+        refused.append(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(refused) == [0, 1]
+    assert not list((tmp_path / "cache/work").iterdir())
+
+
 CHILD = """
 import sys
 from pathlib import Path
@@ -360,6 +380,40 @@ def test_one_bad_prompt_is_a_rejected_row_and_the_others_are_cached(tmp_path, ti
     assert re.match(reason, line["reason"])
 
 
+def test_what_cannot_be_encoded_is_tried_again_when_its_contents_change(tmp_path, tiny_model_dir):
+    """Not at every start: a cache with a broken picture and a bad prompt is finished, and says so each time."""
+    rows = write_rows(tmp_path, 3)
+    good = (tmp_path / "t0.png").read_bytes()
+    (tmp_path / "t0.png").write_bytes(good[:200])
+    rows[1]["prompt"] = "put <|image_pad|> here"
+    build = functools.partial(
+        cache_dataset, write_dataset(tmp_path, rows), tmp_path / "cache", tiny_model_dir, on_error="skip"
+    )
+    first = build()
+    assert [row.number for row in first.rejected] == [1, 2]
+    again = build(load_encoders=refuse_to_load)
+    assert (again.rejected, again.num_rows, again.num_encoded) == (first.rejected, 1, 0)
+    assert [line["row"] for line in report(tmp_path)] == [1, 2]
+    with pytest.raises(AssertionError, match="nothing to encode"):
+        build(load_encoders=refuse_to_load, on_error="raise")
+    (tmp_path / "t0.png").write_bytes(good)
+    assert [row.number for row in build().rejected] == [2]
+
+
+def test_what_the_disk_refused_is_tried_again(tmp_path, tiny_model_dir, monkeypatch):
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache"
+
+    def fail(path):
+        if Path(path).name == "t0.png":
+            raise RejectedImage(Path(path), "cannot be read: Input/output error", lasting=False)
+        return open_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "open_image", fail)
+        assert cache_dataset(dataset, cache, tiny_model_dir, on_error="skip").num_rows == 1
+    assert cache_dataset(dataset, cache, tiny_model_dir, on_error="skip").num_rows == 2
+
+
 def test_unreadable_files_stop_a_strict_build_before_anything_is_encoded(tmp_path, tiny_model_dir):
     dataset = write_dataset(tmp_path, spoil(tmp_path))
     message = r"row 2 \(.*t1\.png\): no such file\. 3 of 7 rows cannot be used, all listed in .*: mend them or set"
@@ -407,6 +461,17 @@ def test_damaged_and_lost_parts_are_made_again(tmp_path, tiny_model_dir):
     assert cache_dataset(dataset, cache, tiny_model_dir).num_encoded == 3
     for record, expected in zip(newest(cache), whole, strict=True):
         torch.testing.assert_close(tensors(record), expected)
+
+
+@pytest.mark.parametrize("folder", ["latents", "texts"])
+def test_a_shard_that_vanishes_under_a_reader_is_said_to_be_lost(folder, tmp_path, tiny_model_dir):
+    cache = tmp_path / "cache"
+    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 1)), cache, tiny_model_dir)
+    reader = newest(cache)
+    [shard] = (cache / folder).iterdir()
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"has lost {folder}/{shard.name}: rebuild it with phases="):
+        reader[0]
 
 
 def test_what_a_kill_left_half_written_is_cleared_once_it_is_old(tmp_path, tiny_model_dir):
