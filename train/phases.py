@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_prep.cache.batches import BatchStream, checked_group_size
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import DatasetDigest
+from data_prep.cache.keys import check_files
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError
@@ -157,6 +158,8 @@ def train_phase(
         geometry=geometry,
         caption_dropout=config.data.caption_dropout > 0,
     )
+    if processes.is_main and "cache" not in config.phases:
+        check_files(reader, config.cache.workers)
     stream = BatchStream(
         reader,
         seed=config.seed,

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
@@ -254,6 +256,20 @@ def test_another_dataset_than_the_cached_one_is_refused_with_what_mends_it(comma
         InputError, match=r"has no index of this dataset as its file is now, .*: run with phases=\[cache,"
     ):
         run(compose(command(tmp_path, *data)[1:]))
+
+
+def test_a_picture_that_changed_since_it_was_cached_is_refused_where_nothing_caches(command, tiny_pairs, tmp_path):
+    """Its place and the dataset file are what they were."""
+    shutil.copytree(tiny_pairs, tmp_path / "pairs")
+    data = [f"data.dataset={tmp_path}/pairs/train.json", "data.validation=null", f"cache.dir={tmp_path}/cache"]
+    run(compose([*command(tmp_path / "run", *data)[1:], "phases=[cache]"]))
+    row = json.loads((tmp_path / "pairs" / "train.json").read_text())[0]
+    picture = tmp_path / "pairs" / row["image"]
+    ImageOps.invert(Image.open(picture).convert("RGB")).save(picture)
+    with pytest.raises(
+        InputError, match=r"row 1 \(.*\) has other pictures now than in the cache at .*: run with phases="
+    ):
+        run(compose([*command(tmp_path / "run", *data)[1:], "phases=[train]"]))
 
 
 @pytest.mark.slow
