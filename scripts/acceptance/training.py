@@ -21,7 +21,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from scripts.acceptance.findings import ROOT, Findings, Options
 from train.config import compose
-from train.phases import plan_run
+from train.phases import dataset_digests, plan_run
 from train.plan.plan import Plan
 from train.plan.planner import GIB
 
@@ -118,8 +118,8 @@ def check_cache(options: Options, findings: Findings) -> None:
     start = time.perf_counter()
     run(launch(overrides(options, "lbm", "lbm", "phases=[cache]")))
     seconds = time.perf_counter() - start
-    folder = options.out / "cache/train"
-    records = list(CacheReader(folder))
+    folder = options.out / "cache"
+    records = list(CacheReader(folder, dataset_digests(compose(overrides(options, "lbm", "lbm")))[0]))
     findings.holds("rows cached", len(records) == NUM_ROWS, len(records), f"= {NUM_ROWS}")
     finite = all(
         bool(torch.isfinite(t).all()) for r in records for t in (r.target_latents, r.source_latents, r.prompt_emb)
