@@ -136,6 +136,26 @@ def test_a_failure_half_way_is_repaired(model, adapters, monkeypatch):
         assert equal(state(denoiser), base)
 
 
+def test_a_failure_half_way_is_repaired_in_a_block_that_has_come(model, adapters, monkeypatch):
+    """Of the two modules that the adapter changes in a block, one has it already when the other fails."""
+    monkeypatch.setattr(Placement, "_check_offload", lambda self: None)
+    streamed, expected = (Components(model, Placement(dtype=F32, offload=each)) for each in ("layer", "none"))
+    uses, calls = [AdapterUse(adapters["a"])], []
+
+    def failing(weight, part):
+        calls.append(part)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return fused_weight(weight, part)
+
+    with streamed.denoiser(uses) as mine, expected.denoiser(uses) as theirs:
+        with monkeypatch.context() as broken:
+            broken.setattr("eval.qwen.weights.fusing.fused_weight", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                velocity(mine)
+        assert torch.equal(velocity(mine), velocity(theirs))
+
+
 def test_an_adapter_that_comes_back_is_not_read_again(model, adapters, monkeypatch):
     read = []
     original = module.read_file
