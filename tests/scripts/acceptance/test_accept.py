@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from scripts.acceptance import fidelity  # here once, and not in every part
-from scripts.acceptance.accept import PARTS, main, parse_arguments
+from scripts.acceptance.accept import PARTS, key_of, main, options_of, parse_arguments
 from scripts.acceptance.findings import Findings, read
 from tests.children import ROOT, run
 from tests.commands import warm_programs
@@ -48,14 +48,25 @@ def test_every_part_passes_on_the_tiny_model(whole):
 
 
 @pytest.mark.slow
-def test_what_has_passed_is_not_done_again(whole):
+def test_what_has_passed_is_not_done_again_unless_that_is_asked_for(whole):
+    """A training begins anew then, and a run is killed again."""
     out, command, environment, _ = whole
+    again = ["files", "lbm", "resume"]
+    first = [out / f"runs/{name}/config.yaml" for name in ("lbm", "sft", "killed")]
+    made = [file.stat().st_mtime_ns for file in first]
     before = {file: file.stat().st_mtime_ns for file in (out / "parts").iterdir()}
-    done = run([*command, "--again", "files"], env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": passed before") == len(PARTS) - 1
+    done = run([*command, *(word for part in again for word in ("--again", part))], env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": passed before") == len(PARTS) - len(again)
     changed = {file.stem for file, when in before.items() if file.stat().st_mtime_ns != when}
-    assert changed == {"files"}
+    assert changed == set(again)
+    assert [file.stat().st_mtime_ns == before for file, before in zip(first, made, strict=True)] == [False, True, False]
+
+
+def test_options_of_edits_leave_the_other_parts_as_they_are(tiny_model_dir, tmp_path):
+    words = [str(tiny_model_dir), "--out", str(tmp_path), *SMALL]
+    one, other = (options_of(parse_arguments([*words, "--base-steps", steps])) for steps in ("2", "3"))
+    assert {part for part in PARTS if key_of(one, part) != key_of(other, part)} == {"edits"}
 
 
 def test_a_changed_weight_is_found_and_the_other_parts_go_on(tiny_model_dir, tmp_path, capsys):
