@@ -131,16 +131,16 @@ def options_of(arguments: argparse.Namespace) -> Options:
             raise InputError(f"there is no part {part}: they are {', '.join(PARTS)}")
     model = ModelDirectory.resolve(name)
     return Options(
-        str(model.path),
+        str(model.path.resolve()),  # parts start commands in another folder
         name,
-        arguments.out,
+        arguments.out.resolve(),
         arguments.device,
         arguments.dtype,
         arguments.side,
         arguments.rank,
         arguments.train_steps,
         arguments.base_steps,
-        arguments.lightning,
+        arguments.lightning and arguments.lightning.resolve(),
         arguments.tiny,
     )
 

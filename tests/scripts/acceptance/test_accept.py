@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -24,11 +25,13 @@ def accept(model: Path, out: Path, *more: str) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tiny_model_dir, tmp_path_factory):
-    """All parts by the script; its folder, its environment, and how it ended."""
+    """All parts by the script, started in another folder than the repository's and given relative paths; where its results are,
+    how it was started, and how it ended."""
     folder = tmp_path_factory.mktemp("acceptance")
-    environment = os.environ | warm_programs(folder / "programs")
-    command = ["bash", str(ROOT / "scripts/accept.sh"), str(tiny_model_dir), "--out", str(folder / "out"), *SMALL]
-    return folder / "out", [*command], environment, run(command, env=environment, cwd=folder)
+    started: dict[str, Any] = {"env": os.environ | warm_programs(folder / "programs"), "cwd": folder}
+    model = os.path.relpath(tiny_model_dir, folder)
+    command = ["bash", str(ROOT / "scripts/accept.sh"), model, "--out", "out", *SMALL]
+    return folder / "out", command, started, run(command, **started)
 
 
 @pytest.mark.slow
@@ -50,12 +53,12 @@ def test_every_part_passes_on_the_tiny_model(whole):
 @pytest.mark.slow
 def test_what_has_passed_is_not_done_again_unless_that_is_asked_for(whole):
     """A training begins anew then, and a run is killed again."""
-    out, command, environment, _ = whole
+    out, command, started, _ = whole
     again = ["files", "lbm", "resume"]
     first = [out / f"runs/{name}/config.yaml" for name in ("lbm", "sft", "killed")]
     made = [file.stat().st_mtime_ns for file in first]
     before = {file: file.stat().st_mtime_ns for file in (out / "parts").iterdir()}
-    done = run([*command, *(word for part in again for word in ("--again", part))], env=environment)
+    done = run([*command, *(word for part in again for word in ("--again", part))], **started)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": passed before") == len(PARTS) - len(again)
     changed = {file.stem for file, when in before.items() if file.stat().st_mtime_ns != when}
