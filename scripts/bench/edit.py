@@ -3,8 +3,8 @@
     python scripts/bench/edit.py --model Qwen/Qwen-Image-Edit-2511 --device cuda --json edit.json
     python scripts/bench/edit.py --tiny
 
-The rows of `edits` have each its own instruction, so that nothing is kept from the one before; the median of `--repeat` after
-one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's. Adapters are random, of rank
+Each edit has a picture and an instruction of its own, so that nothing is kept from the one before, but for `the next seed`;
+the median of `--repeat` after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's. Adapters are random, of rank
 `--rank` on all modules that training takes by default: times do not depend on their numbers. Besides: the adapter's share of a
 step (none, fused, and beside the weights, as it stands beside quantised ones), a change of adapters, read and kept, a table
 with each part moved once a window, and from the start of `eval/edit.py` to its picture. `--tiny` makes the tiny model for it.
@@ -54,7 +54,6 @@ class Bench:
     def __init__(self, options: argparse.Namespace, model: ModelDirectory, folder: Path):
         self.options, self.model, self.folder = options, model, folder
         self.device = make_placement(options.device, options.dtype).device
-        self.image = Image.effect_noise((options.size, options.size), 64).convert("RGB")
         self.geometry = Geometry(max_pixels=options.size**2)
         kinds = {"a": "lbm", "b": "lbm", "flow": "flow"}
         self.adapters = {name: write_adapter(model, folder / name, kind, options.rank) for name, kind in kinds.items()}
@@ -76,10 +75,14 @@ class Bench:
         self.editor = None
 
     def request(self, adapter: str, steps: int) -> EditRequest:
-        """One that was not made before."""
+        """One of a picture and with an instruction that were not there before."""
         self.asked += 1
         use = (AdapterUse(self.adapters[adapter]),)
-        return EditRequest(f"make it blue {self.asked}", [self.image], adapters=use, steps=steps, seed=self.asked)
+        return EditRequest(f"make it blue {self.asked}", [self.picture()], adapters=use, steps=steps, seed=self.asked)
+
+    def picture(self) -> Image.Image:
+        """Noise, another each time."""
+        return Image.effect_noise((self.options.size, self.options.size), 64).convert("RGB")
 
     def edits(self, report: Report) -> None:
         """Flow matching in 40 steps with guidance first, which the others are divided by."""
@@ -153,7 +156,7 @@ class Bench:
 
     def start(self, report: Report) -> None:
         """Of a process of its own; one that is not timed runs before."""
-        self.image.save(self.folder / "image.png")
+        self.picture().save(self.folder / "image.png")
         words = ["--model", self.model.path, "--adapter", self.adapters["a"], "--image", self.folder / "image.png"]
         words += ["--prompt", "x", "--device", self.options.device, "--dtype", self.options.dtype]
         command = [sys.executable, "eval/edit.py", *map(str, words), "--out", str(self.folder / "result.png")]

@@ -34,7 +34,7 @@ def test_parts_of_an_edit(tmp_path):
     assert bridge["speed"] == pytest.approx(flow["s"] / bridge["s"])
 
 
-def test_one_editor_at_a_time_has_a_model(tiny_model_dir, tmp_path):
+def test_one_editor_has_a_model_and_every_request_is_new(tiny_model_dir, tmp_path):
     words = ["--tiny", "--device", "cpu"]
     bench = Bench(parse_arguments(words), ModelDirectory.resolve(tiny_model_dir), tmp_path)
     first = bench.open()
@@ -46,6 +46,9 @@ def test_one_editor_at_a_time_has_a_model(tiny_model_dir, tmp_path):
     assert not first.components.loaded
     bench.close()
     assert not second.components.loaded
+    one, other = bench.request("a", 1), bench.request("a", 1)  # nothing of one is kept for the other
+    assert one.prompt != other.prompt
+    assert one.images[0].tobytes() != other.images[0].tobytes()
 
 
 @pytest.mark.parametrize(
