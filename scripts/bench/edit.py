@@ -4,10 +4,11 @@
     python scripts/bench/edit.py --tiny
 
 Each edit has a picture and an instruction of its own, so that nothing is kept from the one before, but for `the next seed`;
-the median of `--repeat` after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's. Adapters are random, of rank
-`--rank` on all modules that training takes by default: times do not depend on their numbers. Besides: the adapter's share of a
-step (none, fused, and beside the weights, as it stands beside quantised ones), a change of adapters, read and kept, a table
-with each part moved once a window, and from the start of `eval/edit.py` to its picture. `--tiny` makes the tiny model for it.
+the median of `--repeat` after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's.
+Adapters are random, of rank `--rank` on all modules that training takes by default: times do not depend on their numbers.
+Besides: the adapter's share of a step (none, fused, and beside the weights, as it stands beside quantised ones), a change of
+adapters, read and kept, a table with each part moved once a window, and from the start of `eval/edit.py` to its picture.
+`--tiny` makes the tiny model for it.
 """
 
 import argparse
