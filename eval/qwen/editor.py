@@ -177,6 +177,10 @@ class Editor(BaseEditor):
         with self.components.encoders():
             pass
 
+    def forget(self) -> None:
+        """Pictures and instructions of earlier requests are encoded again when they come again."""
+        self._embeddings.clear()
+
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """As `BaseEditor.edit`."""
         return self._make([Task.alone(self.prepare(request))], on_progress)[0]

@@ -45,6 +45,8 @@ PARTS = {
     **dict.fromkeys(("edits", "speed"), "using"),
 }
 """Name -> the module whose function `check_NAME` it is, imported in the part's own process: some of what it needs wakes a GPU."""
+OF_EDITS = {"lightning", "base_steps"}
+"""Options that no other part depends on."""
 LAST_LINES = 6
 """Of the log of a command that failed, on the page."""
 SHORT = {"2511": "Qwen/Qwen-Image-Edit-2511", "2509": "Qwen/Qwen-Image-Edit-2509"}
@@ -60,10 +62,9 @@ def main(arguments: argparse.Namespace) -> bool:
     options, wanted = options_of(arguments), arguments.only or list(PARTS)
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("NPROC", "1")
-    key = key_of(options)
     results: list[Findings] = []
     for part in wanted:
-        before = read(options.out, part)
+        before, key = read(options.out, part), key_of(options, part)
         if before and before.passed and before.key == key and part not in arguments.again:
             print(f"{part}: passed before", flush=True)
             results.append(before)
@@ -130,23 +131,24 @@ def options_of(arguments: argparse.Namespace) -> Options:
             raise InputError(f"there is no part {part}: they are {', '.join(PARTS)}")
     model = ModelDirectory.resolve(name)
     return Options(
-        str(model.path),
+        str(model.path.resolve()),  # parts start commands in another folder
         name,
-        arguments.out,
+        arguments.out.resolve(),
         arguments.device,
         arguments.dtype,
         arguments.side,
         arguments.rank,
         arguments.train_steps,
         arguments.base_steps,
-        arguments.lightning,
+        arguments.lightning and arguments.lightning.resolve(),
         arguments.tiny,
     )
 
 
-def key_of(options: Options) -> str:
-    """Of the model's contents and all options but where the results go."""
-    values = {name: str(value) for name, value in asdict(options).items() if name not in ("out", "model", "name")}
+def key_of(options: Options, part: str) -> str:
+    """Of the model's contents and the options that the part's results depend on."""
+    left_out = {"out", "model", "name"} | (OF_EDITS if part != "edits" else set())
+    values = {name: str(value) for name, value in asdict(options).items() if name not in left_out}
     values["fingerprint"] = ModelDirectory(Path(options.model)).fingerprint(*COMPONENTS)
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from scripts.acceptance.findings import ROOT, Findings, Options
 from train.config import compose
-from train.phases import plan_run
+from train.phases import dataset_digests, plan_run
 from train.plan.plan import Plan
 from train.plan.planner import GIB
 
@@ -95,6 +96,12 @@ def run_dir(options: Options, name: str) -> Path:
     return options.out / "runs" / name
 
 
+def clear(options: Options, name: str) -> None:
+    """Removes what an earlier run of this name has left."""
+    if run_dir(options, name).exists():
+        shutil.rmtree(run_dir(options, name))
+
+
 def history(folder: Path) -> list[dict[str, float]]:
     """Its whole lines of metrics.jsonl so far."""
     file = folder / "metrics.jsonl"
@@ -118,8 +125,8 @@ def check_cache(options: Options, findings: Findings) -> None:
     start = time.perf_counter()
     run(launch(overrides(options, "lbm", "lbm", "phases=[cache]")))
     seconds = time.perf_counter() - start
-    folder = options.out / "cache/train"
-    records = list(CacheReader(folder))
+    folder = options.out / "cache"
+    records = list(CacheReader(folder, dataset_digests(compose(overrides(options, "lbm", "lbm")))[0]))
     findings.holds("rows cached", len(records) == NUM_ROWS, len(records), f"= {NUM_ROWS}")
     finite = all(
         bool(torch.isfinite(t).all()) for r in records for t in (r.target_latents, r.source_latents, r.prompt_emb)
@@ -158,6 +165,7 @@ def check_sft(options: Options, findings: Findings) -> None:
 
 def check_recipe(options: Options, findings: Findings, recipe: str) -> None:
     """All steps have finite losses and leave an adapter that has learned something; memory and time beside the plan's."""
+    clear(options, recipe)
     checkpoint = train(options, recipe, recipe)
     steps, plan = history(run_dir(options, recipe)), planned(options, recipe)
     findings.holds("steps", len(steps) == options.train_steps, len(steps), f"= {options.train_steps}")
@@ -189,8 +197,8 @@ def check_resume(options: Options, findings: Findings) -> None:
         run_dir(options, KILLED),
         overrides(options, "lbm", KILLED),
     )
-    if not history(folder):
-        kill_after(launch(arguments), folder, save_every(options) + 1)
+    clear(options, KILLED)
+    kill_after(launch(arguments), folder, save_every(options) + 1)
     reached = len(history(folder))
     findings.holds(
         "killed before its end", reached < options.train_steps, f"after step {reached}", f"< {options.train_steps}"

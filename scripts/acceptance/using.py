@@ -35,6 +35,7 @@ def check_edits(options: Options, findings: Findings) -> None:
     editor = Editor(ModelDirectory.resolve(options.model), make_placement(options.device, options.dtype), geometry)
 
     def edit(name: str, **values: Any) -> EditResult:
+        editor.forget()  # its seconds are those of a picture that is new
         (result,) = editor.edit(EditRequest(row["prompt"], [source], **values))
         file = options.out / "edits" / f"{name.replace(' ', '-')}.png"
         file.parent.mkdir(exist_ok=True)

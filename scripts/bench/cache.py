@@ -10,7 +10,8 @@ megapixel), and `torch.save`; it has no source at the target's size, no mask and
 size, warm, from our files and from one `.pth` with the same tensors for each. `memory`: anonymous memory, which files that are
 mapped are no part of, of a process that has opened a dataset and laid out its epochs.
 
-Figures alternate between the two `--repeat` times; the median counts.
+`--device cuda` lets both sides of `write` compute there; the other parts have nothing to compute. Figures alternate between the
+two `--repeat` times; the median counts.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import LATENT_CHANNELS, build_vae, load_prompt_encoder, load_vae
 from data_prep.model.geometry import LATENT_CELL, Geometry
 from data_prep.rows.rows import Row
+from eval.request.placement import DTYPES, make_placement
 from scripts.bench.report import Report, environment
 
 PARTS = ("write", "read", "memory")
@@ -68,11 +70,11 @@ class HiddenStates(nn.Module):
 class Theirs:
     """DiffSynth's data-process task."""
 
-    def __init__(self, model: ModelDirectory, prompt_encoder: Any, dtype: torch.dtype):
-        self.pipe = QwenImagePipeline("cpu", dtype)
+    def __init__(self, model: ModelDirectory, prompt_encoder: Any, device: torch.device, dtype: torch.dtype):
+        self.pipe = QwenImagePipeline(device, dtype)
         self.pipe.scheduler.set_timesteps(1000, training=True)
         vae = build_vae(model.config("vae"))
-        model.load_into(vae, "vae", "cpu", dtype)
+        model.load_into(vae, "vae", device, dtype)
         self.pipe.vae, self.pipe.text_encoder = vae.eval(), HiddenStates(prompt_encoder.model)
         self.pipe.processor = prompt_encoder.processor
         _, self.units = self.pipe.split_pipeline_units(["dit"])
@@ -107,10 +109,11 @@ def make_rows(folder: Path, number: int, side: int) -> list[Row]:
 
 def write(report: Report, options: argparse.Namespace, folder: Path) -> None:
     """Rows of `write`."""
-    model, dtype, side = ModelDirectory.resolve(options.model), torch.float32, options.write_side
-    encoders = Encoders(load_vae(model, dtype=dtype), load_prompt_encoder(model, dtype=dtype))
+    model, device = ModelDirectory.resolve(options.model), make_placement(options.device, options.dtype).device
+    dtype, side = DTYPES[options.dtype], options.write_side
+    encoders = Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
     rows = make_rows(folder / "pictures", options.rows, side)
-    theirs = Theirs(model, encoders.prompt_encoder, dtype)
+    theirs = Theirs(model, encoders.prompt_encoder, device, dtype)
 
     def ours(out: Path) -> None:
         build_cache(
@@ -256,7 +259,7 @@ def folder_bytes(folder: Path) -> int:
 
 def main(options: argparse.Namespace) -> None:
     """Prints a table."""
-    report = Report(COLUMNS, options.json, environment("cpu"))
+    report = Report(COLUMNS, options.json, environment(options.device))
     parts = {"write": write, "read": read, "memory": memory}
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -268,6 +271,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"Parts among {', '.join(PARTS)} (default all).")
     parser.add_argument("--model", default="models/tiny", help="Model directory for `write` (default models/tiny).")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="Where `write` computes (default cpu)."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Numbers of `write` (default float32).")
     parser.add_argument("--rows", type=int, default=64, help="Rows that are written (default 64).")
     parser.add_argument(
         "--write-side", type=int, default=128, help="Pixels of the side of what is written (default 128)."

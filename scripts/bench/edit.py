@@ -3,11 +3,12 @@
     python scripts/bench/edit.py --model Qwen/Qwen-Image-Edit-2511 --device cuda --json edit.json
     python scripts/bench/edit.py --tiny
 
-The rows of `edits` have each its own instruction, so that nothing is kept from the one before; the median of `--repeat` after
-one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's. Adapters are random, of rank
-`--rank` on all modules that training takes by default: times do not depend on their numbers. Besides: the adapter's share of a
-step (none, fused, and beside the weights, as it stands beside quantised ones), a change of adapters, read and kept, a table
-with each part moved once a window, and from the start of `eval/edit.py` to its picture. `--tiny` makes the tiny model for it.
+Each edit has a picture and an instruction of its own, so that nothing is kept from the one before, but for `the next seed`;
+the median of `--repeat` after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's.
+Adapters are random, of rank `--rank` on all modules that training takes by default: times do not depend on their numbers.
+Besides: the adapter's share of a step (none, fused, and beside the weights, as it stands beside quantised ones), a change of
+adapters, read and kept, a table with each part moved once a window, and from the start of `eval/edit.py` to its picture.
+`--tiny` makes the tiny model for it.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from data_prep.model.geometry import Geometry
 from eval.qwen.editor import Editor
 from eval.qwen.weights.adapters import added_up, put_beside, remove_adapters
 from eval.request.lookup import find_model
-from eval.request.placement import Placement, make_placement
+from eval.request.placement import OffloadName, make_placement
 from eval.request.request import AdapterUse, EditRequest
 from losses.batch import Condition
 from scripts.bench.report import Report, environment
@@ -53,52 +54,65 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, model: ModelDirectory, folder: Path):
         self.options, self.model, self.folder = options, model, folder
-        self.placement = make_placement(options.device, options.dtype, compile=options.compile)
-        self.image = Image.effect_noise((options.size, options.size), 64).convert("RGB")
+        self.device = make_placement(options.device, options.dtype).device
         self.geometry = Geometry(max_pixels=options.size**2)
         kinds = {"a": "lbm", "b": "lbm", "flow": "flow"}
         self.adapters = {name: write_adapter(model, folder / name, kind, options.rank) for name, kind in kinds.items()}
-        self.editor = self.open(self.placement)
+        self.editor: Editor | None = None
         self.asked = 0
 
-    def open(self, placement: Placement) -> Editor:
-        """An editor that has loaded nothing."""
-        return Editor(self.model, placement, self.geometry)
+    def open(self, offload: OffloadName = "none") -> Editor:
+        """An editor that has loaded nothing, in place of the one before: a card has room for one."""
+        self.close()
+        options = self.options
+        placement = make_placement(options.device, options.dtype, offload=offload, compile=options.compile)
+        self.editor = Editor(self.model, placement, self.geometry)
+        return self.editor
+
+    def close(self) -> None:
+        """Frees what the last editor has loaded. Nobody else may refer to it any more."""
+        if self.editor:
+            self.editor.components.free()
+        self.editor = None
 
     def request(self, adapter: str, steps: int) -> EditRequest:
-        """One that was not made before."""
+        """One of a picture and with an instruction that were not there before."""
         self.asked += 1
         use = (AdapterUse(self.adapters[adapter]),)
-        return EditRequest(f"make it blue {self.asked}", [self.image], adapters=use, steps=steps, seed=self.asked)
+        return EditRequest(f"make it blue {self.asked}", [self.picture()], adapters=use, steps=steps, seed=self.asked)
+
+    def picture(self) -> Image.Image:
+        """Noise, another each time."""
+        return Image.effect_noise((self.options.size, self.options.size), 64).convert("RGB")
 
     def edits(self, report: Report) -> None:
         """Flow matching in 40 steps with guidance first, which the others are divided by."""
-        slowest = None
+        slowest, editor = None, self.open()
         for name, adapter, steps in [
             (f"flow matching, {self.options.steps} steps, guidance", "flow", self.options.steps),
             ("bridge, 4 steps", "a", 4),
             ("bridge, 1 step", "a", 1),
         ]:
-            self.editor.edit(self.request(adapter, steps))
+            editor.edit(self.request(adapter, steps))
             found = []
             for _ in range(self.options.repeat):
-                self.editor.edit(self.request(adapter, steps))
-                found.append(dict(self.editor.spent))
+                editor.edit(self.request(adapter, steps))
+                found.append(dict(editor.spent))
             row = {f"{part} s": statistics.median(each[part] for each in found) for part in found[0]}
             row["s"] = statistics.median(sum(each.values()) for each in found)
             slowest = slowest or row["s"]
             report.add(name, row | {"speed": slowest / row["s"]})
         again = self.request("a", 4)
-        self.editor.edit(again)
-        seconds = timed(self.placement.device, lambda: self.editor.edit(again))
+        editor.edit(again)
+        seconds = timed(self.device, lambda: editor.edit(again))
         report.add("bridge, 4 steps, the next seed", {"s": seconds, "speed": slowest and slowest / seconds})
 
     def step(self, report: Report) -> None:
         """A call of the denoiser with an adapter inside the weights, without, and with one beside them."""
-        use = [AdapterUse(self.adapters["a"])]
-        with self.editor.components.denoiser(use) as denoiser:
+        use, components = [AdapterUse(self.adapters["a"])], self.open().components
+        with components.denoiser(use) as denoiser:
             report.add("a step, adapter fused", {"s": self.call(denoiser)})
-        with self.editor.components.denoiser() as denoiser:
+        with components.denoiser() as denoiser:
             report.add("a step, no adapter", {"s": self.call(denoiser)})
             put_beside(denoiser, added_up(denoiser.dit, use))
             report.add("a step, adapter beside the weights", {"s": self.call(denoiser)})
@@ -107,7 +121,7 @@ class Bench:
     @torch.no_grad()
     def call(self, denoiser: Denoiser) -> float:
         """Seconds of a forward pass with one reference and 250 tokens of text."""
-        side, device = self.options.size // 8, self.placement.device
+        side, device = self.options.size // 8, self.device
         latents = torch.randn(1, 16, side, side, device=device)
         text = torch.randn(1, 250, denoiser.dit.txt_in.in_features, device=device)
         condition = Condition(text, torch.ones(1, 250, dtype=torch.bool, device=device), [latents])
@@ -116,7 +130,7 @@ class Bench:
 
     def switch(self, report: Report) -> None:
         """From one adapter to the other, and back."""
-        components, device = self.open(self.placement).components, self.placement.device
+        components, device = self.open().components, self.device
 
         def take(name: str) -> float:
             def change() -> None:
@@ -133,17 +147,17 @@ class Bench:
 
     def table(self, report: Report) -> None:
         """A row of a table, with all parts on the device, and with each moved once for all rows."""
-        for offload in ("none", "model"):
-            options = self.options
-            editor = self.open(make_placement(options.device, options.dtype, offload=offload, compile=options.compile))
+        each: tuple[OffloadName, ...] = "none", "model"
+        for offload in each:
+            editor = self.open(offload)
             editor.edit(self.request("a", 4))
             groups = [[self.request("a", 4)] for _ in range(ROWS)]
-            seconds = timed(self.placement.device, lambda editor=editor, groups=groups: editor.edit_groups(groups))
+            seconds = timed(self.device, lambda editor=editor, groups=groups: editor.edit_groups(groups))
             report.add(f"a row of {ROWS}, --offload {offload}", {"s": seconds / ROWS})
 
     def start(self, report: Report) -> None:
         """Of a process of its own; one that is not timed runs before."""
-        self.image.save(self.folder / "image.png")
+        self.picture().save(self.folder / "image.png")
         words = ["--model", self.model.path, "--adapter", self.adapters["a"], "--image", self.folder / "image.png"]
         words += ["--prompt", "x", "--device", self.options.device, "--dtype", self.options.dtype]
         command = [sys.executable, "eval/edit.py", *map(str, words), "--out", str(self.folder / "result.png")]
@@ -198,6 +212,7 @@ def main(options: argparse.Namespace) -> None:
         bench = Bench(options, ModelDirectory.resolve(find_model(options.model)), folder)
         for part in options.only:
             getattr(bench, part)(report)
+            bench.close()
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import csv
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,14 @@ from tests.adapters import write_adapter
 from tests.caching import write_image
 from tests.gpu.tier import CPU, on_devices
 from tests.tiny_depth import write_depth
+from tests.train.model.test_adapter import fresh, trained
+from train.model import execution
 from train.model.denoiser import load_denoiser
+
+pytestmark = [  # as of test_training.py
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore::Warning:torch._inductor"),
+]
 
 SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 LEVELS = 2
@@ -44,6 +51,7 @@ ROUNDED_IN_BF16 = {"int8": 35.0, "fp8": 32.0, "nf4": 25.0, "gguf": 36.0}
 """The same, computed in bfloat16: 38, 36, 28 and 40. A GPU that multiplies int8 and fp8 rounds activations as it does weights."""
 LOW = "eval/qwen/weights/test_low_memory.py::"
 EDITOR = "eval/qwen/test_editor.py::"
+COMPILED = "eval/qwen/weights/test_compiled.py::test_compiled_blocks_with_adapters"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Workshop:
     model: ModelDirectory
     bridge: Path
     flow: Path
+    dora: Path
     gguf: Path
     depth: str
     photo: Path
@@ -86,11 +95,13 @@ class Workshop:
 def workshop(tiny_model_dir, tmp_path_factory) -> Workshop:
     folder = tmp_path_factory.mktemp("workshop")
     model = ModelDirectory.resolve(tiny_model_dir)
+    trained(fresh(tiny_model_dir), dora=True).export(folder / "dora", {"objective": "flow"})
     write_gguf(load_denoiser(model, dtype=torch.float32).dit.state_dict(), folder / "tiny.gguf")
     return Workshop(
         model,
         write_adapter(folder / "runs/bridge/checkpoints/step-000002", tiny_model_dir, "lbm", SMALL, bridge_noise=0.005),
         write_adapter(folder / "runs/flow/checkpoints/step-000002", tiny_model_dir, "flow", SMALL),
+        folder / "dora",
         folder / "tiny.gguf",
         str(write_depth(folder)),
         folder / write_image(folder / "photo.png", 3, 96, 64),
@@ -98,10 +109,12 @@ def workshop(tiny_model_dir, tmp_path_factory) -> Workshop:
 
 
 @pytest.fixture(autouse=True)
-def streams_anywhere(request, monkeypatch):
-    """Where the CPU stands for a GPU, it streams blocks to itself, which `Placement` refuses to do for a user."""
+def stands_for_a_gpu(request, monkeypatch):
+    """The CPU streams blocks to itself, which `Placement` refuses to do for a user, and runs what it has traced as it is: the
+    compiler would take a minute."""
     if request.node.callspec.params["device"] == CPU:
         monkeypatch.setattr(Placement, "_check_offload", lambda self: None)
+        monkeypatch.setattr(execution, "Compiled", functools.partial(execution.Compiled, backend="aot_eager"))
 
 
 def levels(mine: Image.Image, theirs: Image.Image) -> int:
@@ -193,6 +206,8 @@ PLACES = {
     "model": Place({"offload": "model"}, LOW + "test_model_offload_has_one_part_at_a_time"),
     "layer": Place({"offload": "layer"}, LOW + "test_streamed_layers"),
     "encoders": Place({"encoder_device": CPU}, LOW + "test_encoders_on_another_device"),
+    "compiled": Place({"compile": True}, COMPILED),
+    "compiled-layer": Place({"compile": True, "offload": "layer"}, COMPILED),
     "bf16": Place(IN_BF16, "", BF16, BF16),
     **{
         f"{weights}{'-' * bool(offload)}{offload}": Place(
@@ -210,13 +225,18 @@ PLACES = {
 
 
 @on_devices({name: place.twin for name, place in PLACES.items()})
-def test_placements(workshop, device, name):
+def test_placements(workshop, device, name, capsys):
     place = PLACES[name]
     found = workshop.edits(workshop.placed(device, place.options))
+    if "compile" in place.options:
+        torch._dynamo.reset()
+        said = capsys.readouterr().err
+        assert "compiled a block in" in said
+        assert "without torch.compile" not in said
     if device == CPU:
         expected, bound = workshop.edits(workshop.placed(CPU, {})), place.rounding
     else:
-        still = {key: value for key, value in place.options.items() if key != "offload"}
+        still = {key: value for key, value in place.options.items() if key not in ("offload", "compile")}
         expected, bound = workshop.edits(workshop.placed(CPU, still)), place.bound
     assert levels(found[0], found[3]) == 0  # the same adapter again is the same picture
     assert levels(found[0], found[1]) > LEVELS
@@ -225,6 +245,39 @@ def test_placements(workshop, device, name):
             assert levels(mine, theirs) <= LEVELS
         else:
             assert decibels(mine, theirs) > bound
+
+
+@on_devices({"": LOW + "test_streamed_layers"})
+def test_dora_in_layers_that_come(workshop, device, name):
+    """Whose lengths are taken of the whole weight, when it has come."""
+    request = EditRequest("make it blue", [workshop.source], adapters=(AdapterUse(workshop.dora),), steps=2)
+    found, expected, plain = (
+        workshop.editor(workshop.placed(where, options)).edit(each)[0].image
+        for where, options, each in (
+            (device, {"offload": "layer"}, request),
+            (CPU, {}, request),
+            (CPU, {}, replace(request, adapters=())),
+        )
+    )
+    assert levels(found, expected) <= LEVELS
+    assert levels(plain, expected) > 2 * LEVELS
+
+
+@on_devices(dict.fromkeys(("none", "model", "layer"), EDITOR + "test_preload_loads_what_the_first_edit_needs"))
+def test_preload(workshop, device, name):
+    """The first edit reads nothing more."""
+    if (device, name) == (CPU, "model"):
+        pytest.skip("on a CPU parts are freed and not moved, so this is refused")
+    adapters = (AdapterUse(workshop.bridge),)
+    editor = Editor(workshop.model, workshop.placed(device, {"offload": name}), SMALL)
+    editor.preload(adapters)
+    assert editor.components.loaded == {"vae", "prompt_encoder", "denoiser"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelDirectory, "tensors", None)
+        patch.setattr("eval.qwen.weights.components.read_file", None)
+        request = EditRequest("make it blue", [workshop.source], adapters=adapters, steps=2)
+        found = editor.edit(request)[0].image
+    assert levels(found, workshop.editor(workshop.placed(CPU, {})).edit(request)[0].image) <= LEVELS
 
 
 @on_devices({"": LOW + "test_tiles_have_no_seams"})
@@ -239,11 +292,19 @@ def test_tiles(workshop, device, name):
     assert levels(whole, tiled[0]) > 0
 
 
-@on_devices({"": "eval/tables/test_tables.py::test_good_rows_are_done_and_bad_ones_listed"})
+TABLES = {
+    "": "test_good_rows_are_done_and_bad_ones_listed",
+    "windows": "test_an_offloaded_model_is_moved_once_a_window",
+}
+
+
+@on_devices({name: f"eval/tables/test_tables.py::{twin}" for name, twin in TABLES.items()})
 def test_a_table(workshop, device, name, tmp_path):
-    """By the command: two rows in one batch, and one by itself in another mode."""
+    """By the command: two rows in one batch, and one by itself in another mode; with parts that move, in two windows."""
+    moved = ["--offload", "model", "--window", 2] if name else []
     found, expected = (
-        read_table(run_table(workshop, each, tmp_path / folder)) for each, folder in ((device, "mine"), (CPU, "theirs"))
+        read_table(run_table(workshop, each, tmp_path / folder, more))
+        for each, folder, more in ((device, "mine", moved), (CPU, "theirs", []))
     )
     assert found.keys() == expected.keys()
     assert len(found) == 3
@@ -251,7 +312,7 @@ def test_a_table(workshop, device, name, tmp_path):
         assert levels(picture, expected[key]) <= LEVELS
 
 
-def run_table(workshop: Workshop, device: torch.device, out: Path) -> Path:
+def run_table(workshop: Workshop, device: torch.device, out: Path, more: list[Any]) -> Path:
     """Edits the rows; returns the folder."""
     out.mkdir()
     table = out / "jobs.csv"
@@ -268,7 +329,7 @@ def run_table(workshop: Workshop, device: torch.device, out: Path) -> Path:
     app.command()(edit)
     words = ["--csv", table, "--root", workshop.photo.parent, "--model", workshop.model.path, "--out", out / "results"]
     words += ["--device", device, "--dtype", "float32", "--steps", 2, "--cfg-scale", 1, "--batch-size", 2]
-    words += ["--max-pixels", SMALL.max_pixels, "--vision-pixels", SMALL.vision_pixels]
+    words += ["--max-pixels", SMALL.max_pixels, "--vision-pixels", SMALL.vision_pixels, *more]
     app([str(word) for word in words], standalone_mode=False)
     return out / "results"
 

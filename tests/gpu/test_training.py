@@ -12,9 +12,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from data_prep.cache.reader import CacheReader
 from data_prep.model.directory import ModelDirectory
 from scripts.gpu_smoke import free
+from tests.caching import cached
 from tests.gpu.tier import on_devices
 from train.config import compose
 from train.model import execution
@@ -201,7 +201,7 @@ def test_caching(data, tiny_cache, device, name, tmp_path):
     cache_phase(config, ModelDirectory.resolve(config.model.path), geometry_of(config), start(device.type))
     parts = ("target_latents", "source_latents", "prompt_emb")
     found, expected = (
-        {record.id: record for record in CacheReader(Path(folder) / "train")}
+        {record.id: record for record in cached(Path(folder), Path(str(config.data.dataset)))}
         for folder in (config.cache.dir, tiny_cache)
     )
     assert found.keys() == expected.keys()

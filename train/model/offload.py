@@ -257,7 +257,9 @@ class Offload:
         slot = self._slot(number)
         self.streams.wait(self.done[slot])
         if slot in self._unchanged and self._change:
+            self.held[slot] = None  # half of a change is no block: it is copied again
             self._change(self.blocks[number])
+            self.held[slot] = number
         self._unchanged.discard(slot)
 
     def _prepare(self, number: int | None, beside: int | None = None) -> None:

@@ -2,12 +2,14 @@
 
 import functools
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
+import psutil
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ from eval.request.request import AdapterUse
 from train.model.adapter_reader import LowRank
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
-from train.model.offload import Offload
+from train.model.offload import Layout, Offload
 
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -114,12 +116,13 @@ class Components:
         for name, tensor in self.model.tensors("transformer"):
             if name in weights:
                 weights[name].data.copy_(tensor.to(self.placement.dtype))
-        if self.placement.offload == "none" and self._is_accelerated("denoiser"):
+        if self.placement.offload == "none" and self._home("denoiser").type == "cuda":
             self._keep_for_switches(dit)
 
     def _keep_for_switches(self, dit: nn.Module) -> None:
         """Keeps the base model's weights in CPU memory too: one adapter has taken another's place, and more may."""
         try:
+            check_room(Layout(dit).num_bytes)
             self._waiting["denoiser"] = WaitingWeights(dit, self._home("denoiser"))
         except InputError as error:
             self._say_once(f"note: every change of adapters reads the transformer's files, since there is {error}")
@@ -230,6 +233,22 @@ def load_placed_denoiser(model: ModelDirectory, placement: Placement) -> Denoise
     offload = Offload(blocks, len(blocks), placement.device) if placement.offload == "layer" else None
     load_gguf(dit, placement.gguf, placement.device, placement.dtype, offload and offload.place)
     return Denoiser(dit, resolve_zero_cond_t(None, model), execution, offload).eval()
+
+
+def check_room(num_bytes: int) -> None:
+    """That CPU memory has room for so much in each process of this machine: pinned memory is never swapped, and asking for too
+    much of it ends processes instead of failing.
+
+    Raises:
+        InputError: it has not.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = psutil.virtual_memory().available
+    if num_bytes > available / processes:
+        raise InputError(
+            f"no CPU memory for {num_bytes / 2**30:.1f} GiB of waiting weights in each of {processes} process(es) "
+            f"({available / 2**30:.1f} GiB are available): free some"
+        )
 
 
 def _say(text: str) -> None:

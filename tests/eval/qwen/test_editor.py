@@ -283,6 +283,9 @@ def test_what_was_encoded_is_not_encoded_again(tiny_model_dir, source, encoded):
     encoded.clear()
     editor.edit(request(source, seed=3))
     assert "prompt_encoder" not in editor.components.loaded  # nothing was to be encoded
+    editor.forget()
+    editor.edit(request(source, seed=3))
+    assert encoded == ["image", "x", " "]
 
 
 def test_white_is_encoded_where_a_bridge_starts_there_once_a_size(tiny_model_dir, source, bridge, encoded):

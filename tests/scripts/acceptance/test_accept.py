@@ -3,12 +3,13 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from scripts.acceptance import fidelity  # here once, and not in every part
-from scripts.acceptance.accept import PARTS, main, parse_arguments
+from scripts.acceptance.accept import PARTS, key_of, main, options_of, parse_arguments
 from scripts.acceptance.findings import Findings, read
 from tests.children import ROOT, run
 from tests.commands import warm_programs
@@ -24,11 +25,13 @@ def accept(model: Path, out: Path, *more: str) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tiny_model_dir, tmp_path_factory):
-    """All parts by the script; its folder, its environment, and how it ended."""
+    """All parts by the script, started in another folder than the repository's and given relative paths; where its results are,
+    how it was started, and how it ended."""
     folder = tmp_path_factory.mktemp("acceptance")
-    environment = os.environ | warm_programs(folder / "programs")
-    command = ["bash", str(ROOT / "scripts/accept.sh"), str(tiny_model_dir), "--out", str(folder / "out"), *SMALL]
-    return folder / "out", [*command], environment, run(command, env=environment, cwd=folder)
+    started: dict[str, Any] = {"env": os.environ | warm_programs(folder / "programs"), "cwd": folder}
+    model = os.path.relpath(tiny_model_dir, folder)
+    command = ["bash", str(ROOT / "scripts/accept.sh"), model, "--out", "out", *SMALL]
+    return folder / "out", command, started, run(command, **started)
 
 
 @pytest.mark.slow
@@ -48,14 +51,25 @@ def test_every_part_passes_on_the_tiny_model(whole):
 
 
 @pytest.mark.slow
-def test_what_has_passed_is_not_done_again(whole):
-    out, command, environment, _ = whole
+def test_what_has_passed_is_not_done_again_unless_that_is_asked_for(whole):
+    """A training begins anew then, and a run is killed again."""
+    out, command, started, _ = whole
+    again = ["files", "lbm", "resume"]
+    first = [out / f"runs/{name}/config.yaml" for name in ("lbm", "sft", "killed")]
+    made = [file.stat().st_mtime_ns for file in first]
     before = {file: file.stat().st_mtime_ns for file in (out / "parts").iterdir()}
-    done = run([*command, "--again", "files"], env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": passed before") == len(PARTS) - 1
+    done = run([*command, *(word for part in again for word in ("--again", part))], **started)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": passed before") == len(PARTS) - len(again)
     changed = {file.stem for file, when in before.items() if file.stat().st_mtime_ns != when}
-    assert changed == {"files"}
+    assert changed == set(again)
+    assert [file.stat().st_mtime_ns == before for file, before in zip(first, made, strict=True)] == [False, True, False]
+
+
+def test_options_of_edits_leave_the_other_parts_as_they_are(tiny_model_dir, tmp_path):
+    words = [str(tiny_model_dir), "--out", str(tmp_path), *SMALL]
+    one, other = (options_of(parse_arguments([*words, "--base-steps", steps])) for steps in ("2", "3"))
+    assert {part for part in PARTS if key_of(one, part) != key_of(other, part)} == {"edits"}
 
 
 def test_a_changed_weight_is_found_and_the_other_parts_go_on(tiny_model_dir, tmp_path, capsys):

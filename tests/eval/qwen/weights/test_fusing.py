@@ -1,6 +1,7 @@
 """Adapters inside the weights: what rounding costs, nothing left behind, and nothing read or moved more often than needed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from eval.qwen.weights import components as module
 from eval.qwen.weights.adapters import added_up
 from eval.qwen.weights.components import Components
 from eval.qwen.weights.fusing import FusedAdapters
+from eval.qwen.weights.waiting import WaitingWeights
 from eval.request.placement import Placement
 from eval.request.recent import Recent
 from eval.request.request import AdapterUse
@@ -18,6 +20,7 @@ from tests.eval.qwen.weights.test_adapters import velocity
 from tests.train.model.test_adapter import fresh, trained
 from train.model.adapter_reader import fused_weight, linear_modules
 from train.model.denoiser import Denoiser, load_denoiser
+from train.model.offload import Layout
 
 F32 = torch.float32
 
@@ -136,6 +139,26 @@ def test_a_failure_half_way_is_repaired(model, adapters, monkeypatch):
         assert equal(state(denoiser), base)
 
 
+def test_a_failure_half_way_is_repaired_in_a_block_that_has_come(model, adapters, monkeypatch):
+    """Of the two modules that the adapter changes in a block, one has it already when the other fails."""
+    monkeypatch.setattr(Placement, "_check_offload", lambda self: None)
+    streamed, expected = (Components(model, Placement(dtype=F32, offload=each)) for each in ("layer", "none"))
+    uses, calls = [AdapterUse(adapters["a"])], []
+
+    def failing(weight, part):
+        calls.append(part)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return fused_weight(weight, part)
+
+    with streamed.denoiser(uses) as mine, expected.denoiser(uses) as theirs:
+        with monkeypatch.context() as broken:
+            broken.setattr("eval.qwen.weights.fusing.fused_weight", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                velocity(mine)
+        assert torch.equal(velocity(mine), velocity(theirs))
+
+
 def test_an_adapter_that_comes_back_is_not_read_again(model, adapters, monkeypatch):
     read = []
     original = module.read_file
@@ -147,8 +170,14 @@ def test_an_adapter_that_comes_back_is_not_read_again(model, adapters, monkeypat
     assert read == ["a", "b"]
 
 
-def test_the_base_weights_are_read_again_once(model, adapters, waits, monkeypatch):
-    """By the second adapter; from then on they come from CPU memory."""
+@pytest.mark.parametrize(("processes", "device", "num_reads"), [(2, "cuda", 2), (4, "cuda", 4), (1, "mps", 4)])
+def test_the_base_weights_are_read_again_once(model, adapters, monkeypatch, capsys, processes, device, num_reads):
+    """By the second adapter; from then on they come from CPU memory, if a GPU computes and each process of the machine has room.
+    Here there is room for three."""
+    size = Layout(fresh(model.path).dit).num_bytes
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * size))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(module, "WaitingWeights", lambda dit, _: WaitingWeights(dit, torch.device("cpu")))
     reads = []
     original = ModelDirectory.tensors
     monkeypatch.setattr(ModelDirectory, "tensors", lambda *args: reads.append(args[1]) or original(*args))
@@ -158,10 +187,14 @@ def test_the_base_weights_are_read_again_once(model, adapters, waits, monkeypatc
         with Components(model, Placement(dtype=F32)).denoiser([AdapterUse(adapters[name])]) as denoiser:
             expected[name] = state(denoiser)
     reads.clear()
+    with components.denoiser():
+        monkeypatch.setattr(components, "_home", lambda name: SimpleNamespace(type=device))  # for the switches alone
     for name in ("a", "b", "a", "b"):
         with components.denoiser([AdapterUse(adapters[name])]) as denoiser:
             assert equal(state(denoiser), expected[name])
-    assert reads == ["transformer", "transformer"]
+    assert reads == ["transformer"] * num_reads
+    said = capsys.readouterr().err
+    assert said.count("every change of adapters reads the transformer's files") == (processes == 4)
 
 
 @pytest.mark.parametrize("weights", ["full", "int8"])
