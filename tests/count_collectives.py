@@ -12,7 +12,7 @@ from data_prep.model.directory import ModelDirectory
 from scripts.bench.collectives import Collectives
 from train.config import compose
 from train.parallel.processes import Processes
-from train.phases import plan_run, train_phase
+from train.phases import cache_phase, plan_run, train_phase
 from train.plan.planner import geometry_of
 
 if __name__ == "__main__":
@@ -22,6 +22,7 @@ if __name__ == "__main__":
             config = compose(overrides)
             model = ModelDirectory.resolve(config.model.path)
             plan = plan_run(config, model, processes.world_size)
+            cache_phase(config, model, geometry_of(config), processes)
             with Collectives() as collectives:
                 train_phase(config, model, geometry_of(config), processes, plan)
             found.append({"calls": collectives.calls, "bytes": collectives.bytes})

@@ -15,7 +15,7 @@ from train.builders import check_nodes
 from train.config import compose
 from train.model import execution
 from train.parallel.processes import Processes
-from train.phases import plan_run, train_phase
+from train.phases import cache_phase, plan_run, train_phase
 from train.plan.planner import geometry_of
 
 if __name__ == "__main__":
@@ -26,5 +26,6 @@ if __name__ == "__main__":
             config = compose(overrides)
             model = ModelDirectory.resolve(config.model.path)
             check_nodes(config, model)
+            cache_phase(config, model, geometry_of(config), processes)
             train_phase(config, model, geometry_of(config), processes, plan_run(config, model, processes.world_size))
         processes.stop()

@@ -157,6 +157,7 @@ def train_phase(
         fingerprint=fingerprint,
         geometry=geometry,
         caption_dropout=config.data.caption_dropout > 0,
+        encoder_dtype=config.model.dtype,
     )
     if processes.is_main and "cache" not in config.phases:
         check_files(reader, config.cache.workers)
@@ -270,6 +271,8 @@ def held_out_validation(
         negative=True,
         encoder_dtype=config.model.dtype,
     )
+    if processes.is_main and "cache" not in config.phases:
+        check_files(held_out, config.cache.workers)
     return build_validation(config, held_out, decode, processes)
 
 

@@ -127,6 +127,7 @@ class Trainings:
         with pytest.MonkeyPatch.context() as patch:
             if device == "cpu":  # traced and run as it is: the compiler would take a minute
                 patch.setattr(execution, "Compiled", functools.partial(execution.Compiled, backend="aot_eager"))
+            cache_phase(config, model, geometry_of(config), processes)
             assert train_phase(config, model, geometry_of(config), processes, plan_run(config, model, 1)) == 0
         if name == "compiled" or device == "cuda" or config.parallel.stage:
             free()
