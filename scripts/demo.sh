@@ -30,7 +30,7 @@ bridge=(+exp=tiny_lbm loss.sub_prob=0 loss.rollout=0.7)
 flow=(+exp=tiny_sft 'validate.steps=[1,4,20]')
 
 [ -f "$MODEL/model_index.json" ] || python scripts/make_tiny_model.py --out "$MODEL"
-python scripts/make_demo_data.py --out "$DIR/data" --train "$CROPS" --validation "$HELD_OUT" $SELECTION
+python scripts/make_demo_data.py --out "$DIR/data" --train "$CROPS" --validation "$HELD_OUT" ${SELECTION:+"$SELECTION"}
 accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no \
   train/run.py "${bridge[@]}" run_dir="$DIR/lbm" "${settings[@]}" 'phases=[cache]'
 
