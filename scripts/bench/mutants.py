@@ -105,7 +105,7 @@ FAULTS = [
     Fault(SAMPLERS, "kept = sigma * start + (1 - sigma) * self.latents", "kept = self.latents", OF_SAMPLERS),
     Fault(
         SAMPLERS,
-        '(edit.source_latents if self.start == "source" else edit.sub_noise)',
+        'edit.source_latents if self.start == "source" else edit.sub_noise',
         "edit.source_latents",
         OF_SAMPLERS,
     ),
