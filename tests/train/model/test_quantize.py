@@ -364,9 +364,10 @@ def test_compiled_without_a_break(in_8_bits, weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keep", "backend", "tolerance"), [("products", "aot_eager", 0), ("all", "inductor", 1e-3)])
+@pytest.mark.parametrize(("keep", "backend", "tolerance"), [("products", "aot_eager", 0), ("all", "inductor", 2e-2)])
 def test_compiled_blocks(said, in_8_bits, keep, backend, tolerance):  # noqa: F811
-    """The real compiler sums in another order (float32: 1e-6), and where a number lies between two of 8 bits that may tip it."""
+    """The real compiler sums in another order (float32: 1e-6), and where a number lies between two of 8 bits that may tip it, by
+    1/127 of its row's largest; which ones tip differs from one machine, and one compilation, to the next (seen: up to 1.1e-2)."""
     denoiser, adapter = quantised("int8")
     expected = results(denoiser, adapter, ONE[:1])
     run_with(denoiser, Compiled(RUNS[keep], said.append, backend=backend))
