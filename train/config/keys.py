@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OPEN_GROUPS = ("loss", "optim", "logger", "validate")
 GIVEN = (
     *("params", "num_steps", "decode", "reader", "folder", "processes"),
-    *("run_dir", "name", "config", "record", "resumed_step", "state"),
+    *("run_dir", "name", "config", "record", "resumed_step", "state", "token_width"),
 )
 """Arguments that a run gives to the objects of open groups."""
 CALLED_ELSEWHERE = {

@@ -6,6 +6,8 @@ from data_prep.errors import InputError
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 """An adapter, and PEFT's configuration beside it."""
+EXTRA_FILE = "extra_modules.safetensors"
+"""What was trained beside LoRA, beside the adapter."""
 
 
 def adapter_file(path: Path) -> Path:

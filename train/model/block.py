@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from train.model.attention import Kernel, attend, rotate
 from train.model.lora import linear
 
+UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+"""Linear layers whose output nothing reads there."""
+
 
 class Modulation(NamedTuple):
     """Adaptive shift, scale and gate of the attention and of the feed-forward part, each (B, 1, D)."""

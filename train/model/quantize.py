@@ -92,7 +92,8 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_blocks(dit: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of the blocks of a transformer on the meta device; they round the weights that they are given.
+    """Replaces the linear layers of the blocks of a transformer on the meta device, but for those that `mark_trained` names; they
+    round the weights that they are given.
 
     The size of every parameter and buffer is afterwards what it will be when they are loaded.
 
@@ -103,7 +104,7 @@ def quantize_blocks(dit: nn.Module, weights: Weights, dtype: torch.dtype) -> Non
     if weights == "bf16":
         return
     for name, module in list(dit.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith(BLOCKS):
+        if isinstance(module, nn.Linear) and name.startswith(BLOCKS) and not hasattr(module, "in_full"):
             dit.set_submodule(name, QuantizedLinear(module, weights, dtype))
 
 
