@@ -1,5 +1,6 @@
 """What a loss and a sampler are given: latents and their condition, for several records of one bucket."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -49,6 +50,19 @@ class Scene(_Record):
         """Of the samples at these places of the batch, (B',)."""
         white, mask = (None if each is None else each[places] for each in (self.sub_noise, self.mask))
         return Scene(self.source_latents[places], white, mask)
+
+
+def join_scenes(scenes: Sequence[Scene]) -> Scene | None:
+    """Scenes of one size as one, B = the sum of theirs; None of none. White is there when all of them have it."""
+    if not scenes:
+        return None
+    whites = [each.sub_noise for each in scenes if each.sub_noise is not None]
+    masks = [torch.zeros_like(each.source_latents[:, :1]) if each.mask is None else each.mask for each in scenes]
+    return Scene(
+        torch.cat([each.source_latents for each in scenes]),
+        torch.cat(whites) if len(whites) == len(scenes) else None,
+        torch.cat(masks) if any(each.mask is not None for each in scenes) else None,
+    )
 
 
 @dataclass

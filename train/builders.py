@@ -24,12 +24,12 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from train.config import Config, check_whole_blocks, to_yaml
 from train.model.adapter import Adapter, attach_lora
-from train.model.adapter_files import adapter_file
+from train.model.adapter_files import adapter_file, extra_file
 from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.attention import find_attention
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
-from train.model.extra.extras import extra_file, read_extras
+from train.model.extra.extras import read_extras
 from train.model.extra.modules import build_module, check_identity
 from train.model.extra.whole import mark_trained, trained_modules
 from train.model.offload import offloaded
@@ -82,8 +82,8 @@ def check_adapters(config: Config, model: ModelDirectory) -> None:
     weights.
 
     Raises:
-        InputError: an adapter cannot be found or does not fit, or a DoRA adapter is to be exported with others; or a module cannot
-            be trained in full or added.
+        InputError: an adapter cannot be found or does not fit, or a DoRA adapter is to be exported with others; or a module
+            cannot be trained in full or added.
     """
     lora = config.adapter
     if not (lora.init_from or lora.frozen or lora.train_modules or lora.modules):

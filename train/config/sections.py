@@ -214,8 +214,8 @@ class AdapterConfig:
         for name, node in (self.modules or {}).items():
             require(
                 str(name).isidentifier() and isinstance(node, dict) and "_target_" in node,
-                f"adapter.modules: {name} must be a name without dots and spaces, with the _target_ of a module: {{ste: {{_target_: "
-                "train.model.extra.SpatialTemporalEncoder}}",
+                f"adapter.modules: {name} must be a name without dots and spaces, with the _target_ of a module, such as "
+                "{ste: {_target_: train.model.extra.SpatialTemporalEncoder}}",
             )
 
 

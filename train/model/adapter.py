@@ -278,7 +278,9 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str], train_modules: 
     inside = tuple(f"{name}." for name in in_full)
     left = [name for name in linear if name in matched - unused - {*in_full} and not name.startswith(inside)]
     if not left:
-        raise InputError("adapter.train_modules takes all of adapter.target_modules, and LoRA needs at least one module")
+        raise InputError(
+            "adapter.train_modules takes all of adapter.target_modules, and LoRA needs at least one module"
+        )
     return left
 
 

@@ -12,15 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from train.model.adapter_files import EXTRA_FILE, WEIGHTS_FILE, adapter_file
+from train.model.adapter_files import EXTRA_FILE, EXTRA_KEY, WEIGHTS_FILE, adapter_file, extra_file, read_header
 from train.model.denoiser import Denoiser
 from train.model.extra.modules import ExtraModule, build_module
 from train.model.extra.whole import keep_in_float32, trained_modules, trained_parameters
 
 ADDED = "modules."
 """How names of an added module's parameters begin; the transformer has no module of this name."""
-HEADER = "extra_modules"
-"""The key of an adapter's header that says what is beside it."""
 TOGETHER = ("config_hash", "step")
 """Keys that both headers have, and that must be equal."""
 Nodes = Mapping[str, Mapping[str, Any]]
@@ -45,7 +43,7 @@ class Extras:
         """What the adapter's header says of it; nothing where there is nothing."""
         if not self.parameters:
             return {}
-        return {HEADER: json.dumps({"file": EXTRA_FILE, "in_full": self.in_full, "added": self.nodes})}
+        return {EXTRA_KEY: json.dumps({"file": EXTRA_FILE, "in_full": self.in_full, "added": self.nodes})}
 
     def export(
         self, folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
@@ -154,27 +152,6 @@ def dict_parameter(root: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def extra_file(adapter: Path) -> Path | None:
-    """The file beside an adapter's with what was trained beside LoRA, or None where there was nothing.
-
-    Args:
-        adapter: a checkpoint folder or a safetensors file.
-
-    Raises:
-        InputError: the adapter names one and it is not there.
-    """
-    file = adapter_file(adapter)
-    header = json.loads(_header(file).get(HEADER, "null"))
-    if header is None:
-        return None
-    beside = file.parent / header["file"]
-    if not beside.is_file():
-        raise InputError(
-            f"{file} was trained with modules beside LoRA, and {header['file']} with them is not beside it: put it there"
-        )
-    return beside
-
-
 def read_extras(adapter: Path) -> ExtraWeights | None:
     """What was trained beside LoRA; None where there was nothing.
 
@@ -186,21 +163,13 @@ def read_extras(adapter: Path) -> ExtraWeights | None:
     """
     if (file := extra_file(adapter)) is None:
         return None
-    first = _header(adapter_file(adapter))
+    first = read_header(adapter_file(adapter))
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{file} is not a readable safetensors file ({error})") from error
-    header = _header(file)
+    header = read_header(file)
     if any(header.get(key) != first.get(key) for key in TOGETHER) or "added" not in header:
         raise InputError(f"{file} was not saved together with {adapter_file(adapter)}: take both from one checkpoint")
     return ExtraWeights(file, tensors, json.loads(header["added"]))
-
-
-def _header(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{file} is not a readable safetensors file ({error})") from error

@@ -27,8 +27,8 @@ class ExtraModule(nn.Module):
     - begin as the identity: before it has learned something it returns the tokens that it is given, bit for bit. Let its last
       layer begin at zero. This is checked.
     - treat each sample of a batch by itself, and draw nothing.
-    - use all its parameters in every forward pass, whatever the scene. All are trained, in float32; inside `forward` they are read
-      in the dtype of the tokens. What must not be trained is a buffer that is not persistent.
+    - use all its parameters in every forward pass, whatever the scene. All are trained, in float32; inside `forward` they are
+      read in the dtype of the tokens. What must not be trained is a buffer that is not persistent.
     - be importable by its name wherever the adapter is used: its class is no part of the file.
 
     Args:
@@ -56,9 +56,9 @@ class ExtraModule(nn.Module):
 class SpatialTemporalEncoder(ExtraModule):
     """Adds to each token what a small convolutional network makes of the source and of the mask there, and of sigma.
 
-    The transformer sees the source as a reference, and no mask; here the source lies under the picture to be, cell by cell, beside
-    the mask and each cell's place in the picture (space), and the network is modulated by sigma (time), as in FiLM (Perez et al.
-    2018, arXiv 1709.07871). Its last layer begins at zero, as in ControlNet (Zhang et al. 2023, arXiv 2302.05543).
+    The transformer sees the source as a reference, and no mask; here the source lies under the picture to be, cell by cell,
+    beside the mask and each cell's place in the picture (space), and the network is modulated by sigma (time), as in FiLM (Perez
+    et al. 2018, arXiv 1709.07871). Its last layer begins at zero, as in ControlNet (Zhang et al. 2023, arXiv 2302.05543).
 
     Args:
         token_width: D.

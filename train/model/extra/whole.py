@@ -1,7 +1,7 @@
 """Modules of the transformer that are trained in full: which they are, and how they compute.
 
-Their parameters keep their names, stay whole under every strategy and unrounded in every format, and are kept in float32. Who reads
-one, be it the module itself or a block around it, gets it in the model's dtype, and its gradient comes back in float32.
+Their parameters keep their names, stay whole under every strategy and unrounded in every format, and are kept in float32. Who
+reads one, be it the module itself or a block around it, gets it in the model's dtype, and its gradient comes back in float32.
 """
 
 import difflib
@@ -94,8 +94,8 @@ def keep_in_float32(root: nn.Module, names: Iterable[str], dtype: torch.dtype, d
 
 @functools.cache
 def reading(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass that reads parameters of these names in `compute_dtype`. One for all modules of a kind: each new class would have
-    `torch.compile` begin anew."""
+    """A subclass that reads parameters of these names in `compute_dtype`. There is one for all modules of a kind: each new class
+    would have `torch.compile` begin anew."""
 
     def reader(name: str) -> property:
         def read(self: Any) -> Tensor:
