@@ -123,7 +123,7 @@ def test_a_sample_does_not_depend_on_its_batch_and_no_mask_is_nothing_to_keep():
     scene = Scene(drawn(2, 16, 4, 6, seed=1), None, torch.zeros(2, 1, 4, 6))
     both = module(tokens, sigma, scene)
     alone = module(tokens[1:], sigma[1:], Scene(scene.source_latents[1:]))
-    assert torch.allclose(both[1:], alone, atol=1e-6)
+    assert torch.allclose(both[1:], alone, atol=1e-4)
     assert not torch.allclose(both, tokens, atol=1e-2)
     again = build_module("ste", STE["ste"], 32)
     assert torch.equal(again.enter.weight, module.enter.weight)  # pyright: ignore

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffsynth.models.general_modules import get_timestep_embedding
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
@@ -90,8 +89,9 @@ class SpatialTemporalEncoder(ExtraModule):
         mask = torch.zeros_like(source[:, :1]) if scene.mask is None else scene.mask
         cells = F.pixel_unshuffle(torch.cat([source, mask], dim=1), PATCH)
         x = self.enter(torch.cat([cells, places(cells)], dim=1))
-        wave = get_timestep_embedding(sigma, self.hidden, scale=1000)
-        modulation = self.time(wave.to(x.dtype))[:, :, None, None].chunk(2 * len(self.layers), dim=1)
+        modulation = self.time(waves(sigma, self.hidden).to(x.dtype))[:, :, None, None].chunk(
+            2 * len(self.layers), dim=1
+        )
         for layer, scale, shift in zip(self.layers, modulation[::2], modulation[1::2], strict=True):
             x = x + layer(F.silu(normalised(x) * (1 + scale) + shift))
         return tokens + self.leave(normalised(x).flatten(2).transpose(1, 2))
@@ -102,6 +102,16 @@ def places(grid: Tensor) -> Tensor:
     axes = [(2 * torch.arange(n, device=grid.device) + 1) / n - 1 for n in grid.shape[-2:]]
     both = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return both.to(grid.dtype).expand(len(grid), -1, -1, -1)
+
+
+def waves(sigma: Tensor, width: int) -> Tensor:
+    """Sine and cosine of sigma at frequencies from 1 to 1000 in a geometric series, (B,) -> (B, width).
+
+    As positions are encoded by Vaswani et al. (2017, arXiv 1706.03762).
+    """
+    frequencies = 1000 ** torch.linspace(0, 1, width // 2, device=sigma.device)
+    angles = sigma[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def normalised(x: Tensor) -> Tensor:
