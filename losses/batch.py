@@ -37,7 +37,7 @@ class Scene(_Record):
     """The places of a picture, for modules beside the transformer (`train.model.extra.ExtraModule`).
 
     Attributes:
-        source_latents: the start image at the target's size, (B, 16, h, w).
+        source_latents: the start image at the target's size, (B, 16, h, w); zeros where there is none.
         sub_noise: latents of pure white at that size, (B, 16, h, w); None where an edit does without.
         mask: 1 where the background must stay, 0 where the edit is, (B, 1, h, w); None without masks, which is as all 0.
     """

@@ -29,7 +29,7 @@ from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.attention import find_attention
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
-from train.model.extra.extras import read_extras
+from train.model.extra.extras import attach_extras, read_extras
 from train.model.extra.modules import build_module, check_identity
 from train.model.extra.whole import mark_trained, trained_modules
 from train.model.offload import offloaded
@@ -197,7 +197,7 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
 def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
     """LoRA, and what is trained beside it, as the configuration has it."""
     lora = config.adapter
-    return attach_lora(
+    adapter = attach_lora(
         denoiser,
         lora.rank,
         lora.alpha,
@@ -208,8 +208,9 @@ def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
         lora.rank_pattern,
         lora.alpha_pattern,
         lora.train_modules,
-        lora.modules,
     )
+    adapter.extras = attach_extras(denoiser, lora.train_modules, lora.modules or {}, config.seed)
+    return adapter
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

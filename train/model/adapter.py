@@ -24,7 +24,7 @@ from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from train.model.adapter_reader import LowRank, ends_in
 from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser
-from train.model.extra.extras import Extras, ExtraWeights, Nodes, attach_extras
+from train.model.extra.extras import Extras, ExtraWeights
 from train.model.extra.whole import trained_modules
 from train.model.lora import LoraLinear, give_copies, is_plain
 
@@ -210,7 +210,6 @@ def attach_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     train_modules: Sequence[str] = (),
-    modules: Nodes | None = None,
 ) -> Adapter:
     """Injects trainable LoRA layers into the denoiser's transformer; B starts at zero, so nothing changes yet.
 
@@ -221,11 +220,10 @@ def attach_lora(
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
         seed: of A's initialisation, which depends on each module's name and on nothing else.
         rank_pattern, alpha_pattern: suffix of modules' names -> another rank or alpha for them; see `by_suffix`.
-        train_modules: suffixes of names of modules that are trained in full instead; `load_denoiser` was given the same.
-        modules: added ones, by name.
+        train_modules: suffixes of names of modules that get none, since they are trained in full (`attach_extras`).
 
     Raises:
-        InputError: a target matches no linear module, or a pattern no target, or as of `attach_extras`.
+        InputError: a target matches no linear module, or a pattern no target.
     """
     names = match_modules(denoiser.dit, target_modules, train_modules)
     ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern")
@@ -249,8 +247,6 @@ def attach_lora(
         start = torch.empty(*weight.shape)
         nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
         weight.data.copy_(start)
-    if train_modules or modules:
-        adapter.extras = attach_extras(denoiser, train_modules, modules, seed)
     return adapter
 
 

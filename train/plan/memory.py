@@ -30,7 +30,7 @@ from train.model.adapter_reader import ends_in
 from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
-from train.model.extra.extras import ADDED
+from train.model.extra.extras import ADDED, attach_extras
 from train.model.extra.modules import build_module
 from train.model.extra.whole import trained_parameters
 from train.model.offload import aligned
@@ -245,8 +245,9 @@ class Transformer:
             names = match_modules(dit, lora.target_modules, in_full)
             ranks = {suffix: rank for suffix, rank in lora.rank_pattern if any(ends_in(name, suffix) for name in names)}
             options: dict[str, Any] = {"dora": lora.dora, "rank_pattern": ranks}
-            options |= {"train_modules": in_full, "modules": lora.nodes}
+            options["train_modules"] = in_full
             adapter = attach_lora(denoiser, lora.rank, None, lora.target_modules, **options)
+            adapter.extras = attach_extras(denoiser, in_full, lora.nodes)
         adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -15,6 +15,7 @@ from train.config import DEFAULT_TARGETS as TARGETS
 from train.model.adapter import Adapter, attach_lora
 from train.model.denoiser import Denoiser, load_denoiser
 from train.model.extra import ExtraModule
+from train.model.extra.extras import attach_extras
 from train.model.extra.modules import build_module, check_identity
 
 STE = {"ste": {"_target_": "train.model.extra.SpatialTemporalEncoder", "hidden": 16, "depth": 1}}
@@ -29,7 +30,8 @@ def loaded(
 
 
 def attached(denoiser: Denoiser, train_modules: Sequence[str] = (), modules: Any = None) -> Adapter:
-    adapter = attach_lora(denoiser, 4, 4, TARGETS, train_modules=train_modules, modules=modules)
+    adapter = attach_lora(denoiser, 4, 4, TARGETS, train_modules=train_modules)
+    adapter.extras = attach_extras(denoiser, train_modules, modules or {})
     adapter.copy_for_products(denoiser.dit.transformer_blocks, denoiser.dit.img_in.weight.dtype)
     adapter.refresh()
     return adapter
@@ -183,7 +185,8 @@ def test_the_encoder_learns_an_edit_that_depends_on_the_mask_and_lora_does_not(t
 
     def trained(modules: Any) -> float:
         denoiser = loaded(tiny_model_dir)
-        adapter = attach_lora(denoiser, 8, 8, ["to_v", "to_out.0", "img_mlp.net.2", "proj_out"], modules=modules)
+        adapter = attach_lora(denoiser, 8, 8, ["to_v", "to_out.0", "img_mlp.net.2", "proj_out"])
+        adapter.extras = attach_extras(denoiser, [], modules)
         optimizer = torch.optim.Adam(adapter.parameters(), 1e-2)
         text = make_condition([6] * batch, [], denoiser.dit.txt_in.in_features)
         left = []
@@ -199,6 +202,6 @@ def test_the_encoder_learns_an_edit_that_depends_on_the_mask_and_lora_does_not(t
             left.append((error / (source - target).square().mean()).item())
         return sum(left[-5:]) / 5
 
-    with_mask, alone = trained({"ste": STE["ste"] | {"hidden": 32}}), trained(None)
+    with_mask, alone = trained({"ste": STE["ste"] | {"hidden": 32}}), trained({})
     assert alone > 0.7
     assert with_mask < 0.5

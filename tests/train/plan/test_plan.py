@@ -22,6 +22,7 @@ from train.config import DEFAULT_TARGETS, compose
 from train.model.adapter import attach_lora
 from train.model.denoiser import Denoiser, build_dit, load_denoiser
 from train.model.execution import Execution
+from train.model.extra.extras import attach_extras
 from train.optim import AdamW, Prodigy
 from train.plan.gpus import GPUS, find_gpu
 from train.plan.memory import LiveBytes, LoraSizes, Transformer, flash_attention, optimizer_bytes
@@ -218,7 +219,8 @@ def test_optimizer_state_and_checkpoint_have_the_predicted_size(tiny_model_dir, 
     model, in_full = ModelDirectory(tiny_model_dir), ("norm_out", "proj_out", "norm_q")
     nodes = {"ste": {"_target_": "train.model.extra.SpatialTemporalEncoder", "hidden": 32}}
     denoiser = load_denoiser(model, train_modules=in_full)
-    adapter = attach_lora(denoiser, 16, 16, DEFAULT_TARGETS, train_modules=in_full, modules=nodes)
+    adapter = attach_lora(denoiser, 16, 16, DEFAULT_TARGETS, train_modules=in_full)
+    adapter.extras = attach_extras(denoiser, in_full, nodes)
     optimizer = build(adapter.parameters())
     for parameter in adapter.parameters():
         parameter.grad = torch.randn_like(parameter)

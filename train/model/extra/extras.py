@@ -119,29 +119,29 @@ class ExtraWeights:
         return built
 
 
-def attach_extras(
-    denoiser: Denoiser, train_modules: Sequence[str], modules: Nodes | None = None, seed: int = 0
-) -> Extras:
+def attach_extras(denoiser: Denoiser, train_modules: Sequence[str], modules: Nodes, seed: int = 0) -> Extras:
     """Makes modules of the transformer trainable in full, and adds others; nothing changes yet.
 
     Args:
-        denoiser: with LoRA attached to what is not trained in full, and loaded with the same `train_modules`.
+        denoiser: loaded with the same `train_modules`, and with LoRA attached to what is not among them.
         seed: of added modules' first weights.
 
     Raises:
         InputError: a name matches nothing, or an added module cannot be built.
     """
+    if not (train_modules or modules):
+        return Extras()
     dit, dtype, device = denoiser.dit, denoiser.dit.img_in.weight.dtype, denoiser.dit.img_in.weight.device
     names = trained_parameters(dit, train_modules)
     keep_in_float32(dit, names, dtype, device)
     parameters: dict[str, nn.Parameter] = {name: dict_parameter(dit, name) for name in names}
-    for name, node in (modules or {}).items():
+    for name, node in modules.items():
         module = build_module(f"adapter.modules.{name}", node, dit.img_in.out_features, seed)
         own = [each for each, _ in module.named_parameters()]
         keep_in_float32(module, own, dtype, device)
         denoiser.extra[name] = module.to(device)
         parameters |= {f"{ADDED}{name}.{each}": dict_parameter(module, each) for each in own}
-    return Extras(parameters, trained_modules(dit, train_modules), dict(modules or {}))
+    return Extras(parameters, trained_modules(dit, train_modules), modules)
 
 
 def dict_parameter(root: nn.Module, name: str) -> nn.Parameter:
