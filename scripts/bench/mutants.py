@@ -42,7 +42,7 @@ class Fault(NamedTuple):
 KEYS, GEOMETRY, ORDER = "data_prep/cache/keys.py", "data_prep/model/geometry.py", "data_prep/cache/order.py"
 BATCHES, PATHS, BRIDGE = "data_prep/cache/batches.py", "losses/paths.py", "losses/bridge_matching.py"
 SAMPLERS, CHECKPOINT, ADAPTER = "eval/qwen/samplers.py", "train/record/checkpoint.py", "train/model/adapter.py"
-LORA = "train/model/lora.py"
+LORA = "train/model/layers/lora.py"
 WHOLE, MODULES, EXTRAS = (f"train/model/extra/{name}.py" for name in ("whole", "modules", "extras"))
 WEIGHTS, BATCH = "eval/qwen/weights/extra_weights.py", "losses/batch.py"
 
@@ -51,7 +51,7 @@ OF_ORDER, OF_BATCHES = "data_prep/cache/test_order.py", "data_prep/cache/test_ba
 OBJECTIVES, STREAMS, ROLLOUT = "losses/test_objectives.py", "losses/test_streams.py", "losses/test_rollout.py"
 STRATA, OF_SAMPLERS = "losses/test_stratification.py", "eval/qwen/test_samplers.py"
 OF_CHECKPOINT, OF_ADAPTER = "train/record/test_checkpoint.py", "train/model/test_adapter.py"
-OF_LORA = "train/model/test_lora.py"
+OF_LORA = "train/model/layers/test_lora.py"
 OF_EXTRA, OF_WEIGHTS = "train/model/test_extra.py", "eval/qwen/weights/test_extra_weights.py"
 
 FAULTS = [

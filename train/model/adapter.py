@@ -26,7 +26,7 @@ from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser
 from train.model.extra.extras import Extras, ExtraWeights
 from train.model.extra.whole import trained_modules
-from train.model.lora import LoraLinear, give_copies, is_plain
+from train.model.layers.lora import LoraLinear, give_copies, is_plain
 
 Value = TypeVar("Value")
 PREFIX = "diffusion_model."

@@ -302,7 +302,7 @@ def _one(device: torch.device) -> Tensor:
 def _finish(device: torch.device) -> Callable[..., None]:
     """What multiplies sums by their scales."""
     if device.type == "cuda" and find_spec("triton"):
-        from train.model.kernels import scale_sums  # Triton comes with PyTorch for GPUs
+        from train.model.layers.kernels import scale_sums  # Triton comes with PyTorch for GPUs
 
         return scale_sums
     return _scale_sums
@@ -311,7 +311,7 @@ def _finish(device: torch.device) -> Callable[..., None]:
 def _scale_sums(
     sums: Tensor, row_scale: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, add: bool
 ) -> None:
-    """As `train.model.kernels.scale_sums`, operation by operation."""
+    """As `train.model.layers.kernels.scale_sums`, operation by operation."""
     numbers = sums * row_scale
     if scale is not None:
         numbers *= scale

@@ -153,6 +153,7 @@ WRONG_NODES = {
     f"{HERE}.Counting": "has the buffer 'calls', which would not be saved",
     f"{HERE}.Missing": "cannot be imported",
     "os.system": "is no subclass of train.model.extra.ExtraModule",
+    "torch.nn.Linear": "is no subclass of train.model.extra.ExtraModule",
 }
 
 
