@@ -1,5 +1,7 @@
 """What surrounds the matrix products in 8 bits, as Triton kernels: a pass over memory each, where PyTorch makes several."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +28,8 @@ def scale_sums(
     rows, columns = out.shape
     if rows:
         grid = rows, triton.cdiv(columns, BLOCK)
-        _scale_sums[grid](
-            sums, row_scale, scale, bias, out, columns, scale is not None, bias is not None, add, BLOCK=BLOCK
-        )
+        given: Any = scale is not None, bias is not None, add, BLOCK  # Triton makes constants of them
+        _scale_sums[grid](sums, row_scale, scale, bias, out, columns, *given)
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -36,7 +37,8 @@ def turned(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     result = weight.new_empty(columns, rows)
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
-    _turn[grid](weight.view(torch.uint8), result.view(torch.uint8), rows, columns, TILE=TILE)
+    side: Any = TILE
+    _turn[grid](weight.view(torch.uint8), result.view(torch.uint8), rows, columns, side)
     return result
 
 
