@@ -8,5 +8,6 @@ cd "$(dirname "$0")/.."
 
 command=${1:-build}
 [[ $# -eq 0 ]] || shift
-export NO_MKDOCS_2_WARNING=1 # a notice of the theme's about another program
+export NO_MKDOCS_2_WARNING=1  # a notice of the theme's about another program
+export UV_COMPILE_BYTECODE=0  # of packages that run for two seconds
 exec uv run --isolated --only-group docs mkdocs "$command" --strict --config-file scripts/mkdocs.yml "$@"
