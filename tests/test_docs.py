@@ -91,6 +91,7 @@ def options(function: Callable[..., None], words: list[str]) -> None:
     typer.main.get_command(app).make_context("guide", list(words))
 
 
+@pytest.mark.slow
 def test_the_data_commands_of_the_guide_have_their_options():
     for name, *words in arguments("data_prep/run.py"):
         options(import_module(COMMANDS[name][0]).command, words)
