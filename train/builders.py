@@ -23,7 +23,7 @@ from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from train.config import Config, check_whole_blocks, to_yaml
-from train.model.adapter import Adapter, attach_lora
+from train.model.adapter import Adapter, attach_lokr, attach_lora
 from train.model.adapter_files import adapter_file
 from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.attention import find_attention
@@ -86,7 +86,14 @@ def check_adapters(config: Config, model: ModelDirectory) -> None:
     with torch.device("meta"):
         denoiser = Denoiser(build_dit(model.config("transformer")), zero_cond_t=False)
     linear = linear_modules(denoiser.dit)
-    fused([find_adapter(name) for name in lora.frozen], linear, "cpu")
+    frozen = [find_adapter(name) for name in lora.frozen]
+    fused(frozen, linear, "cpu")
+    for path in frozen if lora.export_frozen else ():
+        if any(part.products for part in read_adapter(path, linear).values()):
+            raise InputError(
+                f"{path} is a LoKr adapter, which adapter.export_frozen=true cannot put into a LoRA: leave that out, and "
+                "edit with both"
+            )
     if lora.init_from:
         path = find_adapter(lora.init_from)
         parts = read_adapter(path, linear)
@@ -160,8 +167,20 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
 
 
 def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
-    """LoRA as the configuration has it."""
+    """LoRA or LoKr as the configuration has it."""
     lora = config.adapter
+    if lora.kind == "lokr":
+        return attach_lokr(
+            denoiser,
+            lora.rank,
+            lora.alpha,
+            lora.target_modules,
+            lora.decompose_both,
+            lora.decompose_factor,
+            config.seed,
+            lora.rank_pattern,
+            lora.alpha_pattern,
+        )
     return attach_lora(
         denoiser,
         lora.rank,
@@ -236,7 +255,7 @@ def build_loggers(config: Config, first_step: int, record: dict[str, Any], state
 def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
     """What an exported adapter says of itself.
 
-    `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained over and lacks.
+    `kind` where it is no LoRA; `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained over and lacks.
     """
     sigmas = getattr(loss, "trained_sigmas", None)  # a loss of the user's own need not have it
     lora = config.adapter
@@ -250,6 +269,7 @@ def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str,
         "loss": json.dumps(config.loss),
         **({"sigmas": json.dumps(sigmas)} if sigmas else {}),
         **({"frozen": json.dumps(frozen)} if frozen else {}),
+        **({"kind": lora.kind} if lora.kind != "lora" else {}),
         "geometry": json.dumps(asdict(geometry)),
         "config_hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
     }

@@ -42,14 +42,14 @@ class Fault(NamedTuple):
 KEYS, GEOMETRY, ORDER = "data_prep/cache/keys.py", "data_prep/model/geometry.py", "data_prep/cache/order.py"
 BATCHES, PATHS, BRIDGE = "data_prep/cache/batches.py", "losses/paths.py", "losses/bridge_matching.py"
 SAMPLERS, CHECKPOINT, ADAPTER = "eval/qwen/samplers.py", "train/record/checkpoint.py", "train/model/adapter.py"
-LORA = "train/model/lora.py"
+LORA = "train/model/layers/lora.py"
 
 OF_KEYS, OF_GEOMETRY = "data_prep/cache/test_keys.py", "data_prep/model/test_geometry.py"
 OF_ORDER, OF_BATCHES = "data_prep/cache/test_order.py", "data_prep/cache/test_batches.py"
 OBJECTIVES, STREAMS, ROLLOUT = "losses/test_objectives.py", "losses/test_streams.py", "losses/test_rollout.py"
 STRATA, OF_SAMPLERS = "losses/test_stratification.py", "eval/qwen/test_samplers.py"
 OF_CHECKPOINT, OF_ADAPTER = "train/record/test_checkpoint.py", "train/model/test_adapter.py"
-OF_LORA = "train/model/test_lora.py"
+OF_LORA = "train/model/layers/test_lora.py"
 
 FAULTS = [
     Fault(KEYS, '"back_mask": digest(row.back_mask) if row.back_mask else None,', '"back_mask": None,', OF_KEYS),

@@ -9,7 +9,7 @@ from diffsynth.models.qwen_image_dit import QwenDoubleStreamAttention, QwenImage
 from torch import Tensor, nn
 
 from train.model.attention import Kernel, attend, rotate
-from train.model.lora import linear
+from train.model.layers.lora import linear
 
 
 class Modulation(NamedTuple):

@@ -7,6 +7,7 @@ fraction of a second, and what autograd keeps alive is measured instead of model
 import contextlib
 import functools
 import io
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from data_prep.cache.sizes import Bucket, num_tokens
 from data_prep.model.encoders import LATENT_CHANNELS
 from losses.batch import Condition
-from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, by_suffix, ends_in, match_modules
+from train.model.adapter import (
+    UNUSED_IN_LAST_BLOCK,
+    Adapter,
+    attach_lokr,
+    attach_lora,
+    by_suffix,
+    ends_in,
+    match_modules,
+)
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
+from train.model.layers.lokr import lokr_products, lokr_shapes
 from train.model.offload import aligned
 from train.optim import Optimizer
 from train.plan.quantised import Format, Layer
@@ -91,6 +101,15 @@ class LoraSizes:
     dora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     """Suffix of modules' names, and another rank for them."""
+    lokr: tuple[bool, int] | None = None
+    """`decompose_both` and `decompose_factor` of LoKr; None for LoRA."""
+
+    def attach(self, denoiser: Denoiser, rank_pattern: dict[str, int]) -> Adapter:
+        """An adapter of this size, with what of the pattern the denoiser has."""
+        sizes = denoiser, self.rank, None, self.target_modules
+        if self.lokr:
+            return attach_lokr(*sizes, *self.lokr, rank_pattern=rank_pattern)
+        return attach_lora(*sizes, dora=self.dora, rank_pattern=rank_pattern)
 
 
 class Flops(NamedTuple):
@@ -130,6 +149,7 @@ class Transformer:
         self.num_parameters = sum(parameter.numel() for parameter in self.dit.parameters())
         self._small = functools.cache(self._small)
         self._peak, self.lora_shapes = functools.cache(self._peak), functools.cache(self.lora_shapes)
+        self.ranks = functools.cache(self.ranks)
         self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
     def block_bytes(self, weights: str) -> int:
@@ -156,16 +176,27 @@ class Transformer:
             if name.startswith("transformer_blocks.")
         ]
 
-    def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
-        """Module -> the shapes of its A, B and, with DoRA, magnitudes.
+    def ranks(self, lora: LoraSizes) -> dict[str, int]:
+        """Module -> rank.
 
         Raises:
             InputError: a target matches no linear module.
         """
-        shapes = {}
         names = match_modules(self.dit, lora.target_modules)
-        for name, rank in by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern").items():
+        return by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern")
+
+    def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
+        """Module -> the shapes of its A, B and, with DoRA, magnitudes; or of LoKr's matrices, the last of which starts at zero.
+
+        Raises:
+            InputError: a target matches no linear module.
+        """
+        shapes: dict[str, list[Shape]] = {}
+        for name, rank in self.ranks(lora).items():
             linear = self.linear[name]
+            if lora.lokr:
+                shapes[name] = [*lokr_shapes(linear.out_features, linear.in_features, rank, *lora.lokr).values()]
+                continue
             shapes[name] = [(rank, linear.in_features), (linear.out_features, rank)]
             if lora.dora:
                 shapes[name].append((linear.out_features,))
@@ -195,7 +226,7 @@ class Transformer:
             denoiser = Denoiser(dit, self.zero_cond_t)
             names = match_modules(dit, lora.target_modules)
             ranks = {suffix: rank for suffix, rank in lora.rank_pattern if any(ends_in(name, suffix) for name in names)}
-            adapter = attach_lora(denoiser, lora.rank, None, lora.target_modules, dora=lora.dora, rank_pattern=ranks)
+            adapter = lora.attach(denoiser, ranks)
         adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -238,14 +269,20 @@ class Transformer:
         used = {n for n in self.linear if not (n.startswith(last) and n.removeprefix(last) in UNUSED_IN_LAST_BLOCK)}
         frozen = sum(2 * self.linear[name].weight.numel() * self._tokens(name, bucket) for name in used)
         adapter = sum(
-            2 * (a[0] * a[1] + b[0] * b[1]) * self._tokens(name, bucket)
-            for name, (a, b, *_) in self.lora_shapes(lora).items()
+            2 * self._adapter_products(name, lora) * self._tokens(name, bucket) for name in self.lora_shapes(lora)
         )
         width = self.dit.img_in.out_features
         queries = (self.num_layers - 1) * bucket.length + num_tokens(
             bucket.target
         )  # the last block: of the output alone
         return frozen, adapter, 4 * queries * bucket.length * width
+
+    def _adapter_products(self, name: str, lora: LoraSizes) -> int:
+        """Multiplications of a module's adapter for one token."""
+        if not lora.lokr:
+            return sum(math.prod(shape) for shape in self.lora_shapes(lora)[name][:2])
+        linear = self.linear[name]
+        return lokr_products(linear.out_features, linear.in_features, self.ranks(lora)[name], *lora.lokr)
 
     def _tokens(self, name: str, bucket: Bucket) -> int:
         """How many rows a linear layer is given for one sample."""
@@ -259,14 +296,18 @@ class Transformer:
         return num_tokens(bucket.target) if last or name == "proj_out" else bucket.image_tokens
 
 
-def optimizer_bytes(shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer]) -> int:
+def optimizer_bytes(
+    shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer], zero: set[Shape] | None = None
+) -> int:
     """The size of the optimizer's state, from one real step on one LoRA parameter of each shape.
 
     Args:
-        shapes: of all parameters. B matrices start at zero, which some optimizers make use of.
+        shapes: of all parameters.
+        zero: of those that start at zero, which some optimizers make use of; by default LoRA's B, which are taller than wide.
     """
     counts = Counter(shapes)
-    zero = {shape for shape in counts if len(shape) == 2 and shape[0] > shape[1]}  # B is tall, A is wide
+    if zero is None:
+        zero = {shape for shape in counts if len(shape) == 2 and shape[0] > shape[1]}
     parameters = {s: nn.Parameter(torch.zeros(s) if s in zero else torch.ones(s)) for s in counts}
     with contextlib.redirect_stdout(io.StringIO()):  # Prodigy announces itself
         optimizer = build(list(parameters.values()))

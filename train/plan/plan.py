@@ -41,7 +41,9 @@ class Plan:
     """Frozen ones."""
     num_trainable: int
     num_modules: int
-    """With LoRA."""
+    """With LoRA or LoKr."""
+    kind: str
+    """Which of these."""
     rank: int
     data: DatasetSizes
     buckets: list[Bucket]
@@ -108,7 +110,7 @@ class Plan:
         blocks = "" if self.weights == "bf16" else f", the blocks' in {self.weights}"
         known = " (published sizes, shipped with the project)" if self.shipped else ""
         yield f"  model      {_count(self.num_parameters)} parameters in {self.dtype}{blocks}{known}"
-        yield f"  LoRA       rank {self.rank} on {self.num_modules} modules: {_count(self.num_trainable)} parameters"
+        yield f"  {self.kind:<10} rank {self.rank} on {self.num_modules} modules: {_count(self.num_trainable)} parameters"
         yield f"  data       {self.data.num_rows} rows, from {self.data.origin}"
         for label, bucket in zip(
             itertools.chain(["sequences"], itertools.repeat("")), self.buckets[:SHOWN_BUCKETS], strict=False
@@ -253,6 +255,7 @@ def make_plan(
         num_parameters=planner.transformer.num_parameters,
         num_trainable=trainable,
         num_modules=len(shapes),
+        kind="LoKr" if lora.lokr else "LoRA",
         rank=lora.rank,
         data=data,
         buckets=planner.buckets(config),

@@ -113,7 +113,7 @@ class Planner:
             parts["DeepSpeed's copy of LoRA"] = lora // world_size
             parts["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
             parts["LoRA masters, on every rank"] = lora
-        if not config.adapter.dora:
+        if not config.adapter.dora and config.adapter.kind == "lora":
             parts["LoRA weights for products"] = num_lora * self.dtype.itemsize
         parts["optimizer state"] = 0 if offloaded else optimizer
         parts[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
@@ -324,8 +324,10 @@ class Planner:
         return self._optimizer_bytes(json.dumps(config.optim), lora_sizes(config))
 
     def _optimizer_bytes(self, optim: str, lora: LoraSizes) -> int:
-        shapes = [shape for group in self.transformer.lora_shapes(lora).values() for shape in group]
-        return optimizer_bytes(shapes, lambda parameters: self.build_optimizer(json.loads(optim), parameters))
+        groups = self.transformer.lora_shapes(lora).values()
+        shapes, zero = [shape for group in groups for shape in group], {group[-1] for group in groups}
+        build = functools.partial(self.build_optimizer, json.loads(optim))
+        return optimizer_bytes(shapes, build, zero if lora.lokr else None)
 
     def buckets(self, config: Config) -> list[Bucket]:
         """Of the training rows, the one that needs most first."""
@@ -361,7 +363,8 @@ def geometry_of(config: Config) -> Geometry:
 def lora_sizes(config: Config) -> LoraSizes:
     """How large the adapter is."""
     lora = config.adapter
-    return LoraSizes(lora.rank, tuple(lora.target_modules), lora.dora, tuple((lora.rank_pattern or {}).items()))
+    lokr = (lora.decompose_both, lora.decompose_factor) if lora.kind == "lokr" else None
+    return LoraSizes(lora.rank, tuple(lora.target_modules), lora.dora, tuple((lora.rank_pattern or {}).items()), lokr)
 
 
 def forwards_per_sample(config: Config) -> int:

@@ -14,7 +14,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from tests.train.model.test_adapter import inputs, trained
 from tests.train.model.test_execution import ONE, SEVERAL, said  # noqa: F401
-from tests.train.model.test_lora import SMALL, small
+from tests.train.model.layers.test_lora import SMALL, small
 from train.model import offload as module
 from train.model.denoiser import build_dit, load_denoiser
 from train.model.execution import RUNS, Compiled
