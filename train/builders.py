@@ -255,7 +255,8 @@ def build_loggers(config: Config, first_step: int, record: dict[str, Any], state
 def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
     """What an exported adapter says of itself.
 
-    `kind` where it is no LoRA; `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained over and lacks.
+    `kind` where it is no LoRA; `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained
+    over and lacks.
     """
     sigmas = getattr(loss, "trained_sigmas", None)  # a loss of the user's own need not have it
     lora = config.adapter

@@ -189,8 +189,8 @@ class AdapterConfig:
     decompose_both: bool = False
     """LoKr's first factor is a product of two matrices too, if the rank is below half its longer side."""
     decompose_factor: int = -1
-    """Shorter side of LoKr's first factor, where it divides that of the layer: the smaller it is, the more is trained. -1 makes the
-    two factors of about equal size."""
+    """Shorter side of LoKr's first factor, where it divides that of the layer: the smaller it is, the more is trained. -1 makes
+    the two factors of about equal size."""
     init_from: str | None = None
     """An adapter whose weights a new run starts from, ours or another trainer's: a file, a checkpoint, a run or a hub id. Its
     rank may be smaller than `rank`; optimizer, data and objective are the run's own."""

@@ -1,8 +1,9 @@
 """Adapter files as people write them: ours, diffusers', PEFT's, kohya's and the Lightning ones, all read to one form.
 
 A module's key is `<prefix><module>.<kind>`. The prefix may be missing; the kinds are PEFT's `lora_A.weight`/`lora_B.weight`, or
-`lora_down.weight`/`lora_up.weight` with `alpha`, or LoKr's `lokr_w1` and `lokr_w2` or the `_a` and `_b` of each. The scale alpha/rank comes from the file's `alpha`, else from the
-configuration that PEFT writes beside the file or diffusers into its header, else it is 1 (it is inside B, as we export it).
+`lora_down.weight`/`lora_up.weight` with `alpha`, or LoKr's `lokr_w1` and `lokr_w2`, each of which may be `_a` and `_b` instead.
+The scale alpha/rank comes from the file's `alpha`, else from the configuration that PEFT writes beside the file or diffusers
+into its header, else it is 1 (it is inside B or w1, as we export it).
 """
 
 import json
@@ -229,8 +230,8 @@ def fused_weight(weight: Tensor, part: LowRank) -> Tensor:
         weight: without, (out, in).
 
     Returns:
-        weight + up @ down, and LoKr's products; with DoRA the share of the way to m (weight + up @ down) / ‖weight + up @ down‖, whose rows have
-        the lengths m (arXiv 2402.09353, eq. 5).
+        weight + up @ down, and LoKr's products; with DoRA the share of the way to
+        m (weight + up @ down) / ‖weight + up @ down‖, whose rows have the lengths m (arXiv 2402.09353, eq. 5).
     """
     part, plain = part.to(weight.device), weight.float()
     moved = torch.addmm(plain, part.up, part.down)

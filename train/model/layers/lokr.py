@@ -41,9 +41,10 @@ class Kronecker:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.left, *self.right))
 
-    def to(self, *args: torch.device | torch.dtype) -> "Kronecker":
-        """The same on a device or in a dtype."""
-        return Kronecker(tuple(t.to(*args) for t in self.left), tuple(t.to(*args) for t in self.right))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Kronecker":
+        """The same on a device, and in a dtype."""
+        left, right = (tuple(t.to(device, dtype) for t in factor) for factor in (self.left, self.right))
+        return Kronecker(left, right)
 
     def scaled(self, scale: float) -> "Kronecker":
         """The product times a number."""
@@ -59,7 +60,7 @@ def _matrix(factor: Factor) -> Tensor:
 
 
 def kronecker_product(x: Tensor, left: Factor, right: Factor) -> Tensor:
-    """kron(w1, w2) times each vector, (…, in) -> (…, out). A w2 of a small rank has w1 multiplied in its middle, where it is cheap."""
+    """kron(w1, w2) times each vector, (…, in) -> (…, out). Where w2 is a product, w1 comes between its two, where it is cheap."""
     hidden = F.linear(x.unflatten(-1, (left[-1].shape[1], right[-1].shape[1])), right[-1])
     hidden = _matrix(left) @ hidden
     return (hidden if len(right) == 1 else F.linear(hidden, right[0])).flatten(-2)
@@ -106,7 +107,7 @@ class KroneckerBeside(nn.Module):
         return self.base_layer(x) + kronecker_product(x, tuple(self.left), tuple(self.right))
 
 
-def lokr_shapes(out: int, width: int, rank: int, decompose_both: bool, factor: int) -> dict[str, tuple[int, int]]:
+def lokr_shapes(out: int, width: int, rank: int, decompose_both: bool, factor: int) -> dict[str, tuple[int, ...]]:
     """The shapes of what is trained of a linear layer, by name, as PEFT makes them: a factor is a product of this rank only where
     the rank is below half its longer side.
 

@@ -1,5 +1,6 @@
 """LoKr against the Kronecker product in float64, PEFT's own layer, ComfyUI's reading of a file, and diffusers' refusal."""
 
+import itertools
 import json
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_product_is_the_kronecker_product(left, right):
     """Forward and gradients, against numpy's definition: entry (l k, m n) is w1[l, m] w2[k, n]."""
 
     def matrices(sizes):
-        return tuple(torch.randn(pair, dtype=torch.float64) for pair in zip(sizes, sizes[1:], strict=False))
+        return tuple(torch.randn(pair, dtype=torch.float64) for pair in itertools.pairwise(sizes))
 
     product = Kronecker(matrices(left), matrices(right))
     w1, w2 = (factor[0] if len(factor) == 1 else factor[0] @ factor[1] for factor in (product.left, product.right))
@@ -108,9 +109,8 @@ def test_the_file_is_what_comfyui_and_peft_compute(tiny_model_dir, exported, siz
     tensors = load_file(folder / "adapter_model.safetensors")
     linear = linear_modules(fresh(tiny_model_dir).dit)
     parts = read_adapter(folder, linear)
-    assert len(parts) == 12 * 5 and len(tensors) == sum(
-        1 + len(factors_of(tensors, f"diffusion_model.{n}")) for n in parts
-    )
+    assert len(parts) == 12 * 5
+    assert len(tensors) == sum(1 + len(factors_of(tensors, f"diffusion_model.{n}")) for n in parts)
     for name, part in parts.items():
         expected = linear[name].weight.double() + comfy_weight(tensors, name)
         torch.testing.assert_close(fused_weight(linear[name].weight, part).double(), expected, rtol=1e-6, atol=1e-6)
@@ -136,7 +136,8 @@ def test_loads_back_inside_and_beside_the_weights(tiny_model_dir, exported, tmp_
         denoiser = fresh(tiny_model_dir)
         put(denoiser, uses)
         results.append(denoiser(*inputs(denoiser)))
-    assert close(results[1], results[0]) and not close(results[0], velocity)
+    assert close(results[1], results[0])
+    assert not close(results[0], velocity)
     assert sum(isinstance(module, KroneckerBeside) for module in denoiser.dit.modules()) == 12 * 5
     use_adapters(denoiser, [])
     assert torch.equal(denoiser(*inputs(denoiser)), fresh(tiny_model_dir)(*inputs(denoiser)))
@@ -172,7 +173,7 @@ def test_what_cannot_be_started_from_is_refused(tiny_model_dir, exported, tmp_pa
         with pytest.raises(InputError, match=message):
             adapter.start_from(folder, read_adapter(folder, linear))
     denoiser = fresh(tiny_model_dir)
-    with pytest.raises(InputError, match="is a LoKr adapter, and adapter.kind is lora"):
+    with pytest.raises(InputError, match=r"is a LoKr adapter, and adapter.kind is lora"):
         trained(denoiser).start_from(tmp_path, read_adapter(exported["low"][0], linear))
 
 
