@@ -53,6 +53,9 @@ class DataConfig:
     run_dir/rejected.jsonl."""
     caption_dropout: float = 0.0
     """Probability that a sample is trained with an empty instruction, for classifier-free guidance."""
+    preserve_prompts: list[str] = field(default_factory=list)
+    """Instructions for which `loss.preserve` keeps what the base model does; each row has one of them, in turn. By default the
+    empty one."""
 
     def __post_init__(self):
         require(0 <= self.caption_dropout < 1, f"data.caption_dropout must lie in [0, 1), got {self.caption_dropout}")
@@ -331,6 +334,10 @@ class Config:
         )
         require(len(self.phases) > 0, "phases is empty: use [cache,train], [cache], [train] or [plan]")
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
+        require(
+            not self.data.preserve_prompts or bool(self.loss.get("preserve")),
+            "data.preserve_prompts is what loss.preserve keeps, which is 0: set it too, for example loss.preserve=0.25",
+        )
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
         require(

@@ -4,8 +4,8 @@ The modules are DiffSynth's; the forward pass is ours, because upstream's takes 
 text, rounds the timestep to bf16 and evaluates the feed-forward with another GELU than the weights were trained with.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from train.model.adapter_reader import fused, linear_modules
 from train.model.attention import rope_table
 from train.model.block import Block
 from train.model.execution import Execution
+from train.model.layers.lokr import LokrLinear
+from train.model.layers.lora import LoraLinear
 from train.model.offload import Offload
 from train.model.quantize import Weights, check_weights, quantize_blocks
 
@@ -79,6 +81,18 @@ class Denoiser(nn.Module):
     def weights_at_rest(self) -> AbstractContextManager[None]:
         """Inside, every weight can be read: those of offloaded blocks in CPU memory, where they wait."""
         return self.offload.at_rest() if self.offload else nullcontext()
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside, it is the base model, with the frozen adapters that are in its weights. For forward passes without gradient."""
+        layers = [module for module in self.dit.modules() if isinstance(module, LoraLinear | LokrLinear)]
+        for layer in layers:
+            layer.idle = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.idle = False
 
     def forward(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Runs the transformer on a batch of one bucket.

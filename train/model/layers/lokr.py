@@ -67,7 +67,13 @@ def kronecker_product(x: Tensor, left: Factor, right: Factor) -> Tensor:
 
 
 class LokrLinear(PeftLokr):
-    """PEFT's LoKr layer with products in the input's dtype; weights, configuration and files are PEFT's."""
+    """PEFT's LoKr layer with products in the input's dtype; weights, configuration and files are PEFT's.
+
+    Attributes:
+        idle: the frozen layer computes alone.
+    """
+
+    idle: bool = False
 
     def named_factors(self) -> dict[str, nn.Parameter]:
         """What is trained, by its name: float32, without the scale."""
@@ -75,6 +81,8 @@ class LokrLinear(PeftLokr):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(…, in) -> (…, out)."""
+        if self.idle:
+            return self.base_layer(x)
         named = self.named_factors().items()
         left, right = (tuple(w.to(x.dtype) for name, w in named if name.startswith(side)) for side in (LEFT, RIGHT))
         return self.base_layer(x) + self.scaling["default"] * kronecker_product(x, left, right)
