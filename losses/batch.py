@@ -43,7 +43,7 @@ class Condition(_Record):
         return Condition(self.prompt_emb[places], self.prompt_emb_mask[places], latents)
 
     def with_texts(self, places: Tensor, other: "Condition") -> "Condition":
-        """The condition in which the samples at these places, (B',), get another one's instructions, padded no more than needed."""
+        """The condition in which the samples at these places, (B',), get another's instructions, padded no more than needed."""
         length = max(self.prompt_emb.shape[1], other.prompt_emb.shape[1])
         emb, mask = (
             _padded(mine, length).index_copy(0, places, _padded(theirs, length)[places])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from train.model.adapter_reader import LowRank
+from train.model.adapter_reader import LowRank, linear_modules
 from train.model.denoiser import Denoiser
 from train.model.layers.lokr import LEFT, Kronecker, LokrLinear, lokr_config
 from train.model.layers.lora import LoraLinear, give_copies, is_plain
@@ -232,10 +232,10 @@ def attach_lora(
         rank_pattern, alpha_pattern: suffix of modules' names -> another rank or alpha for them; see `by_suffix`.
 
     Raises:
-        InputError: a target matches no linear module, or a pattern no target.
+        InputError: a target or a pattern matches no linear module.
     """
     names = match_modules(denoiser.dit, target_modules)
-    ranks, alphas = ranks_and_alphas(names, rank, alpha, rank_pattern, alpha_pattern)
+    ranks, alphas = ranks_and_alphas(denoiser.dit, names, rank, alpha, rank_pattern, alpha_pattern)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or rank,  # pyright: ignore  # PEFT says int, and computes with any number
@@ -273,7 +273,7 @@ def attach_lokr(
         InputError: as `attach_lora`.
     """
     names = match_modules(denoiser.dit, target_modules)
-    ranks, alphas = ranks_and_alphas(names, rank, alpha, rank_pattern, alpha_pattern)
+    ranks, alphas = ranks_and_alphas(denoiser.dit, names, rank, alpha, rank_pattern, alpha_pattern)
     options = {"alpha": alpha or rank, "target_modules": names, "rank_pattern": ranks, "alpha_pattern": alphas}
     adapter = inject(denoiser, lokr_config(rank, decompose_both, decompose_factor, **options), names)
     for name, weight in adapter.named_parameters().items():
@@ -283,6 +283,7 @@ def attach_lokr(
 
 
 def ranks_and_alphas(
+    dit: nn.Module,
     names: Sequence[str],
     rank: int,
     alpha: float | None,
@@ -290,8 +291,9 @@ def ranks_and_alphas(
     alpha_pattern: Mapping[str, float] | None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """By module, where they are other ones than `rank` and `alpha`. An alpha that is not set is the module's own rank."""
-    ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern")
-    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, alpha, "adapter.alpha_pattern")
+    known = linear_modules(dit)
+    ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern", known)
+    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, alpha, "adapter.alpha_pattern", known)
     alphas = {name: ranks[name] if own is None else own for name, own in alphas.items()}
     return (
         {name: own for name, own in ranks.items() if own != rank},
@@ -363,20 +365,22 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
     return [name for name in linear if name in matched - unused]
 
 
-def by_suffix(names: Sequence[str], pattern: Mapping[str, Value], default: Value, key: str) -> dict[str, Value]:
+def by_suffix(
+    names: Sequence[str], pattern: Mapping[str, Value], default: Value, key: str, known: Iterable[str]
+) -> dict[str, Value]:
     """For each module the value of the longest suffix that its name ends in, or the default.
 
     Args:
         key: where the pattern stands in the configuration.
+        known: names of all linear modules: a pattern may name some that no target does.
 
     Raises:
-        InputError: no module's name ends in a suffix.
+        InputError: the name of no known module ends in a suffix.
     """
+    known = list(known)
     for suffix in pattern:
-        if not any(ends_in(name, suffix) for name in names):
-            raise InputError(
-                f"{key} names {suffix!r}, in which the name of no module with LoRA ends: see adapter.target_modules"
-            )
+        if not any(ends_in(name, suffix) for name in known):
+            raise InputError(f"{key} names {suffix!r}, in which the name of no linear layer ends")
     longest_first = sorted(pattern, key=len, reverse=True)
     return {
         name: next((pattern[suffix] for suffix in longest_first if ends_in(name, suffix)), default) for name in names

@@ -33,6 +33,7 @@ from train.model.adapter import (
     ends_in,
     match_modules,
 )
+from train.model.adapter_reader import linear_modules
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
 from train.model.layers.lokr import lokr_products, lokr_shapes
@@ -104,12 +105,13 @@ class LoraSizes:
     lokr: tuple[bool, int] | None = None
     """`decompose_both` and `decompose_factor` of LoKr; None for LoRA."""
 
-    def attach(self, denoiser: Denoiser, rank_pattern: dict[str, int]) -> Adapter:
-        """An adapter of this size, with what of the pattern the denoiser has."""
-        sizes = denoiser, self.rank, None, self.target_modules
+    def attach(self, denoiser: Denoiser) -> Adapter:
+        """An adapter of this size, with what of the pattern is for layers that the denoiser has."""
+        sizes, names = (denoiser, self.rank, None, self.target_modules), linear_modules(denoiser.dit)
+        ranks = {suffix: rank for suffix, rank in self.rank_pattern if any(ends_in(name, suffix) for name in names)}
         if self.lokr:
-            return attach_lokr(*sizes, *self.lokr, rank_pattern=rank_pattern)
-        return attach_lora(*sizes, dora=self.dora, rank_pattern=rank_pattern)
+            return attach_lokr(*sizes, *self.lokr, rank_pattern=ranks)
+        return attach_lora(*sizes, dora=self.dora, rank_pattern=ranks)
 
 
 class Flops(NamedTuple):
@@ -183,7 +185,7 @@ class Transformer:
             InputError: a target matches no linear module.
         """
         names = match_modules(self.dit, lora.target_modules)
-        return by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern")
+        return by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern", self.linear)
 
     def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
         """Module -> the shapes of its A, B and, with DoRA, magnitudes; or of LoKr's matrices, the last of which starts at zero.
@@ -224,9 +226,7 @@ class Transformer:
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
             denoiser = Denoiser(dit, self.zero_cond_t)
-            names = match_modules(dit, lora.target_modules)
-            ranks = {suffix: rank for suffix, rank in lora.rank_pattern if any(ends_in(name, suffix) for name in names)}
-            adapter = lora.attach(denoiser, ranks)
+            adapter = lora.attach(denoiser)
         adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
