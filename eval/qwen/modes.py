@@ -139,8 +139,8 @@ def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any
         )
     if name not in BRIDGES:
         raise InputError(
-            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}; loss.preserve would have "
-            "kept sampler=flow"
+            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}; loss.preserve would "
+            "have kept sampler=flow"
         )
     if request.strength not in (None, 1.0):
         raise InputError(f"a bridge is walked whole: leave out strength={request.strength}")

@@ -44,7 +44,8 @@ class Plan:
     """With LoRA or LoKr."""
     kind: str
     """Which of these."""
-    rank: int
+    ranks: str
+    """One, or the smallest to the largest."""
     data: DatasetSizes
     buckets: list[Bucket]
     memory: Memory
@@ -110,7 +111,7 @@ class Plan:
         blocks = "" if self.weights == "bf16" else f", the blocks' in {self.weights}"
         known = " (published sizes, shipped with the project)" if self.shipped else ""
         yield f"  model      {_count(self.num_parameters)} parameters in {self.dtype}{blocks}{known}"
-        yield f"  {self.kind:<10} rank {self.rank} on {self.num_modules} modules: {_count(self.num_trainable)} parameters"
+        yield f"  {self.kind:<10} rank {self.ranks} on {self.num_modules} modules: {_count(self.num_trainable)} parameters"
         yield f"  data       {self.data.num_rows} rows, from {self.data.origin}"
         for label, bucket in zip(
             itertools.chain(["sequences"], itertools.repeat("")), self.buckets[:SHOWN_BUCKETS], strict=False
@@ -243,6 +244,7 @@ def make_plan(
     config = apply(config, decided)
     settings, lora, cache_phase = config.train, lora_sizes(config), planner.caching(config)
     shapes, trainable = planner.transformer.lora_shapes(lora), planner.num_lora(config)
+    ranks = planner.transformer.ranks(lora).values()
     phases = cache_phase.total <= gpu.memory_gib * GIB, planner.fits(config, world_size, gpu)
     advice = [] if phases[0] else caching_advice(planner, configured, world_size, gpu)
     if not phases[1]:
@@ -256,7 +258,7 @@ def make_plan(
         num_trainable=trainable,
         num_modules=len(shapes),
         kind="LoKr" if lora.lokr else "LoRA",
-        rank=lora.rank,
+        ranks=" to ".join(map(str, sorted({min(ranks), max(ranks)}))),
         data=data,
         buckets=planner.buckets(config),
         memory=planner.training(config, world_size, gpu),

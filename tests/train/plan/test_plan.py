@@ -19,7 +19,7 @@ from scripts.gpu_smoke import REAL
 from tests.caching import cached
 from tests.train.plan.planning import MEGAPIXEL, build_optimizer, configure, resolved
 from train.config import DEFAULT_TARGETS, compose
-from train.model.adapter import attach_lora
+from train.model.adapter import attach_lokr, attach_lora
 from train.model.denoiser import Denoiser, build_dit, load_denoiser
 from train.model.execution import Execution
 from train.optim import AdamW, Prodigy
@@ -210,6 +210,21 @@ def test_lora_shapes_are_those_of_the_adapter(tiny_model_dir, dora):
     )
     assert list(shapes) == list(adapter.layers)
     assert [s for group in shapes.values() for s in group] == [tuple(p.shape) for p in adapter.parameters()]
+
+
+@pytest.mark.parametrize("sizes", [(64, False, -1), (4, False, 4), (2, True, 8)])
+def test_lokr_is_counted_as_it_is_made(tiny_model_dir, sizes):
+    rank, *shape = sizes
+    model, pattern = ModelDirectory(tiny_model_dir), {"img_mod.1": 1}
+    adapter = attach_lokr(load_denoiser(model), rank, rank, DEFAULT_TARGETS, *shape, rank_pattern=pattern)
+    transformer = Transformer(model.config("transformer"), torch.bfloat16, True)
+    lora = LoraSizes(rank, tuple(DEFAULT_TARGETS), rank_pattern=tuple(pattern.items()), lokr=tuple(shape))
+    shapes = transformer.lora_shapes(lora)
+    assert list(shapes) == list(adapter.layers)
+    assert [s for group in shapes.values() for s in group] == [tuple(p.shape) for p in adapter.parameters()]
+    starts = {group[-1] for group in shapes.values()}
+    assert starts == {tuple(p.shape) for p in adapter.parameters() if not p.any()}
+    assert transformer.forward_flops(BUCKETS[0], lora)[1] > 0
 
 
 @pytest.mark.parametrize("build", [AdamW, Prodigy])
