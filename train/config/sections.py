@@ -176,7 +176,7 @@ class AdapterConfig:
     """What is trained of each layer: `lora`, a product of two matrices of a small rank, or `lokr`, a Kronecker product of two
     smaller ones. ComfyUI and this project load both, diffusers only LoRA. Choose with adapter=lora or adapter=lokr."""
     rank: int = 64
-    """Rank of LoRA; of LoKr the rank of its second factor, which is whole if that is at least half its longer side."""
+    """Rank of LoRA. Of LoKr it is that of its second factor, which is whole if this is at least half its longer side."""
     alpha: float | None = None
     """LoRA is scaled by alpha / rank; by default alpha is the rank, and the scale 1."""
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
