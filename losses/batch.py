@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -87,6 +88,21 @@ class Condition(_Record):
         scene = self.scene and self.scene.take(places)
         return Condition(self.prompt_emb[places], self.prompt_emb_mask[places], latents, scene)
 
+    def with_texts(self, places: Tensor, other: "Condition") -> "Condition":
+        """The condition in which the samples at these places, (B',), get another's instructions, padded no more than needed."""
+        length = max(self.prompt_emb.shape[1], other.prompt_emb.shape[1])
+        emb, mask = (
+            _padded(mine, length).index_copy(0, places, _padded(theirs, length)[places])
+            for mine, theirs in ((self.prompt_emb, other.prompt_emb), (self.prompt_emb_mask, other.prompt_emb_mask))
+        )
+        used = int(mask.sum(1).max())
+        return Condition(emb[:, :used], mask[:, :used], self.edit_latents, self.scene)
+
+
+def _padded(texts: Tensor, length: int) -> Tensor:
+    """(B, L, …) with zeros up to this length."""
+    return F.pad(texts, (*(0, 0) * (texts.ndim - 2), 0, length - texts.shape[1]))
+
 
 @dataclass
 class Edit(_Record):
@@ -115,8 +131,11 @@ class Batch(Edit):
         sub_noise: as of `Edit`; never None.
         target_latents: (B, 16, h, w).
         mask: 1 where the background must stay, 0 where the edit is, (B, 1, h, w), or None without masks.
+        preserved: other instructions of the same pictures, for which the base model's answers are kept, without references; or
+            None.
     """
 
     sub_noise: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     target_latents: Tensor
     mask: Tensor | None
+    preserved: Condition | None = None

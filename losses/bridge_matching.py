@@ -11,6 +11,7 @@ from losses.errors import squared_error
 from losses.flow_matching import Denoiser
 from losses.paths import BridgePath, PathSample, Prediction, per_sample, predict_target
 from losses.pixel import Decode, PixelTerm
+from losses.preservation import Preservation
 from losses.randomness import SampleRandom
 from losses.sigmas import DiscreteSigma, SigmaSampler
 from losses.terms import LossTerms, by_sigma
@@ -56,6 +57,9 @@ class LatentBridgeMatchingLoss:
         normalise: divide a stream's error by the sample's own mean squared distance between start and target (at least
             0.05), in which elements weigh as in the error: white is much farther from the target than the source is.
         mask_weight: weight of elements that `batch.mask` marks as background; edited ones weigh 1.
+        preserve: share of the samples, in [0, 1), on which the base model without the adapter is the teacher for another
+            instruction (`data.preserve_prompts`), on its own path from noise, so that its other abilities stay. Such a
+            sample counts 1, whatever the streams' weights.
         pixel: terms on the decoded predicted target, added to the latent error.
         decode: needed with `pixel`.
 
@@ -77,6 +81,7 @@ class LatentBridgeMatchingLoss:
         rollout: float = 0.0,
         normalise: bool = True,
         mask_weight: float = 1.0,
+        preserve: float = 0.0,
         pixel: PixelTerm | None = None,
         decode: Decode | None = None,
     ):
@@ -91,6 +96,9 @@ class LatentBridgeMatchingLoss:
             raise ValueError(f"nothing to train with {sub_prob=}, {main_weight=}, {sub_weight=}")
         if pixel is not None and decode is None:
             raise ValueError("pixel terms need decode, the VAE's decoder")
+        if preserve and combine == "sum" and 0 < sub_prob < 1:
+            raise ValueError(f"{preserve=} needs combine='choice': a sample that is preserved has one forward, not two")
+        self.preservation = Preservation(preserve)
         self.path = BridgePath(bridge_noise, prediction)
         self.sigma = sigma or DiscreteSigma(probabilities=SIGMA_PROBABILITIES)
         self.sub_prob = sub_prob
@@ -122,7 +130,10 @@ class LatentBridgeMatchingLoss:
             return LossTerms(loss, shared)
         is_sub = (generator.stratified("stream") < self.sub_prob).to(device)
         terms = self._stream(denoiser, batch, generator, is_sub)
-        return LossTerms(terms.loss * torch.where(is_sub, *self._importance(terms.loss)), terms.logged)
+        importance = torch.where(is_sub, *self._importance(terms.loss))
+        if self.preservation.share:
+            importance = importance.masked_fill(self.preservation.drawn(generator).to(device), 1.0)
+        return LossTerms(terms.loss * importance, terms.logged)
 
     def _importance(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """weight / probability of the sub and of the main stream; a stream that is the only one has probability 1."""
@@ -141,18 +152,30 @@ class LatentBridgeMatchingLoss:
         sample = self.path.sample(start, target, sigma, noise, distance)
         if self.rollout:
             sample = self._rolled_out(denoiser, batch.condition, start, target, sigma, sample, generator)
-        velocity = denoiser(sample.latents, sigma, batch.condition)
+        condition, mask = batch.condition, batch.mask
+        if lesson := self.preservation.lesson(denoiser, batch, generator):
+            sample, condition, mask = lesson.put_into(sample), lesson.condition, lesson.unmasked(mask)
+            sigma = sigma.index_copy(0, lesson.places, lesson.sigma)
+            distance = distance.index_fill(0, lesson.places, 1.0)
+        velocity = denoiser(sample.latents, sigma, condition)
 
-        latent = sample.weight * squared_error(velocity, sample.velocity, batch.mask, self.mask_weight)
+        latent = sample.weight * squared_error(velocity, sample.velocity, mask, self.mask_weight)
         if self.normalise:
             latent = latent / distance.clamp_min(DISTANCE_FLOOR)
         terms = {"latent": latent}
         if self.pixel is not None and self.decode is not None:
-            terms |= self.pixel(predict_target(sample.latents, velocity, sigma), target, self.decode, generator)
-        logged = {}
-        for name, value in terms.items():
-            logged[f"{name}/main"] = torch.where(is_sub, math.nan, value.detach())
-            logged[f"{name}/sub"] = torch.where(is_sub, value.detach(), math.nan)
+            pixel = self.pixel(predict_target(sample.latents, velocity, sigma), target, self.decode, generator)
+            if self.preservation.share:  # what is preserved has no target
+                drawn = self.preservation.drawn(generator).to(target.device)
+                pixel = {name: value.masked_fill(drawn, 0.0) for name, value in pixel.items()}
+            terms |= pixel
+        shown, logged = {name: value.detach() for name, value in terms.items()}, {}
+        if self.preservation.share:
+            apart = {name: self.preservation.apart(value, generator) for name, value in shown.items()}
+            shown, logged = {name: own for name, (own, _) in apart.items()}, apart["latent"][1]
+        for name, value in shown.items():
+            logged[f"{name}/main"] = torch.where(is_sub, math.nan, value)
+            logged[f"{name}/sub"] = torch.where(is_sub, value, math.nan)
         for name in ("latent/main", "latent/sub"):
             logged |= by_sigma(name, logged[name], sigma)
         return LossTerms(torch.stack(list(terms.values())).sum(0), logged)
@@ -186,5 +209,7 @@ class LatentBridgeMatchingLoss:
         )
 
     def _draw_rollout(self, generator: SampleRandom) -> Tensor:
-        """Which samples are rolled out, (B,) on the CPU: of those with sigma < 1, which no shift makes 1 or unmakes."""
-        return (generator.stratified("rollout") < self.rollout) & (self.sigma(generator, 1) < 1)
+        """Which samples are rolled out, (B,) on the CPU: of those with sigma < 1, which no shift makes 1 or unmakes, and on which
+        the base model does not teach."""
+        drawn = (generator.stratified("rollout") < self.rollout) & (self.sigma(generator, 1) < 1)
+        return drawn & ~self.preservation.drawn(generator)

@@ -9,6 +9,7 @@ from torch import Tensor
 from losses.batch import Batch
 from losses.errors import squared_error
 from losses.paths import FlowPath
+from losses.preservation import Preservation
 from losses.randomness import SampleRandom
 from losses.sigmas import QwenShiftedSigma, SigmaSampler
 from losses.terms import LossTerms, by_sigma
@@ -43,6 +44,8 @@ class FlowMatchingLoss:
         sigma: where to train; Qwen's resolution shift of uniform draws by default.
         weighting: of each sample by its sigma, e.g. `GaussianWeighting`; none by default.
         mask_weight: weight of elements that `batch.mask` marks as background; edited ones weigh 1.
+        preserve: share of the samples, in [0, 1), on which the base model without the adapter is the teacher for another
+            instruction (`data.preserve_prompts`), so that its other abilities stay.
     """
 
     objective = "flow"
@@ -52,20 +55,28 @@ class FlowMatchingLoss:
         sigma: SigmaSampler | None = None,
         weighting: Callable[[Tensor], Tensor] | None = None,
         mask_weight: float = 1.0,
+        preserve: float = 0.0,
     ):
         if not 0 <= mask_weight < math.inf:
             raise ValueError(f"mask_weight must be 0 or more, got {mask_weight}")
         self.sigma = sigma or QwenShiftedSigma()
         self.weighting = weighting
         self.mask_weight = mask_weight
+        self.preservation = Preservation(preserve)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, generator: SampleRandom) -> LossTerms:
         """The terms of a batch; every draw is the sample's own."""
         target = batch.target_latents.float()
         sigma = self.sigma(generator, target.shape[-2] * target.shape[-1] // 4).to(target.device)
         noise = generator.normal("noise", target.shape[1:]).to(target.device)
-        sample = FlowPath().sample(noise, target, sigma)
-        velocity = denoiser(sample.latents, sigma, batch.condition)
-        error = squared_error(velocity, sample.velocity, batch.mask, self.mask_weight)
+        sample, condition, mask = FlowPath().sample(noise, target, sigma), batch.condition, batch.mask
+        lesson = self.preservation.lesson(denoiser, batch, generator, self.sigma)
+        if lesson:
+            sample, condition, mask = lesson.put_into(sample), lesson.condition, lesson.unmasked(mask)
+        velocity = denoiser(sample.latents, sigma, condition)
+        error = squared_error(velocity, sample.velocity, mask, self.mask_weight)
         weight = self.weighting(sigma) if self.weighting else torch.ones_like(sigma)
-        return LossTerms(weight * error, {"flow": error.detach(), **by_sigma("flow", error.detach(), sigma)})
+        own, logged = error.detach(), {}
+        if self.preservation.share:
+            own, logged = self.preservation.apart(own, generator)
+        return LossTerms(weight * error, {"flow": own, **by_sigma("flow", own, sigma), **logged})

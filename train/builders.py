@@ -22,8 +22,9 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
+from data_prep.rows.rows import EMPTY_PROMPT
 from train.config import Config, check_whole_blocks, to_yaml
-from train.model.adapter import Adapter, attach_lora
+from train.model.adapter import Adapter, attach_lokr, attach_lora
 from train.model.adapter_files import adapter_file, extra_file
 from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.attention import find_attention
@@ -54,6 +55,15 @@ def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any)
     except (InstantiationException, TypeError, ValueError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"{name} ({node['_target_']}): {reason}") from error
+
+
+def preserved_prompts(config: Config) -> tuple[str, ...]:
+    """The instructions that `loss.preserve` needs; none where it is 0."""
+    if not config.loss.get("preserve"):
+        return ()
+    return tuple(
+        prompt if prompt.strip() else EMPTY_PROMPT for prompt in config.data.preserve_prompts or [EMPTY_PROMPT]
+    )
 
 
 def check_nodes(config: Config, model: ModelDirectory) -> None:
@@ -92,9 +102,10 @@ def check_adapters(config: Config, model: ModelDirectory) -> None:
         denoiser = Denoiser(build_dit(model.config("transformer")), zero_cond_t=False)
     mark_trained(denoiser.dit, lora.train_modules)
     linear = linear_modules(denoiser.dit)
-    fused([find_adapter(name) for name in lora.frozen], linear, "cpu")
-    for name in lora.frozen:
-        check_frozen(name, linear, trained_modules(denoiser.dit, lora.train_modules))
+    frozen = [find_adapter(name) for name in lora.frozen]
+    fused(frozen, linear, "cpu")
+    for name, path in zip(lora.frozen, frozen, strict=True):
+        check_frozen(name, path, linear, trained_modules(denoiser.dit, lora.train_modules), lora.export_frozen)
     for name, node in (lora.modules or {}).items():
         where = f"adapter.modules.{name}"
         check_identity(where, build_module(where, node, denoiser.dit.img_in.out_features))
@@ -106,25 +117,32 @@ def check_adapters(config: Config, model: ModelDirectory) -> None:
             adapter.start_from(path, parts, read_extras(path))
 
 
-def check_frozen(name: str, linear: dict[str, nn.Linear], in_full: list[str]) -> None:
+def check_frozen(name: str, path: Path, linear: dict[str, nn.Linear], in_full: list[str], exported: bool) -> None:
     """Refuses a frozen adapter that is more than LoRA, or that changes what is trained in full: editing with both would count it
     twice.
 
     Args:
+        name: as the configuration has it.
+        path: of its file.
         linear: the transformer's linear modules.
         in_full: names of the modules that are trained in full.
+        exported: `adapter.export_frozen`.
 
     Raises:
         InputError: says which.
     """
-    path = find_adapter(name)
     if extra_file(path):
         raise InputError(f"adapter.frozen: {name} was trained with modules beside LoRA, which cannot lie under another")
     inside = tuple(f"{module}." for module in in_full)
-    for module in read_adapter(path, linear):
+    for module, part in read_adapter(path, linear).items():
         if f"{module}.".startswith(inside):
             raise InputError(
                 f"adapter.frozen: {name} changes {module}, which adapter.train_modules trains in full: leave it out of one"
+            )
+        if exported and part.products:
+            raise InputError(
+                f"{path} is a LoKr adapter, which adapter.export_frozen=true cannot put into a LoRA: leave that out, and "
+                "edit with both"
             )
 
 
@@ -195,9 +213,29 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
 
 
 def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
-    """LoRA, and what is trained beside it, as the configuration has it."""
+    """LoRA or LoKr, and what is trained beside it, as the configuration has it."""
     lora = config.adapter
-    adapter = attach_lora(
+    adapter = _attach_layers(denoiser, config)
+    adapter.extras = attach_extras(denoiser, lora.train_modules, lora.modules or {}, config.seed)
+    return adapter
+
+
+def _attach_layers(denoiser: Denoiser, config: Config) -> Adapter:
+    lora = config.adapter
+    if lora.kind == "lokr":
+        return attach_lokr(
+            denoiser,
+            lora.rank,
+            lora.alpha,
+            lora.target_modules,
+            lora.decompose_both,
+            lora.decompose_factor,
+            config.seed,
+            lora.rank_pattern,
+            lora.alpha_pattern,
+            lora.train_modules,
+        )
+    return attach_lora(
         denoiser,
         lora.rank,
         lora.alpha,
@@ -209,8 +247,6 @@ def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
         lora.alpha_pattern,
         lora.train_modules,
     )
-    adapter.extras = attach_extras(denoiser, lora.train_modules, lora.modules or {}, config.seed)
-    return adapter
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -274,7 +310,8 @@ def build_loggers(config: Config, first_step: int, record: dict[str, Any], state
 def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
     """What an exported adapter says of itself.
 
-    `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained over and lacks.
+    `kind` where it is no LoRA; `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained
+    over and lacks.
     """
     sigmas = getattr(loss, "trained_sigmas", None)  # a loss of the user's own need not have it
     lora = config.adapter
@@ -288,6 +325,7 @@ def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str,
         "loss": json.dumps(config.loss),
         **({"sigmas": json.dumps(sigmas)} if sigmas else {}),
         **({"frozen": json.dumps(frozen)} if frozen else {}),
+        **({"kind": lora.kind} if lora.kind != "lora" else {}),
         "geometry": json.dumps(asdict(geometry)),
         "config_hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
     }

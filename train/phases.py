@@ -34,6 +34,7 @@ from train.builders import (
     build_validation,
     check_nodes,
     lazy_decode,
+    preserved_prompts,
 )
 from train.config import Config, to_yaml
 from train.loop import Intervals, Training, train
@@ -111,6 +112,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             workers=config.cache.workers,
             caption_dropout=split == "train" and config.data.caption_dropout > 0,
             negative=split == "validation",
+            preserve=preserved_prompts(config) if split == "train" else (),
             on_error=config.data.on_error,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -158,6 +160,7 @@ def train_phase(
         geometry=geometry,
         caption_dropout=config.data.caption_dropout > 0,
         encoder_dtype=config.model.dtype,
+        preserve=preserved_prompts(config),
     )
     if processes.is_main and "cache" not in config.phases:
         check_files(reader, config.cache.workers)
@@ -170,6 +173,7 @@ def train_phase(
         rank=processes.rank,
         world_size=processes.world_size,
         caption_dropout=config.data.caption_dropout,
+        preserve=preserved_prompts(config),
     )
     processes.say(f"batches: {stream}")
     decode = lazy_decode(model, processes.device, dtype)

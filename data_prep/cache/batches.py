@@ -57,6 +57,7 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
         caption_dropout: float = 0.0,
+        preserve: tuple[str, ...] = (),
     ):
         """Lays out the epochs.
 
@@ -69,10 +70,11 @@ class BatchStream:
             rank: this process, from 0.
             world_size: processes that train together.
             caption_dropout: probability that a sample's instruction is empty, in [0, 1).
+            preserve: other instructions, of which batches have one for each sample.
 
         Raises:
-            InputError: sizes that do not divide each other; or caption dropout is wanted and the cache has no
-                empty-instruction embeddings.
+            InputError: sizes that do not divide each other; or caption dropout or other instructions are wanted and the cache
+                has no embeddings of them.
             ValueError: the probability is out of its range.
         """
         self.group_size = checked_group_size(group_size, micro_batch_size, global_batch_size)
@@ -80,6 +82,8 @@ class BatchStream:
             raise ValueError(f"caption_dropout must be in [0, 1), got {caption_dropout}")
         if caption_dropout and not reader.header.caption_dropout:
             raise InputError(f"the cache at {reader.folder.path} was written without caption dropout: {REBUILD}")
+        if preserve and reader.header.preserve != preserve:
+            raise InputError(f"the cache at {reader.folder.path} lacks what data.preserve_prompts asks for: {REBUILD}")
         self.reader = reader
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -177,7 +181,7 @@ def collate(records: Sequence[Record]) -> Batch:
     """Stacks records of one bucket.
 
     Instructions are padded with zeros on the right. Records without a mask get zeros (nothing to preserve) when another
-    one has a mask. `negative` is there when every record has a negative prompt.
+    one has a mask. `negative` and `preserved` are there when every record has such an instruction.
 
     Returns:
         A batch whose `sub_noise` is expanded from one tensor, on the CPU, in the cache's dtype.
@@ -187,6 +191,7 @@ def collate(records: Sequence[Record]) -> Batch:
     source_latents = torch.stack([each.source_latents for each in records])
     scene = Scene(source_latents, records[0].sub_noise.expand(len(records), -1, -1, -1), _masks(records))
     assert scene.sub_noise is not None
+    preserved = [each.preserve_prompt_emb for each in records if each.preserve_prompt_emb is not None]
     return Batch(
         source_latents=source_latents,
         sub_noise=scene.sub_noise,
@@ -195,6 +200,7 @@ def collate(records: Sequence[Record]) -> Batch:
         ids=[each.id for each in records],
         target_latents=torch.stack([each.target_latents for each in records]),
         mask=scene.mask,
+        preserved=pad_condition(preserved, [], scene) if len(preserved) == len(records) else None,
     )
 
 

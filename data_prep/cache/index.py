@@ -29,7 +29,7 @@ from data_prep.rows.rows import Row
 SCHEMA_VERSION = 2
 """Raise it when the meaning of a stored value changes: every record is then encoded anew."""
 LOCATION = pa.struct([("shard", pa.string()), ("place", pa.int32())])
-PROMPTS = ("prompt", "empty_prompt", "negative_prompt")
+PROMPTS = ("prompt", "empty_prompt", "negative_prompt", "preserve_prompt")
 """Columns of the index that say where embeddings are."""
 INDEX_SCHEMA = pa.schema(
     {
@@ -63,19 +63,26 @@ class CacheHeader:
     schema_version: int = SCHEMA_VERSION
     encoder_dtype: str = ""
     """What the encoders computed in. Empty for an index from before this was known, which no build takes up again."""
+    preserve: tuple[str, ...] = ()
+    """Instructions of which each row has one more embedding, `preserve_prompt_emb`."""
 
     def to_json(self) -> str:
         """One canonical line: equal headers give equal text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self._values(), sort_keys=True)
+
+    def _values(self) -> dict[str, Any]:
+        """Without what says nothing: an index of an earlier version is that of the same header."""
+        return {name: value for name, value in asdict(self).items() if name != "preserve" or value}
 
     def identity_json(self) -> str:
         """The same of what checkpoints know of their data. `encoder_dtype` is none of it: older runs continue."""
-        return json.dumps({k: v for k, v in asdict(self).items() if k != "encoder_dtype"}, sort_keys=True)
+        return json.dumps({k: v for k, v in self._values().items() if k != "encoder_dtype"}, sort_keys=True)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "CacheHeader":
         """From the parsed `to_json`."""
-        return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+        preserve = tuple(values.get("preserve", ()))
+        return cls(**{**values, "geometry": Geometry(**values["geometry"]), "preserve": preserve})
 
 
 class UnreadableIndex(InputError):
@@ -209,6 +216,8 @@ def read_index(path: Path) -> Index:
         folder = path.parents[1]
         message = f"the cache at {folder} has schema {schema}, this version reads {SCHEMA_VERSION}: {REBUILD}"
         raise UnreadableIndex(message, schema)
+    for name in sorted(set(PROMPTS) - set(lines.column_names)):  # of an earlier version
+        lines = lines.append_column(name, pa.nulls(lines.num_rows, LOCATION))
     header, failures = CacheHeader.from_json(values), json.loads(metadata.get("failures", "{}"))
     return Index(path, header, metadata["name"], json.loads(metadata["sizes"]), failures, lines)
 
@@ -241,13 +250,15 @@ def find_index(
     caption_dropout: bool = False,
     negative: bool = False,
     encoder_dtype: str | None = None,
+    preserve: tuple[str, ...] = (),
 ) -> Index:
     """The index of a dataset.
 
     Args:
         dataset: its digest; None: the only one that there is.
         fingerprint, geometry, encoder_dtype: those of the header; None: any.
-        caption_dropout, negative: what records should have. An index that has more, or less, is taken where none is exact.
+        caption_dropout, negative, preserve: what records should have. An index that has more, or less, is taken where none is
+            exact.
 
     Among several that fit the choice depends on their headers alone.
 
@@ -281,8 +292,8 @@ def find_index(
 
     def preference(index: Index) -> tuple[bool, int, str]:
         """Nothing that changes while ranks look one after the other, such as times."""
-        has = index.header.caption_dropout, index.header.negative
-        return has == (caption_dropout, negative), sum(has), index.header.to_json()
+        has = index.header.caption_dropout, index.header.negative, index.header.preserve == preserve
+        return has == (caption_dropout, negative, True), sum(has), index.header.to_json()
 
     return max(found, key=preference)
 

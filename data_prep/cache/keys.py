@@ -54,7 +54,7 @@ class KeyedRow:
     latents: str
     """Of its images' latents and its mask."""
     texts: dict[str, str]
-    """Of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, `negative_prompt`."""
+    """Of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, …"""
 
 
 def key_rows(
@@ -112,6 +112,14 @@ def _prompts(row: Row, header: CacheHeader) -> Iterator[tuple[str, str]]:
         yield "empty_prompt", EMPTY_PROMPT
     if header.negative:
         yield "negative_prompt", row.negative_prompt or EMPTY_PROMPT
+    if header.preserve:
+        yield "preserve_prompt", preserve_prompt(row, header.preserve)
+
+
+def preserve_prompt(row: Row, instructions: Sequence[str]) -> str:
+    """Which of the instructions a row has: they take turns, and its own is passed over; the empty one if there is no other."""
+    others = [each for each in instructions if each != row.prompt] or [EMPTY_PROMPT]
+    return others[row.number % len(others)]
 
 
 def check_files(reader: CacheReader, workers: int = 8) -> None:

@@ -53,6 +53,8 @@ class Record:
     """(L', D): the same images with an empty instruction, for caption dropout."""
     negative_prompt_emb: Tensor | None = None
     """(L'', D): the same images with the negative prompt, for classifier-free guidance."""
+    preserve_prompt_emb: Tensor | None = None
+    """(L*, D): the same images with an instruction for which the base model's answer is kept."""
 
 
 def bucket_name(target_latents: Tensor, edit_latents: Sequence[Tensor]) -> str:
@@ -81,6 +83,7 @@ class CacheReader:
         caption_dropout: bool = False,
         negative: bool = False,
         encoder_dtype: str | None = None,
+        preserve: tuple[str, ...] = (),
     ):
         """Opens a cache.
 
@@ -92,12 +95,15 @@ class CacheReader:
             caption_dropout, negative: whether records should have embeddings of the empty instruction, and of negative
                 prompts. If there are some without, the records are read; who needs more must look at `header`.
             encoder_dtype: what the encoders computed in, e.g. `bfloat16`; None: not checked.
+            preserve: the instructions of which records should have one each; likewise.
 
         Raises:
             InputError: no such dataset there, or only of another schema, model, geometry or dtype, or with missing records.
         """
         self.folder = CacheFolder(folder)
-        index = find_index(self.folder, dataset, fingerprint, geometry, caption_dropout, negative, encoder_dtype)
+        index = find_index(
+            self.folder, dataset, fingerprint, geometry, caption_dropout, negative, encoder_dtype, preserve
+        )
         self.header, self._path, self._lines = index.header, index.path, index.lines
         self._check_files(index.sizes)
         self.buckets = group_by_bucket(index.lines)
@@ -148,6 +154,7 @@ class CacheReader:
             mask=from_arrow(values["mask"]) if values["mask"].is_valid else None,
             empty_prompt_emb=self._embedding(line["empty_prompt"]),
             negative_prompt_emb=self._embedding(line["negative_prompt"]),
+            preserve_prompt_emb=self._embedding(line["preserve_prompt"]),
         )
 
     def __iter__(self) -> Iterator[Record]:

@@ -16,7 +16,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,15 @@ import torch
 
 from data_prep.cache.digests import FileDigests
 from data_prep.cache.encoding import Encoders, Lacking, PreparedRow, encode_rows, encode_white, prepare_row
-from data_prep.cache.index import CacheFolder, CacheHeader, DatasetDigest, read_index, row_json, write_index
+from data_prep.cache.index import (
+    SCHEMA_VERSION,
+    CacheFolder,
+    CacheHeader,
+    DatasetDigest,
+    read_index,
+    row_json,
+    write_index,
+)
 from data_prep.cache.keys import Failure, KeyedRow, key_rows, prompts
 from data_prep.cache.ranks import Ranks
 from data_prep.cache.reader import file_size, mark_used, target_size
@@ -85,6 +93,7 @@ def build_cache(
     shard_size: int = 64,
     caption_dropout: bool = False,
     negative: bool = False,
+    preserve: Sequence[str] = (),
     on_error: Literal["raise", "skip"] = "raise",
     rank: int = 0,
     world_size: int = 1,
@@ -108,6 +117,7 @@ def build_cache(
         shard_size: rows per file, which is the most work that a kill can cost a rank.
         caption_dropout: also encode an empty instruction with each row's images.
         negative: also encode each row's negative prompt.
+        preserve: also encode one of these instructions with each row's images, in turn.
         on_error: with "raise", rejected rows stop the build: unreadable files before anything is encoded, broken
             images and bad prompts after the good rows are encoded, whose shards stay. The index is then not written.
         rank: this process, from 0.
@@ -123,7 +133,9 @@ def build_cache(
     start = time.monotonic()
     store = CacheFolder(folder)
     stored, computed = (str(each).removeprefix("torch.") for each in (dtype, encoder_dtype or dtype))
-    header = CacheHeader(fingerprint, geometry, stored, caption_dropout, negative, encoder_dtype=computed)
+    header = CacheHeader(
+        fingerprint, geometry, stored, caption_dropout, negative, SCHEMA_VERSION, computed, tuple(preserve)
+    )
     all_rows = list(rows)
     if not all_rows:
         raise InputError("there are no rows to cache: check data.dataset and the column split")

@@ -86,6 +86,8 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
         raise InputError(
             "mode=turbo needs an adapter that edits in a few steps: a step-distilled one (Lightning) or a bridge"
         )
+    if request.sampler == "flow" and trained_bridge(metadata).get("preserve"):
+        metadata = {}  # the base model's own way was kept, and is asked for
     trained = choose_sampler(metadata, request.cfg_scale)
     if isinstance(trained.sampler, BridgeSampler):
         plan = _bridge(request, trained.sampler, trained_bridge(metadata))
@@ -136,7 +138,10 @@ def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any
             f"mode={request.mode} starts from noise, and the adapter is a bridge (objective lbm): use mode=edit"
         )
     if name not in BRIDGES:
-        raise InputError(f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}")
+        raise InputError(
+            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}; loss.preserve would "
+            "have kept sampler=flow"
+        )
     if request.strength not in (None, 1.0):
         raise InputError(f"a bridge is walked whole: leave out strength={request.strength}")
     if name == "bridge-white" and loss.get("sub_prob") == 0:

@@ -128,6 +128,7 @@ def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
         digest=stored_digest(card.file),
         repository=card.repository or "OWNER/NAME",
         bridge=card.metadata.get("objective") == "lbm",
+        lokr=card.metadata.get("kind") == "lokr",
         report=report,
         own=[method for method in report["methods"] if method["adapter"] in (own, BASE)],
         tables=[(table.title, *_markdown(table.headings, table.rows, own)) for table in score_tables(report)],
@@ -165,7 +166,7 @@ def card_adapter(report: Report) -> str:
 
 def _card_data(card: Card, report: Report) -> ModelCardData:
     """The hub's metadata. Figures are an evaluation, and so in it, only if their rows are known to be held out."""
-    name = card_name(card, report)
+    name, kind = card_name(card, report), card.metadata.get("kind", "lora")
     results = [
         EvalResult(
             task_type="image-to-image",
@@ -183,10 +184,10 @@ def _card_data(card: Card, report: Report) -> ModelCardData:
     return ModelCardData(
         base_model=card.base_model,
         license=card.license,
-        library_name="diffusers",
+        library_name="diffusers" if kind == "lora" else None,
         pipeline_tag="image-to-image",
         tags=[
-            "lora",
+            kind,
             "image-editing",
             *(["latent-bridge-matching"] if card.metadata.get("objective") == "lbm" else []),
         ],

@@ -206,7 +206,7 @@ class Race:
 
     def planned(self) -> str | int:
         """What the planner makes of `auto` on this GPU, less what theirs needs on it."""
-        overrides = ["+exp=sft_2511", "optim=adamw", "parallel=single", "validate=none", "logger=none"]
+        overrides = ["+exp=sft_2511", "adapter=lora", "optim=adamw", "parallel=single", "validate=none", "logger=none"]
         paths = [f"model.path={self.model.path}", "data.dataset=none.json"]
         sizes = [f"data.max_pixels={self.options.side**2}", f"adapter.rank={self.options.rank}"]
         config = compose([*overrides, *paths, *sizes])

@@ -61,7 +61,7 @@ def configure(strategy: str, folder: Path, options: argparse.Namespace) -> Confi
     released = {**RELEASED, "prefetch_bucket_size": 20_000} if options.tiny else {}
     return compose(
         [
-            *("+exp=sft_2511", "optim=adamw", *SIZES["tiny" if options.tiny else "full"]),
+            *("+exp=sft_2511", "adapter=lora", "optim=adamw", *SIZES["tiny" if options.tiny else "full"]),
             *(f"model.path={folder}/model", "data.dataset=none", f"parallel={strategy}"),
             *(
                 f"train.grad_accum_steps={options.accumulate}",

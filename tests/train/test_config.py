@@ -158,6 +158,8 @@ WRONG = {
     "adapter.alpha=0": "adapter.alpha must be positive, got 0.0",
     "adapter.target_modules=[]": "adapter.target_modules is empty",
     "adapter.target_modules=to_q": "adapter.target_modules must be a list such as [a,b], got 'to_q'",
+    "adapter.decompose_factor=4": "adapter.decompose_factor=4 is LoKr's: use adapter=lokr, or leave it out",
+    "data.preserve_prompts=[x]": "data.preserve_prompts is what loss.preserve keeps, which is 0",
     "adapter.dora=1": "adapter.dora must be true or false, got 1",
     "train.micro_batch_size=1.5": "train.micro_batch_size must be a whole number, got 1.5",
     "train.attention=flash3": "needs train.gradient_checkpointing=off or full, got auto",
@@ -187,6 +189,21 @@ REFUSED = {
     "adapter.dora=true model.weights=fp8": "which model.weights=fp8 rounds: use model.weights=bf16",
     "model.weights=int4": "model.weights must be one of bf16, fp8, int8, nf4, got 'int4'",
 }
+
+
+NOT_OF_LOKR = {
+    "adapter.dora=true": "adapter.dora=true, whose magnitudes are LoRA's, does not go with adapter.kind=lokr",
+    "adapter.rslora=true": "adapter.rslora=true, whose scale is LoRA's, does not go with",
+    "adapter.export_frozen=true": "adapter.export_frozen=true, which adds LoRA adapters up, does not go with",
+    "adapter.decompose_factor=1": "adapter.decompose_factor must be 2 or more, or -1 for factors of equal size, got 1",
+}
+
+
+@pytest.mark.parametrize("override", NOT_OF_LOKR)
+def test_what_is_loras_is_refused_with_lokr(override):
+    with pytest.raises(InputError) as caught:
+        compose(["+exp=tiny_lbm", DATA, "adapter=lokr", override])
+    assert NOT_OF_LOKR[override] in str(caught.value)
 
 
 @pytest.mark.parametrize("overrides", REFUSED)

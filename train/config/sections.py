@@ -53,6 +53,9 @@ class DataConfig:
     run_dir/rejected.jsonl."""
     caption_dropout: float = 0.0
     """Probability that a sample is trained with an empty instruction, for classifier-free guidance."""
+    preserve_prompts: list[str] = field(default_factory=list)
+    """Instructions for which `loss.preserve` keeps what the base model does; each row has one of them, in turn. By default the
+    empty one."""
 
     def __post_init__(self):
         require(0 <= self.caption_dropout < 1, f"data.caption_dropout must lie in [0, 1), got {self.caption_dropout}")
@@ -167,10 +170,13 @@ class TrainConfig:
 
 @dataclass
 class AdapterConfig:
-    """LoRA."""
+    """LoRA or LoKr."""
 
+    kind: Literal["lora", "lokr"] = "lora"
+    """What is trained of each layer: `lora`, a product of two matrices of a small rank, or `lokr`, a Kronecker product of two
+    smaller ones. ComfyUI and this project load both, diffusers only LoRA. Choose with adapter=lora or adapter=lokr."""
     rank: int = 64
-    """Rank of LoRA."""
+    """Rank of LoRA. Of LoKr it is that of its second factor, which is whole if this is at least half its longer side."""
     alpha: float | None = None
     """LoRA is scaled by alpha / rank; by default alpha is the rank, and the scale 1."""
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
@@ -183,6 +189,11 @@ class AdapterConfig:
     """Scale LoRA by alpha / sqrt(rank) (rsLoRA)."""
     dora: bool = False
     """Also learn the magnitude of each output channel (DoRA). Only this project and PEFT load such a file."""
+    decompose_both: bool = False
+    """LoKr's first factor is a product of two matrices too, if the rank is below half its longer side."""
+    decompose_factor: int = -1
+    """Shorter side of LoKr's first factor, where it divides that of the layer: the smaller it is, the more is trained. -1 makes
+    the two factors of about equal size."""
     init_from: str | None = None
     """An adapter whose weights a new run starts from, ours or another trainer's: a file, a checkpoint, a run or a hub id. Its
     rank may be smaller than `rank`; optimizer, data and objective are the run's own."""
@@ -209,6 +220,25 @@ class AdapterConfig:
         require(
             not (self.dora and self.export_frozen),
             "adapter.export_frozen=true adds adapters up, which a DoRA adapter cannot: leave it out, or set adapter.dora=false",
+        )
+        lokr = self.kind == "lokr"
+        for name, reason in {
+            "dora": "whose magnitudes are LoRA's",
+            "rslora": "whose scale is LoRA's",
+            "export_frozen": "which adds LoRA adapters up",
+        }.items():
+            require(
+                not (lokr and getattr(self, name)),
+                f"adapter.{name}=true, {reason}, does not go with adapter.kind=lokr: set it to false, or use adapter=lora",
+            )
+        for name in ("decompose_both", "decompose_factor"):
+            value = getattr(self, name)
+            require(
+                lokr or value in (False, -1), f"adapter.{name}={value} is LoKr's: use adapter=lokr, or leave it out"
+            )
+        require(
+            self.decompose_factor == -1 or self.decompose_factor >= 2,
+            f"adapter.decompose_factor must be 2 or more, or -1 for factors of equal size, got {self.decompose_factor}",
         )
         require(len(self.target_modules) > 0, "adapter.target_modules is empty: name at least one, such as to_q")
         for name, node in (self.modules or {}).items():
@@ -315,6 +345,14 @@ class Config:
         )
         require(len(self.phases) > 0, "phases is empty: use [cache,train], [cache], [train] or [plan]")
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
+        require(
+            not self.data.preserve_prompts or bool(self.loss.get("preserve")),
+            "data.preserve_prompts is what loss.preserve keeps, which is 0: set it too, for example loss.preserve=0.25",
+        )
+        require(
+            not (self.adapter.train_modules and self.loss.get("preserve")),
+            "loss.preserve asks the base model, whose own weights adapter.train_modules changes: leave one of them out",
+        )
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
         require(

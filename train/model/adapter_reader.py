@@ -1,8 +1,9 @@
 """Adapter files as people write them: ours, diffusers', PEFT's, kohya's and the Lightning ones, all read to one form.
 
 A module's key is `<prefix><module>.<kind>`. The prefix may be missing; the kinds are PEFT's `lora_A.weight`/`lora_B.weight`, or
-`lora_down.weight`/`lora_up.weight` with `alpha`. The scale alpha/rank comes from the file's `alpha`, else from the
-configuration that PEFT writes beside the file or diffusers into its header, else it is 1 (it is inside B, as we export it).
+`lora_down.weight`/`lora_up.weight` with `alpha`, or LoKr's `lokr_w1` and `lokr_w2`, each of which may be `_a` and `_b` instead.
+The scale alpha/rank comes from the file's `alpha`, else from the configuration that PEFT writes beside the file or diffusers
+into its header, else it is 1 (it is inside B or w1, as we export it).
 """
 
 import json
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_file
+from train.model.layers.lokr import LEFT, NAMES, RIGHT, Kronecker
 
-PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_")
+PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_", "lycoris_")
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 KINDS = {
     "lora_A.weight": "down",
@@ -35,13 +37,14 @@ KINDS = {
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector.default.weight": "magnitude",
     "lora_magnitude_vector": "magnitude",
+    **{name: name for name in NAMES},
 }
 KEY = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, sorted(KINDS, key=len, reverse=True))) + ")")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one linear module's weight: up @ down, float32."""
+    """What an adapter adds to one linear module's weight: up @ down, and LoKr's products, float32."""
 
     down: Tensor
     """(rank, in), known as A."""
@@ -51,6 +54,8 @@ class LowRank:
     """Of each output channel, (out,), for DoRA."""
     share: float = 1.0
     """How much of it counts, for DoRA; otherwise it is in `up`."""
+    products: tuple[Kronecker, ...] = ()
+    """Of LoKr, whose own rank is 0 here."""
 
     @property
     def rank(self) -> int:
@@ -58,12 +63,14 @@ class LowRank:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.down, self.up, self.magnitude) if tensor is not None)
+        low_rank = sum(tensor.nbytes for tensor in (self.down, self.up, self.magnitude) if tensor is not None)
+        return low_rank + sum(product.num_bytes for product in self.products)
 
     def to(self, device: torch.device) -> "LowRank":
         """The same on a device."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
-        return LowRank(self.down.to(device), self.up.to(device), magnitude, self.share)
+        products = tuple(product.to(device) for product in self.products)
+        return LowRank(self.down.to(device), self.up.to(device), magnitude, self.share, products)
 
 
 def read_adapter(path: Path, linear: Mapping[str, nn.Linear]) -> dict[str, LowRank]:
@@ -90,7 +97,10 @@ def read_adapter(path: Path, linear: Mapping[str, nn.Linear]) -> dict[str, LowRa
         if parts.setdefault(module, {}).setdefault(KINDS[match[2]], tensor) is not tensor:
             raise InputError(f"{file} changes the module {module} twice: its tensor {key!r} is one too many")
     config = _config(file, header)
-    return {name: _low_rank(file, name, found, linear[name], config) for name, found in parts.items()}
+    return {
+        name: (_lokr if found.keys() & set(NAMES) else _low_rank)(file, name, found, linear[name], config)
+        for name, found in parts.items()
+    }
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -146,12 +156,50 @@ def _low_rank(
     return LowRank(down, up if scale == 1 else up * scale, magnitude)
 
 
+def _lokr(file: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear, config: Mapping[str, Any]) -> LowRank:
+    """`alpha` is divided by the rank of the factor that is a product, the last of two, and means nothing where none is: as
+    LyCORIS and ComfyUI have it. PEFT's own files have it in their configuration, and it always counts."""
+    if parts.keys() & {"down", "up", "magnitude"}:
+        raise InputError(f"{file} has both LoRA and LoKr in the module {name}, which cannot be loaded")
+    factors = []
+    for side in (LEFT, RIGHT):
+        whole, pair = parts.get(side), [parts[key] for key in (f"{side}_a", f"{side}_b") if key in parts]
+        if (whole is None) != (len(pair) == 2) or any(
+            weight.ndim != 2 for weight in (whole, *pair) if weight is not None
+        ):
+            raise InputError(
+                f"{file} is incomplete: the module {name} has no {side}, or not both {side}_a and {side}_b"
+            )
+        factors.append(tuple(pair) if whole is None else (whole,))
+    product = Kronecker(*factors)
+    if product.shape != (module.out_features, module.in_features) or any(
+        len(pair) == 2 and pair[0].shape[1] != len(pair[1]) for pair in factors
+    ):
+        raise InputError(
+            f"{file} is for another model: the LoKr of {name} makes a weight of {product.shape[1]} to {product.shape[0]} "
+            f"numbers, the module takes {module.in_features} and gives {module.out_features}"
+        )
+    scale, ranks = 1.0, [len(factor[1]) for factor in factors if len(factor) == 2]
+    if "alpha" in parts:
+        scale = parts["alpha"].item() / ranks[-1] if ranks else 1.0
+    elif config.get("peft_type") == "LOKR":
+        alpha, rank = (_of_pattern(config, name, *keys) for keys in (("alpha_pattern", "alpha"), ("rank_pattern", "r")))
+        scale = alpha / rank
+    down, up = product.left[0].new_zeros(0, module.in_features), product.left[0].new_zeros(module.out_features, 0)
+    return LowRank(down, up, products=(product.scaled(scale),))
+
+
+def _of_pattern(config: Mapping[str, Any], name: str, pattern: str, default: str) -> Any:
+    """What PEFT's configuration has for a module."""
+    values = config.get(pattern) or {}
+    return values.get(get_pattern_key(list(values), name), config.get(default))
+
+
 def _scale(name: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
     if alpha is not None:
         return alpha.item() / rank
-    pattern = config.get("alpha_pattern") or {}
-    set_here = pattern.get(get_pattern_key(list(pattern), name), config.get("lora_alpha"))
+    set_here = _of_pattern(config, name, "alpha_pattern", "lora_alpha")
     if set_here is None:
         return 1.0
     return set_here / (rank**0.5 if config.get("use_rslora") else rank)
@@ -160,7 +208,7 @@ def _scale(name: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]
 def linear_modules(dit: nn.Module) -> dict[str, nn.Linear]:
     """The transformer's linear modules by their name, without those that adapters brought."""
     found = {name: module for name, module in dit.named_modules() if isinstance(module, nn.Linear)}
-    return {name.removesuffix(".base_layer"): module for name, module in found.items() if ".lora_" not in name}
+    return {name.replace(".base_layer", ""): module for name, module in found.items() if ".lora_" not in name}
 
 
 def ends_in(name: str, suffix: str) -> bool:
@@ -176,7 +224,8 @@ def low_rank_sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
     if len(parts) == 1 and (parts[0][1] == 1 or parts[0][0].magnitude is not None):
         return replace(parts[0][0], share=parts[0][1])
     down = torch.cat([part.down for part, _ in parts])
-    return LowRank(down, torch.cat([part.up * weight for part, weight in parts], dim=1))
+    products = tuple(product.scaled(weight) for part, weight in parts for product in part.products)
+    return LowRank(down, torch.cat([part.up * weight for part, weight in parts], dim=1), products=products)
 
 
 def fused_weight(weight: Tensor, part: LowRank) -> Tensor:
@@ -186,11 +235,13 @@ def fused_weight(weight: Tensor, part: LowRank) -> Tensor:
         weight: without, (out, in).
 
     Returns:
-        weight + up @ down; with DoRA the share of the way to m (weight + up @ down) / ‖weight + up @ down‖, whose rows have
-        the lengths m (arXiv 2402.09353, eq. 5).
+        weight + up @ down, and LoKr's products; with DoRA the share of the way to
+        m (weight + up @ down) / ‖weight + up @ down‖, whose rows have the lengths m (arXiv 2402.09353, eq. 5).
     """
     part, plain = part.to(weight.device), weight.float()
     moved = torch.addmm(plain, part.up, part.down)
+    for product in part.products:
+        moved += product.weight()
     if part.magnitude is None:
         return moved
     scaled = moved * (part.magnitude.view(-1, 1) / torch.linalg.vector_norm(moved, dim=1, keepdim=True))

@@ -4,8 +4,8 @@ The modules are DiffSynth's; the forward pass is ours, because upstream's takes 
 text, rounds the timestep to bf16 and evaluates the feed-forward with another GELU than the weights were trained with.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from train.model.attention import rope_table
 from train.model.block import Block
 from train.model.execution import Execution
 from train.model.extra.whole import mark_trained
+from train.model.layers.lokr import LokrLinear
+from train.model.layers.lora import LoraLinear
 from train.model.offload import Offload
 from train.model.quantize import Weights, check_weights, quantize_blocks
 
@@ -75,7 +77,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.dit = dit
         self.zero_cond_t = zero_cond_t
-        self.extra = nn.ModuleDict()
+        self.extra, self.extra_idle = nn.ModuleDict(), False
         (execution or Execution()).apply(dit.transformer_blocks)
         self.offload = offload
         if offload:
@@ -84,6 +86,23 @@ class Denoiser(nn.Module):
     def weights_at_rest(self) -> AbstractContextManager[None]:
         """Inside, every weight can be read: those of offloaded blocks in CPU memory, where they wait."""
         return self.offload.at_rest() if self.offload else nullcontext()
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside, it is the base model, with the frozen adapters that are in its weights. For forward passes without gradient.
+
+        Modules that are trained in full have no other weights, so that nothing may be asked of their base model.
+        """
+        layers = [module for module in self.dit.modules() if isinstance(module, LoraLinear | LokrLinear)]
+        for layer in layers:
+            layer.idle = True
+        self.extra_idle = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.idle = False
+            self.extra_idle = False
 
     def forward(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Runs the transformer on a batch of one bucket.
@@ -105,7 +124,7 @@ class Denoiser(nn.Module):
         tokens = dit.img_in(output), dit.img_in(reference), dit.txt_in(text)
 
         sigma = sigma.to(text.device, torch.float32)
-        if self.extra:
+        if self.extra and not self.extra_idle:
             assert condition.scene, "modules beside the transformer see the scene of every condition"
             scene = condition.scene.to(text.device, dtype)
             for module in self.extra.values():

@@ -23,7 +23,7 @@ which the rest is computed again cheaply; attention's output, the dearest a byte
 MAX_GRAPHS = 64
 """Compilations of one way of keeping; what would need another is computed as it is. Two (the last block is another) for each
 kind of batch: one sample, several with texts of one length, each number of samples with texts of different lengths; all
-that again without references, and again without gradients (validation)."""
+that again without references, and again without gradients (validation), and so without the adapter (`loss.preserve`)."""
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 

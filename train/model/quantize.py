@@ -323,7 +323,7 @@ def _scale_sums(
 def turned(weight: Tensor) -> Tensor:
     """A stored weight of 8 bits (out, in) -> (in, out), contiguous."""
     if weight.is_cuda and find_spec("triton"):
-        from train.model import kernels
+        from train.model.layers import kernels
 
         return kernels.turned(weight)
     return weight.t().contiguous()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from train.model.adapter import Adapter
@@ -94,7 +94,9 @@ class Zero3(Replicas):
         lora = list(adapter.layer_parameters().values())
         for parameter in lora:
             parameter.requires_grad_(False)  # frozen, DeepSpeed leaves the gradients to us
-        deepspeed.utils.set_z3_leaf_modules(denoiser, [Block, LoraLayer])  # gathered whole: their parts are not called
+        deepspeed.utils.set_z3_leaf_modules(
+            denoiser, [Block, BaseTunerLayer]
+        )  # gathered whole: their parts are not called
         self.engine, *_ = deepspeed.initialize(
             model=denoiser, config=settings
         )  # we call the model, which it gave hooks

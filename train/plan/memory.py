@@ -25,14 +25,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from data_prep.cache.sizes import Bucket, num_tokens
 from data_prep.model.encoders import LATENT_CHANNELS
 from losses.batch import Condition, Scene
-from train.model.adapter import attach_lora, by_suffix, match_modules
-from train.model.adapter_reader import ends_in
+from train.model.adapter import Adapter, attach_lokr, attach_lora, by_suffix, match_modules
+from train.model.adapter_reader import ends_in, linear_modules
 from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
 from train.model.extra.extras import ADDED, attach_extras
 from train.model.extra.modules import build_module
 from train.model.extra.whole import trained_parameters
+from train.model.layers.lokr import lokr_products, lokr_shapes
 from train.model.offload import aligned
 from train.optim import Optimizer
 from train.plan.quantised import Format, Layer
@@ -100,6 +101,8 @@ class LoraSizes:
     dora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     """Suffix of modules' names, and another rank for them."""
+    lokr: tuple[bool, int] | None = None
+    """`decompose_both` and `decompose_factor` of LoKr; None for LoRA."""
     train_modules: tuple[str, ...] = ()
     """Trained in full instead."""
     modules: str = "{}"
@@ -109,6 +112,19 @@ class LoraSizes:
     def nodes(self) -> dict[str, dict[str, Any]]:
         """`_target_` and arguments of the added modules, by name."""
         return json.loads(self.modules)
+
+    def attach(self, denoiser: Denoiser) -> Adapter:
+        """An adapter of this size, with what of the pattern and of `train_modules` is for layers that the denoiser has."""
+        there, linear = [name for name, _ in denoiser.dit.named_modules()], linear_modules(denoiser.dit)
+        in_full = [suffix for suffix in self.train_modules if any(ends_in(name, suffix) for name in there)]
+        ranks = {suffix: rank for suffix, rank in self.rank_pattern if any(ends_in(name, suffix) for name in linear)}
+        sizes = denoiser, self.rank, None, self.target_modules
+        options: dict[str, Any] = {"rank_pattern": ranks, "train_modules": in_full}
+        adapter = (
+            attach_lokr(*sizes, *self.lokr, **options) if self.lokr else attach_lora(*sizes, dora=self.dora, **options)
+        )
+        adapter.extras = attach_extras(denoiser, in_full, self.nodes)
+        return adapter
 
 
 class Flops(NamedTuple):
@@ -149,6 +165,7 @@ class Transformer:
         self._small = functools.cache(self._small)
         self._peak, self.lora_shapes = functools.cache(self._peak), functools.cache(self.lora_shapes)
         self.extra_shapes = functools.cache(self.extra_shapes)
+        self.ranks = functools.cache(self.ranks)
         self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
     def block_bytes(self, weights: str) -> int:
@@ -175,16 +192,27 @@ class Transformer:
             if name.startswith("transformer_blocks.")
         ]
 
-    def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
-        """Module -> the shapes of its A, B and, with DoRA, magnitudes.
+    def ranks(self, lora: LoraSizes) -> dict[str, int]:
+        """Module -> rank.
 
         Raises:
             InputError: a target matches no linear module.
         """
-        shapes = {}
         names = match_modules(self.dit, lora.target_modules, lora.train_modules)
-        for name, rank in by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern").items():
+        return by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern", self.linear)
+
+    def lora_shapes(self, lora: LoraSizes) -> dict[str, list[Shape]]:
+        """Module -> the shapes of its A, B and, with DoRA, magnitudes; or of LoKr's matrices, the last of which starts at zero.
+
+        Raises:
+            InputError: a target matches no linear module.
+        """
+        shapes: dict[str, list[Shape]] = {}
+        for name, rank in self.ranks(lora).items():
             linear = self.linear[name]
+            if lora.lokr:
+                shapes[name] = [*lokr_shapes(linear.out_features, linear.in_features, rank, *lora.lokr).values()]
+                continue
             shapes[name] = [(rank, linear.in_features), (linear.out_features, rank)]
             if lora.dora:
                 shapes[name].append((linear.out_features,))
@@ -240,14 +268,7 @@ class Transformer:
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
             denoiser = Denoiser(dit, self.zero_cond_t)
-            there = [name for name, _ in dit.named_modules()]
-            in_full = [suffix for suffix in lora.train_modules if any(ends_in(name, suffix) for name in there)]
-            names = match_modules(dit, lora.target_modules, in_full)
-            ranks = {suffix: rank for suffix, rank in lora.rank_pattern if any(ends_in(name, suffix) for name in names)}
-            options: dict[str, Any] = {"dora": lora.dora, "rank_pattern": ranks}
-            options["train_modules"] = in_full
-            adapter = attach_lora(denoiser, lora.rank, None, lora.target_modules, **options)
-            adapter.extras = attach_extras(denoiser, in_full, lora.nodes)
+            adapter = lora.attach(denoiser)
         adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -291,14 +312,20 @@ class Transformer:
         used = {n for n in self.linear if not (n.startswith(last) and n.removeprefix(last) in UNUSED_IN_LAST_BLOCK)}
         frozen = sum(2 * self.linear[name].weight.numel() * self._tokens(name, bucket) for name in used)
         adapter = sum(
-            2 * (a[0] * a[1] + b[0] * b[1]) * self._tokens(name, bucket)
-            for name, (a, b, *_) in self.lora_shapes(lora).items()
+            2 * self._adapter_products(name, lora) * self._tokens(name, bucket) for name in self.lora_shapes(lora)
         )
         width = self.dit.img_in.out_features
         queries = (self.num_layers - 1) * bucket.length + num_tokens(
             bucket.target
         )  # the last block: of the output alone
         return frozen, adapter, 4 * queries * bucket.length * width
+
+    def _adapter_products(self, name: str, lora: LoraSizes) -> int:
+        """Multiplications of a module's adapter for one token."""
+        if not lora.lokr:
+            return sum(math.prod(shape) for shape in self.lora_shapes(lora)[name][:2])
+        linear = self.linear[name]
+        return lokr_products(linear.out_features, linear.in_features, self.ranks(lora)[name], *lora.lokr)
 
     def _tokens(self, name: str, bucket: Bucket) -> int:
         """How many rows a linear layer is given for one sample."""
@@ -313,17 +340,23 @@ class Transformer:
 
 
 def optimizer_bytes(
-    shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer], extra: Sequence[Shape] = ()
+    shapes: Sequence[Shape],
+    build: Callable[[list[nn.Parameter]], Optimizer],
+    extra: Sequence[Shape] = (),
+    zero: set[Shape] | None = None,
 ) -> int:
     """The size of the optimizer's state, from one real step on one LoRA parameter of each shape.
 
     Args:
-        shapes: of all LoRA parameters. B matrices start at zero, which some optimizers make use of.
+        shapes: of all parameters of LoRA or LoKr.
         extra: of all others; of a large one some rows are measured.
+        zero: of those of `shapes` that start at zero, which some optimizers make use of; by default LoRA's B, which are taller
+            than wide.
     """
     beside = sum(count * _state_bytes(shape, build) for shape, count in Counter(extra).items())
     counts = Counter(shapes)
-    zero = {shape for shape in counts if len(shape) == 2 and shape[0] > shape[1]}  # B is tall, A is wide
+    if zero is None:
+        zero = {shape for shape in counts if len(shape) == 2 and shape[0] > shape[1]}
     parameters = {s: nn.Parameter(torch.zeros(s) if s in zero else torch.ones(s)) for s in counts}
     with contextlib.redirect_stdout(io.StringIO()):  # Prodigy announces itself
         optimizer = build(list(parameters.values()))

@@ -42,8 +42,11 @@ class Plan:
     num_lora: int
     """Trainable parameters of LoRA."""
     num_modules: int
-    """With LoRA."""
-    rank: int
+    """With LoRA or LoKr."""
+    kind: str
+    """Which of these."""
+    ranks: str
+    """One, or the smallest to the largest."""
     num_extra: int
     """Trainable parameters beside it."""
     extra: str
@@ -113,7 +116,7 @@ class Plan:
         blocks = "" if self.weights == "bf16" else f", the blocks' in {self.weights}"
         known = " (published sizes, shipped with the project)" if self.shipped else ""
         yield f"  model      {_count(self.num_parameters)} parameters in {self.dtype}{blocks}{known}"
-        yield f"  LoRA       rank {self.rank} on {self.num_modules} modules: {_count(self.num_lora)} parameters"
+        yield f"  {self.kind:<10} rank {self.ranks} on {self.num_modules} modules: {_count(self.num_lora)} parameters"
         if self.num_extra:
             yield f"  beside it  {self.extra}: {_count(self.num_extra)} parameters"
         yield f"  data       {self.data.num_rows} rows, from {self.data.origin}"
@@ -247,11 +250,7 @@ def make_plan(
     decided = planner.decide(config, world_size, gpu)
     config = apply(config, decided)
     settings, lora, cache_phase = config.train, lora_sizes(config), planner.caching(config)
-    shapes, num_lora, num_extra = (
-        planner.transformer.lora_shapes(lora),
-        planner.num_lora(config),
-        planner.num_extra(config),
-    )
+    shapes, ranks = planner.transformer.lora_shapes(lora), planner.transformer.ranks(lora).values()
     phases = cache_phase.total <= gpu.memory_gib * GIB, planner.fits(config, world_size, gpu)
     advice = [] if phases[0] else caching_advice(planner, configured, world_size, gpu)
     if not phases[1]:
@@ -262,10 +261,11 @@ def make_plan(
         world_size=world_size,
         dtype=config.model.dtype,
         num_parameters=planner.transformer.num_parameters,
-        num_lora=num_lora,
+        num_lora=planner.num_lora(config),
         num_modules=len(shapes),
-        rank=lora.rank,
-        num_extra=num_extra,
+        kind="LoKr" if lora.lokr else "LoRA",
+        ranks=" to ".join(map(str, sorted({min(ranks), max(ranks)}))),
+        num_extra=planner.num_extra(config),
         extra="; ".join(filter(None, [_in_full(lora.train_modules), ", ".join(lora.nodes)])),
         data=data,
         buckets=planner.buckets(config),
@@ -273,7 +273,8 @@ def make_plan(
         cache_phase=cache_phase,
         cache_bytes=planner.cache_bytes(config),
         caching_flops=None if data.cached else planner.caching_flops(config),
-        checkpoint_bytes=(num_lora + num_extra) * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
+        checkpoint_bytes=(planner.num_lora(config) + planner.num_extra(config)) * (planner.dtype.itemsize + FLOAT)
+        + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
         decided=decided,
         group_size=settings.group_size or settings.micro_batch_size,

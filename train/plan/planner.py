@@ -118,7 +118,7 @@ class Planner:
             parts["DeepSpeed's copy of what is trained"] = lora // world_size
             parts["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
             parts[f"{trained} masters, on every rank"] = lora
-        if not config.adapter.dora:
+        if not config.adapter.dora and config.adapter.kind == "lora":
             parts["LoRA weights for products"] = num_lora * self.dtype.itemsize
         parts["optimizer state"] = 0 if offloaded else optimizer
         parts[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
@@ -147,13 +147,12 @@ class Planner:
     def caching_flops(self, config: Config) -> float:
         """Operations of phase 1 for one row, on average: its target, its references, the source where its size is another one,
         and its instructions."""
-        num_prompts = 2 if config.data.caption_dropout > 0 else 1
         total = 0.0
         for bucket in self.buckets(config):
             images = [bucket.target, *bucket.references]
             images += [bucket.target] * (bucket.target not in bucket.references)
             pixels = sum(size.height * size.width for size in images)
-            text = num_prompts * self.encoders.text_flops(bucket.text_tokens)
+            text = prompts_per_row(config) * self.encoders.text_flops(bucket.text_tokens)
             total += bucket.share * (pixels * self.encoders.flops_per_pixel + text)
         return total
 
@@ -317,8 +316,7 @@ class Planner:
 
     def cache_bytes(self, config: Config) -> int:
         """Of the training rows' records: latents of target, source and references, and prompt embeddings."""
-        num_prompts = 2 if config.data.caption_dropout > 0 else 1
-        return cache_bytes(self.data, geometry_of(config), self.text_width, num_prompts)
+        return cache_bytes(self.data, geometry_of(config), self.text_width, prompts_per_row(config))
 
     def num_lora(self, config: Config) -> int:
         """Trainable parameters of LoRA."""
@@ -334,9 +332,13 @@ class Planner:
         return self._optimizer_bytes(json.dumps(config.optim), lora_sizes(config))
 
     def _optimizer_bytes(self, optim: str, lora: LoraSizes) -> int:
-        shapes = [shape for group in self.transformer.lora_shapes(lora).values() for shape in group]
-        extra = [*self.transformer.extra_shapes(lora).values()]
-        return optimizer_bytes(shapes, lambda parameters: self.build_optimizer(json.loads(optim), parameters), extra)
+        groups = self.transformer.lora_shapes(lora).values()
+        shapes, zero = [shape for group in groups for shape in group], {group[-1] for group in groups}
+        extra, build = (
+            [*self.transformer.extra_shapes(lora).values()],
+            functools.partial(self.build_optimizer, json.loads(optim)),
+        )
+        return optimizer_bytes(shapes, build, extra, zero if lora.lokr else None)
 
     def buckets(self, config: Config) -> list[Bucket]:
         """Of the training rows, the one that needs most first."""
@@ -373,7 +375,10 @@ def lora_sizes(config: Config) -> LoraSizes:
     """How large the adapter is."""
     lora = config.adapter
     patterns, modules = tuple((lora.rank_pattern or {}).items()), json.dumps(lora.modules or {})
-    return LoraSizes(lora.rank, tuple(lora.target_modules), lora.dora, patterns, tuple(lora.train_modules), modules)
+    lokr = (lora.decompose_both, lora.decompose_factor) if lora.kind == "lokr" else None
+    return LoraSizes(
+        lora.rank, tuple(lora.target_modules), lora.dora, patterns, lokr, tuple(lora.train_modules), modules
+    )
 
 
 def forwards_per_sample(config: Config) -> int:
@@ -382,13 +387,19 @@ def forwards_per_sample(config: Config) -> int:
     return 2 if both else 1
 
 
+def prompts_per_row(config: Config) -> int:
+    """Instructions that are encoded of each row: its own, the empty one, and one that is preserved."""
+    return 1 + (config.data.caption_dropout > 0) + bool(config.loss.get("preserve"))
+
+
 def rollout_share(config: Config) -> float:
-    """Of the samples, those for which a first forward without gradient is made."""
+    """Of the samples, those for which a first forward without gradient is made: the model's own, or the base model's."""
     sigma = config.loss.get("sigma") or {}
     values = sigma.get("values") or [0.0]  # a sampler that draws 1 never, or hardly
     weights = sigma.get("probabilities") or [1.0] * len(values)
     below = sum(weight for value, weight in zip(values, weights, strict=True) if value < 1) / sum(weights)
-    return config.loss.get("rollout", 0.0) * below
+    preserved = config.loss.get("preserve", 0.0)
+    return config.loss.get("rollout", 0.0) * below * (1 - preserved) + preserved
 
 
 def waiting_blocks(config: Config) -> int:

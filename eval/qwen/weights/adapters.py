@@ -13,10 +13,11 @@ from torch import nn
 
 from data_prep.errors import InputError
 from eval.request.request import AdapterUse
-from train.model.adapter import inject_lora
+from train.model.adapter import inject
 from train.model.adapter_files import adapter_file
 from train.model.adapter_reader import LowRank, linear_modules, low_rank_sum, read_adapter
 from train.model.denoiser import Denoiser
+from train.model.layers.lokr import KroneckerBeside
 
 Read = Callable[[AdapterUse, Mapping[str, nn.Linear]], Mapping[str, LowRank]]
 """Reads an adapter for linear modules by their names."""
@@ -53,15 +54,22 @@ def put_beside(denoiser: Denoiser, parts: Mapping[str, LowRank]) -> None:
     """
     assert all(part.magnitude is None for part in parts.values()), "DoRA is fused"
     remove_adapters(denoiser)
-    if parts:
-        _attach(denoiser, parts)
+    if low_rank := {name: part for name, part in parts.items() if part.rank}:
+        _attach(denoiser, low_rank)
+    weight = denoiser.dit.img_in.weight
+    for name, product in [(name, product) for name, part in parts.items() for product in part.products]:
+        layer = KroneckerBeside(denoiser.dit.get_submodule(name), product.to(weight.device, weight.dtype))
+        denoiser.dit.set_submodule(name, layer)
 
 
 def remove_adapters(denoiser: Denoiser) -> None:
-    """Puts the base layers back where LoRA layers stand."""
-    dit = denoiser.dit
-    for name, layer in [(name, module) for name, module in dit.named_modules() if isinstance(module, LoraLayer)]:
-        dit.set_submodule(name, layer.get_base_layer())
+    """Puts the base layers back where LoRA and LoKr layers stand, one on another."""
+    dit, kinds = denoiser.dit, (LoraLayer, KroneckerBeside)
+    for name, layer in [(name, module) for name, module in dit.named_modules() if isinstance(module, kinds)]:
+        if not name.endswith(".base_layer"):
+            while isinstance(layer, kinds):
+                layer = layer.base_layer
+            dit.set_submodule(name, layer)
     if hasattr(dit, "peft_config"):  # PEFT's note of what it injected
         del dit.peft_config
 
@@ -91,7 +99,7 @@ def _attach(denoiser: Denoiser, parts: Mapping[str, LowRank]) -> None:
     config = LoraConfig(
         r=usual, lora_alpha=usual, target_modules=list(parts), rank_pattern=others, alpha_pattern=others
     )
-    adapter = inject_lora(denoiser, config, list(parts))
+    adapter = inject(denoiser, config, list(parts))
     adapter.load_state_dict(
         {f"{name}.lora_A.weight": part.down for name, part in parts.items()}
         | {f"{name}.lora_B.weight": part.up for name, part in parts.items()}

@@ -1,11 +1,14 @@
 """A record's key changes with whatever its tensors depend on, and with nothing else."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from data_prep.cache.index import CacheFolder, CacheHeader
 from data_prep.cache.keys import latents_key, record_key, text_key
+from data_prep.cache.keys import prompts as prompts_of
 from data_prep.rows.rows import Row, read_rows
 from tests.caching import GEOMETRY, write_dataset, write_image, write_mask, write_rows
 
@@ -69,6 +72,21 @@ def test_what_the_encoders_compute_in_counts_for_records_but_not_for_what_checkp
     assert folder.sub_noise(known, 8, 8).name == "8x8-f73c5d94fd61890d.arrow", "where earlier indexes have it"
     assert folder.sub_noise(one, 8, 8) != folder.sub_noise(other, 8, 8)
     assert known.identity_json() == one.identity_json() == other.identity_json() == HEADER
+
+
+def test_instructions_that_are_preserved_count_where_there_are_some(tmp_path):
+    (row, other) = (row for row in read_rows(write_dataset(tmp_path, write_rows(tmp_path, 2))) if isinstance(row, Row))
+    plain = CacheHeader("tiny", GEOMETRY, "bfloat16", False, False)
+    kept = [replace(plain, preserve=prompts) for prompts in ((), ("blur it",), ("blur it", row.prompt))]
+    assert [header.identity_json() == HEADER for header in kept] == [True, False, False]
+    assert len({record_key(row, header) for header in kept}) == 3
+    assert [CacheHeader.from_json(json.loads(header.to_json())) for header in kept] == kept
+    assert "preserve_prompt" not in prompts_of(row, plain)
+    assert [prompts_of(each, kept[2])["preserve_prompt"] for each in (row, replace(other, prompt=row.prompt))] == [
+        "blur it"
+    ] * 2
+    alone = replace(plain, preserve=(row.prompt,))
+    assert prompts_of(row, alone)["preserve_prompt"] == " ", "one's own instruction is not another one"
 
 
 def test_names_do_not_count(key):

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from data_prep.cache import encoding, keys
+from data_prep.cache.batches import BatchStream, collate
 from data_prep.cache.encoding import Encoders
 from data_prep.cache.index import CacheHeader
 from data_prep.cache.keys import record_key
 from data_prep.cache.reader import CacheReader, Record
-from data_prep.cache.shards import read_arrow
+from data_prep.cache.shards import read_arrow, read_table, write_arrow
 from data_prep.cache.sizes import cached_sizes, estimated_sizes
 from data_prep.cache.writer import build_cache
 from data_prep.check.measures.column_store import Columns
@@ -146,6 +147,36 @@ def test_no_negative_prompt_is_the_empty_instruction_as_in_the_editor(tmp_path, 
     assert record.empty_prompt_emb is not None
     assert torch.equal(record.negative_prompt_emb, expected)
     assert torch.equal(record.empty_prompt_emb, expected)
+
+
+def test_each_row_has_one_of_the_instructions_that_are_preserved(tmp_path, tiny_model_dir):
+    """Encoded with its own pictures, beside what is there; batches have them, and a cache without them is refused."""
+    dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache"
+    cache_dataset(dataset, cache, tiny_model_dir)
+    asked = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "preserve": ("blur it", "make it red")}
+    with pytest.raises(InputError, match=r"lacks what data.preserve_prompts asks for: rebuild it"):
+        BatchStream(CacheReader(cache), **asked)
+    assert cache_dataset(dataset, cache, tiny_model_dir, preserve=["blur it", "make it red"]).num_encoded == 2
+    assert sum(len(read_arrow(path)) for path in (cache / "latents").iterdir()) == 2, "no picture is encoded again"
+    reader, encoder = CacheReader(cache, preserve=asked["preserve"]), load_encoders(tiny_model_dir).prompt_encoder
+    for record, prompt in zip(reader, ("make it red", "blur it"), strict=True):
+        path = Path(record.row["edit_image"][0])
+        vision = stretch(open_image(path), GEOMETRY.vision_size(Size.of(open_image(path))))
+        assert torch.equal(record.preserve_prompt_emb, encoder.encode(prompt, [vision]))
+        batch = collate([record])
+        assert torch.equal(batch.preserved.prompt_emb[0], record.preserve_prompt_emb)
+    assert CacheReader(cache)[0].preserve_prompt_emb is None
+
+
+def test_an_index_from_before_instructions_were_preserved_is_read(tmp_path, tiny_model_dir):
+    cache = tmp_path / "cache"
+    cache_dataset(write_dataset(tmp_path, write_rows(tmp_path, 2)), cache, tiny_model_dir)
+    (path,) = (cache / "indexes").iterdir()
+    lines = read_table(path)
+    older = lines.drop_columns(["preserve_prompt"])
+    write_arrow(path, older.to_pylist(), older.schema, 10)
+    assert [record.preserve_prompt_emb for record in CacheReader(cache)] == [None, None]
+    assert "preserve" not in lines.schema.metadata[b"header"].decode()
 
 
 def test_another_empty_instruction_is_another_record_where_it_is_stored(tmp_path, monkeypatch):

@@ -19,6 +19,9 @@ MASK = Image.new("L", (640, 480), 255)
 ADAPTER = (AdapterUse(Path("adapter")),)
 BRIDGE = {"objective": "lbm", "loss": json.dumps({"bridge_noise": 0.01, "prediction": "drift", "sub_prob": 0.25})}
 
+KEEPING = {"objective": "lbm", "loss": json.dumps({"preserve": 0.25})}
+"""A bridge that has kept the base model's way from noise."""
+
 
 def request(**values) -> EditRequest:
     return EditRequest(**({"prompt": "x", "images": [PHOTO]} | values))
@@ -40,6 +43,8 @@ def request(**values) -> EditRequest:
         ({"adapters": ADAPTER, "mode": "turbo"}, BRIDGE, BridgeSampler("source", False, 0.01, "drift"), 4),
         ({"adapters": ADAPTER, "mode": "turbo"}, {}, FlowSampler(1.0, shift="lightning"), 4),
         ({"adapters": ADAPTER, "mode": "turbo", "steps": 8}, {}, FlowSampler(1.0, shift="lightning"), 8),
+        ({"adapters": ADAPTER, "sampler": "flow"}, KEEPING, FlowSampler(4.0), 40),
+        ({"adapters": ADAPTER}, KEEPING, BridgeSampler("source"), 4),
         ({"mode": "img2img"}, {}, FlowSampler(4.0, strength=0.6), 40),
         ({"mode": "img2img", "strength": 0.3}, {}, FlowSampler(4.0, strength=0.3), 40),
         ({"mode": "variation", "prompt": ""}, {}, FlowSampler(4.0, strength=0.6), 40),
@@ -70,7 +75,11 @@ def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
         ({"mode": "invert", "adapters": ADAPTER}, BRIDGE, "starts from noise"),
         ({"adapters": ADAPTER, "cfg_scale": 3.0}, BRIDGE, r"sampled without guidance: leave out cfg_scale=3\.0"),
         ({"adapters": ADAPTER, "mode": "inpaint", "mask": MASK, "strength": 0.5}, BRIDGE, "a bridge is walked whole"),
-        ({"adapters": ADAPTER, "sampler": "flow"}, BRIDGE, "sampler=flow does not suit a bridge.* use sampler=bridge"),
+        (
+            {"adapters": ADAPTER, "sampler": "flow"},
+            BRIDGE,
+            "sampler=flow does not suit a bridge.* use sampler=bridge; loss.preserve would",
+        ),
         (
             {"adapters": ADAPTER, "sampler": "bridge"},
             {},

@@ -102,6 +102,19 @@ def test_a_bridge_says_that_it_needs_its_sampler(adapter, report, tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize("objective", ["flow", "lbm"])
+def test_a_lokr_adapter_says_who_loads_it(adapter, report, objective):
+    header = {"objective": objective, "kind": "lokr"}
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
+    read = ModelCard.load(write_card(check_card(CardRequest(adapter, "mit")), report, []))
+    assert "A LoKr adapter for" in read.text
+    assert "ComfyUI reads the file" in read.text
+    assert "diffusers does not: its converter for Qwen-Image knows LoRA alone" in read.text
+    assert "QwenImageEditPlusPipeline" not in read.text
+    assert ("starts at the source's latents" in read.text) == (objective == "lbm")
+    assert (read.data.library_name, read.data.tags[0]) == (None, "lokr")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -104,7 +104,7 @@ def test_ranks_and_scales_by_module(tiny_model_dir):
         layer = adapter.layers[f"{block}.{name}"]
         assert (len(layer.lora_A["default"].weight), layer.scaling["default"]) == (rank, scale)
     for name in "rank_pattern", "alpha_pattern":
-        with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no module"):
+        with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no linear layer"):
             attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, **{name: {"to_qq": 3}})
 
 

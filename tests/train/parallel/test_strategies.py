@@ -38,6 +38,7 @@ VARIANTS = {
     "sum": ["loss=lbm", "loss.combine=sum", "train.gradient_checkpointing=full"],
     "compiled": ["train.gradient_checkpointing=full", "train.compile=on"],
     "bf16": ["model.dtype=bfloat16"],
+    "lokr": ["adapter=lokr", "adapter.decompose_factor=4", "loss.preserve=0.5"],
     "validated": [*OPTIMS["prodigy"], "validate=tiny_lbm", "validate.num_rows=3", "train.validate_every=2"],
     "unvalidated": [*OPTIMS["prodigy"]],
     "extra": [
@@ -47,6 +48,8 @@ VARIANTS = {
     ],
 }
 
+WHOLE = ("ddp", "zero2")
+"""Strategies under which each rank has all frozen weights."""
 FROZEN = {
     "single-int8-frozen": (1, "single", "int8", 0),
     "ddp-int8": (2, "ddp", "int8", 1),
@@ -113,19 +116,9 @@ def runs(settings, tmp_path_factory) -> Path:
         overrides = ["train.group_size=2", *overrides]
         if name not in ("compiled", "unvalidated"):  # compared with "released", and with each other's validated run
             add(1, f"single-{name}", 6, *overrides, *cut_settings((2, 1)))
-        for strategy in ("zero3", "zero3_offload"):
+        for strategy in ("zero3", "zero3_offload", *(WHOLE if name in ("lokr", "extra") else ())):
             released = RELEASED if name in ("released", "extra") or strategy == "zero3_offload" else []
             add(2, f"{strategy}-{name}", 6, *overrides, *released, *cut_settings((1, 1)), f"parallel={strategy}")
-    for strategy in ("ddp", "zero2"):
-        add(
-            2,
-            f"{strategy}-extra",
-            6,
-            "train.group_size=2",
-            *VARIANTS["extra"],
-            *cut_settings((1, 1)),
-            f"parallel={strategy}",
-        )
     for name, (num_processes, strategy, weights, waiting) in FROZEN.items():
         overrides = [f"parallel={strategy}", f"model.weights={weights}", f"train.offload_blocks={waiting}"]
         cut = [*cut_settings((2 // num_processes, 1)), "train.group_size=2"]
@@ -233,6 +226,17 @@ def test_what_is_trained_beside_lora_is_the_same_on_two_ranks(runs, strategy):
         assert {"norm_out.linear.bias", "transformer_blocks.1.attn.norm_q.weight"} <= tensors.keys()
         moved.append(tensors["modules.ste.leave.weight"].double())
     assert (moved[0] - moved[1]).norm() < 1e-3 * moved[1].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", *WHOLE])
+def test_lokr_and_a_teaching_base_model(runs, strategy):
+    """Some ranks ask the base model, others do not need it; one process asks it for two samples at once."""
+    assert_same_training(runs / f"{strategy}-lokr", runs / "single-lokr", 6, rel=1e-6)
+    taught = [line["loss/preserve"] for line in metrics(runs / "single-lokr") if "loss/preserve" in line]
+    assert len(taught) > 3
+    assert max(taught) > 1e-6  # at first the adapter is nothing
 
 
 @pytest.mark.slow

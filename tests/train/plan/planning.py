@@ -23,8 +23,9 @@ def build_optimizer(node: dict, parameters: list[nn.Parameter]) -> Optimizer:
 
 
 def configure(*overrides: str) -> Config:
-    """The experiment `lbm_2511` with these overrides, on one process unless they say otherwise."""
-    chosen = [] if any(override.startswith("parallel=") for override in overrides) else ["parallel=single"]
+    """The experiment `lbm_2511` with these overrides, on one process and with one rank everywhere unless they say otherwise."""
+    usual = {"parallel=": "single", "adapter=": "lora"}
+    chosen = [key + usual[key] for key in usual if not any(override.startswith(key) for override in overrides)]
     return compose(["+exp=lbm_2511", "data.dataset=rows.json", *chosen, *overrides])
 
 

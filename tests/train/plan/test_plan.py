@@ -19,7 +19,7 @@ from scripts.gpu_smoke import REAL
 from tests.caching import cached
 from tests.train.plan.planning import MEGAPIXEL, build_optimizer, configure, resolved
 from train.config import DEFAULT_TARGETS, compose
-from train.model.adapter import attach_lora
+from train.model.adapter import attach_lokr, attach_lora
 from train.model.denoiser import Denoiser, build_dit, load_denoiser
 from train.model.execution import Execution
 from train.model.extra.extras import attach_extras
@@ -76,6 +76,20 @@ def test_ranks_share_what_zero_shares(planner):
     shared = 38 + 1.83  # the blocks; and DeepSpeed's parts of LoRA and of what is around the blocks
     assert total("zero3", 2) - total("zero3", 8) == pytest.approx(shared * (1 / 2 - 1 / 8), rel=0.01)
     assert total("zero3_offload", 2) < total("zero3", 8) < total("zero2", 8)
+
+
+def test_the_presets_train_a_third_less_where_few_inputs_are_seen(planner):
+    """`img_mod` and `txt_mod`, 35 % of the weights of one rank everywhere, at rank 8 instead of 64."""
+    everywhere = planner.num_lora(configure())
+    for name in ("lbm_2511", "sft_2511", "sft_2509"):
+        assert compose([f"+exp={name}", "data.dataset=rows.json"]).adapter.rank_pattern == {
+            "img_mod.1": 8,
+            "txt_mod.1": 8,
+        }
+    slim = planner.num_lora(configure("adapter=lora_slim"))
+    assert slim == pytest.approx(everywhere * (1 - 0.35 * (1 - 8 / 64)), rel=0.01)
+    assert planner.num_lora(configure("adapter=lora_slim", "adapter.target_modules=[to_q]")) == 60 * 64 * 2 * 3072
+    assert planner.num_lora(configure("adapter=lokr")) < everywhere / 7
 
 
 @pytest.mark.parametrize(
@@ -211,6 +225,21 @@ def test_lora_shapes_are_those_of_the_adapter(tiny_model_dir, dora):
     )
     assert list(shapes) == list(adapter.layers)
     assert [s for group in shapes.values() for s in group] == [tuple(p.shape) for p in adapter.parameters()]
+
+
+@pytest.mark.parametrize("sizes", [(64, False, -1), (4, False, 4), (2, True, 8)])
+def test_lokr_is_counted_as_it_is_made(tiny_model_dir, sizes):
+    rank, *shape = sizes
+    model, pattern = ModelDirectory(tiny_model_dir), {"img_mod.1": 1}
+    adapter = attach_lokr(load_denoiser(model), rank, rank, DEFAULT_TARGETS, *shape, rank_pattern=pattern)
+    transformer = Transformer(model.config("transformer"), torch.bfloat16, True)
+    lora = LoraSizes(rank, tuple(DEFAULT_TARGETS), rank_pattern=tuple(pattern.items()), lokr=tuple(shape))
+    shapes = transformer.lora_shapes(lora)
+    assert list(shapes) == list(adapter.layers)
+    assert [s for group in shapes.values() for s in group] == [tuple(p.shape) for p in adapter.parameters()]
+    starts = {group[-1] for group in shapes.values()}
+    assert starts == {tuple(p.shape) for p in adapter.parameters() if not p.any()}
+    assert transformer.forward_flops(BUCKETS[0], lora)[1] > 0
 
 
 @pytest.mark.parametrize("build", [AdamW, Prodigy])

@@ -43,12 +43,16 @@ class LoraLinear(PeftLinear):
 
     Attributes:
         copies: what to multiply by instead of a cast of the weights; whoever sets them keeps them up to date.
+        idle: the frozen layer computes alone.
     """
 
     copies: WorkingCopies | None = None
+    idle: bool = False
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(…, in) -> (…, out)."""
+        if self.idle:
+            return self.base_layer(x)
         return linear(x, self)[0] if is_plain(self) else super().forward(x, *args, **kwargs)
 
 
@@ -56,6 +60,7 @@ def is_plain(layer: Any) -> bool:
     """Whether a layer is a LoRA layer that computes `base(x) + scale * up(down(x))` and nothing else."""
     return (
         isinstance(layer, LoraLinear)
+        and not layer.idle
         and not layer.disable_adapters
         and not layer.merged_adapters
         and layer.active_adapters == ["default"]
