@@ -251,6 +251,7 @@ def make_plan(
     config = apply(config, decided)
     settings, lora, cache_phase = config.train, lora_sizes(config), planner.caching(config)
     shapes, ranks = planner.transformer.lora_shapes(lora), planner.transformer.ranks(lora).values()
+    trained = planner.num_lora(config) + planner.num_extra(config)
     phases = cache_phase.total <= gpu.memory_gib * GIB, planner.fits(config, world_size, gpu)
     advice = [] if phases[0] else caching_advice(planner, configured, world_size, gpu)
     if not phases[1]:
