@@ -95,7 +95,9 @@ class BatchStream:
     def __str__(self) -> str:
         order = self.order
         epoch = order.groups_per_epoch / order.groups_per_step
-        buckets = f"{len(order.names)} bucket{'s' * (len(order.names) > 1)}" + (", by weight" if order.rates is not None else "")
+        buckets = f"{len(order.names)} bucket{'s' * (len(order.names) > 1)}" + (
+            ", by weight" if order.rates is not None else ""
+        )
         return (
             f"{order.num_records} records in {buckets}: {epoch:.4g} steps an "
             f"epoch, each of {self.global_batch_size} places in groups of {self.group_size} from one bucket; "

@@ -227,4 +227,5 @@ def check_columns(names: list[str], where: str, *, complete: bool = True, requir
             raise InputError(f"unknown column {name!r} in {where}: {hint}")
     missing = [name for name in required if name not in names]
     if complete and missing:
-        raise InputError(f"{where} has no column {missing[0]!r}: {', '.join(required)} are required")
+        more = "; only training with flow matching (loss=flow) takes text to image" if missing == ["edit_image"] else ""
+        raise InputError(f"{where} has no column {missing[0]!r}: {', '.join(required)} are required{more}")
