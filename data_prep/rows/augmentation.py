@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from data_prep.rows.images import MASK_TOLERANCE
 
 SIDED = re.compile(
-    r"left|right|clockwise|mirror|flip|\b(east|west)|\b(words?|texts?|letters?|letterings?|captions?|fonts?|digits?|numbers?)\b"
+    r"\b((left|right)(most|wards?|y)?|(anti|counter)?-?clockwise|mirror\w*|flip\w*|(east|west)(ern)?)\b|\b(words?|texts?|letters?|letterings?|captions?|fonts?|digits?|numbers?)\b"
     r"|\b(signs?|logos?|labels?|slogans?|titles?|writ\w+|spell\w*|says?|reads?|typograph\w+|watermarks?|subtitles?)\b"
     r"|[\"“”«»「」『』]|左|右|顺时针|逆时针|镜像|翻转|文字|文本|字母|数字|字体|标志|标识|标题|标语|水印|字幕|写|字",
     re.IGNORECASE,
