@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
-from eval.request.metadata import read_metadata, stored_digest
+from eval.request.metadata import extra_digest, read_metadata, stored_digest
 from eval.request.placement import WeightsName
 from eval.request.provenance import pixel_digest, read_png
 from eval.request.request import (
@@ -185,6 +185,7 @@ def _left_by_adapter(settings: Mapping[str, Any], changes: Mapping[str, Any]) ->
 
 def _adapter(path: Path, used: Mapping[str, Any]) -> AdapterUse:
     place = find_adapter(used["path"])
-    if stored_digest(adapter_file(place)) != used["digest"]:
+    now = {"digest": stored_digest(adapter_file(place)), **extra_digest(place)}
+    if any(now.get(name) != used.get(name) for name in ("digest", "extra_digest")):
         raise InputError(f"{path} was made with another adapter than {place} is now: name it with --adapter")
     return AdapterUse(place, used["weight"])
