@@ -73,7 +73,7 @@ class Condition(_Record):
     Attributes:
         prompt_emb: hidden states of instruction and images, right-padded, (B, L, D).
         prompt_emb_mask: True for real tokens, (B, L).
-        edit_latents: normalised VAE latents of the references, each (B, 16, h_i, w_i).
+        edit_latents: normalised VAE latents of the references, each (B, 16, h_i, w_i); none for text to image.
         scene: what modules beside the transformer see; the transformer does not.
     """
 
@@ -109,18 +109,24 @@ class Edit(_Record):
     """What a sampler needs.
 
     Attributes:
-        source_latents: the bridge's start image at the target's size, (B, 16, h, w).
+        source_latents: the bridge's start image at the target's size, (B, 16, h, w); None for text to image.
         sub_noise: latents of pure white at the target's size, (B, 16, h, w); None where nothing starts there.
         condition: instruction and references.
         negative: the same without the instruction, for classifier-free guidance, or None.
         ids: of the rows, B strings.
     """
 
-    source_latents: Tensor
+    source_latents: Tensor | None
     sub_noise: Tensor | None
     condition: Condition
     negative: Condition | None
     ids: list[str]
+
+    @property
+    def source(self) -> Tensor:
+        """`source_latents`, where there must be some."""
+        assert self.source_latents is not None, "text to image has no source"
+        return self.source_latents
 
 
 @dataclass

@@ -68,6 +68,7 @@ class LatentBridgeMatchingLoss:
     """
 
     objective = "lbm"
+    needs_source = True
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class LatentBridgeMatchingLoss:
     def _stream(self, denoiser: Denoiser, batch: Batch, generator: SampleRandom, is_sub: Tensor) -> LossTerms:
         """One forward in which each sample starts at white where `is_sub` (B,) and at its source elsewhere."""
         target = batch.target_latents.float()
-        start = torch.where(is_sub[:, None, None, None], batch.sub_noise.float(), batch.source_latents.float())
+        start = torch.where(is_sub[:, None, None, None], batch.sub_noise.float(), batch.source.float())
         sigma = self.sigma(generator, target.shape[-2] * target.shape[-1] // 4).to(target.device)
         noise = generator.normal("noise", target.shape[1:]).to(target.device)
         distance = squared_error(start, target, batch.mask, self.mask_weight)

@@ -40,6 +40,8 @@ class GaussianWeighting:
 class FlowMatchingLoss:
     """Mean squared error of the velocity noise - target (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
 
+    It starts from noise, so that it trains text to image (samples without a source) too.
+
     Args:
         sigma: where to train; Qwen's resolution shift of uniform draws by default.
         weighting: of each sample by its sigma, e.g. `GaussianWeighting`; none by default.
@@ -49,6 +51,7 @@ class FlowMatchingLoss:
     """
 
     objective = "flow"
+    needs_source = False
 
     def __init__(
         self,

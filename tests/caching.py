@@ -17,7 +17,7 @@ from data_prep.cache.writer import CacheSummary, build_cache
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry
-from data_prep.rows.rows import Row, read_rows
+from data_prep.rows.rows import RejectedRow, Row, read_rows
 
 GEOMETRY = Geometry(max_pixels=96 * 96, vision_pixels=112 * 112)
 
@@ -82,6 +82,11 @@ def load_encoders(model_dir: Path) -> Encoders:
 
 def cache_dataset(dataset: Path, folder: Path, model_dir: Path, **options: Any) -> CacheSummary:
     """`build_cache` with settings that suit the tiny model."""
+    return cache_rows(read_rows(dataset), folder, model_dir, **options)
+
+
+def cache_rows(rows: Iterable[Row | RejectedRow], folder: Path, model_dir: Path, **options: Any) -> CacheSummary:
+    """The same of rows."""
     settings: dict[str, Any] = {
         "fingerprint": "tiny",
         "rejected_path": folder.with_name(f"{folder.name}-rejected.jsonl"),
@@ -92,7 +97,7 @@ def cache_dataset(dataset: Path, folder: Path, model_dir: Path, **options: Any) 
         "load_encoders": lambda: load_encoders(model_dir),
         **options,
     }
-    return build_cache(read_rows(dataset), folder=folder, **settings)
+    return build_cache(rows, folder=folder, **settings)
 
 
 def newest(folder: Path) -> CacheReader:

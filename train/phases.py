@@ -23,7 +23,7 @@ from data_prep.files import write_text
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry
-from data_prep.rows.rows import RejectedRow, Row, read_rows
+from data_prep.rows.rows import RejectedRow, Row
 from train.builders import (
     adapter_metadata,
     build,
@@ -37,6 +37,7 @@ from train.builders import (
     preserved_prompts,
 )
 from train.config import Config, to_yaml
+from train.config.training_rows import configured_rows, dataset_names, validation_rows
 from train.loop import Intervals, Training, train
 from train.parallel.processes import Processes
 from train.parallel.stopping import StopRequest
@@ -60,28 +61,35 @@ from train.record.run_files import CHECKPOINTS
 ENCODERS = ("vae", "text_encoder", "processor")
 
 
-def read_split(config: Config) -> tuple[list[Row | RejectedRow], list[Row | RejectedRow]]:
-    """Training and validation rows; rows of other splits are neither. Rejected rows of the one file count as training rows."""
-    assert config.data.dataset is not None
-    rows = list(read_rows(config.data.dataset, config.data.root))
+def read_split(
+    config: Config, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[Row | RejectedRow], list[Row | RejectedRow]]:
+    """Training and validation rows; rows of other splits are neither, nor are held-out ones without a source, of which there is
+    nothing to edit: `say` is told of them. Rejected rows of the datasets count as training rows."""
+    rows = list(configured_rows(config))
     training = [row for row in rows if isinstance(row, RejectedRow) or row.split == "train"]
     if config.data.validation:
-        return training, list(read_rows(config.data.validation, config.data.root))
-    return training, [row for row in rows if isinstance(row, Row) and row.split == "validation"]
+        held_out = list(validation_rows(config))
+    else:
+        held_out = [row for row in rows if isinstance(row, Row) and row.split == "validation"]
+    kept = [row for row in held_out if isinstance(row, RejectedRow) or row.edit_image]
+    if len(kept) < len(held_out):
+        say(
+            f"validation: {len(held_out) - len(kept)} rows without edit_image are left out, for there is nothing to edit"
+        )
+    return training, kept
 
 
 def dataset_digests(config: Config) -> tuple[str, str | None]:
     """Which datasets the training and the validation rows of `read_split` are, for the cache; None for no held-out rows."""
-    assert config.data.dataset is not None
     training, held_out = DatasetDigest(), DatasetDigest()
-    for row in read_rows(config.data.dataset, config.data.root):
-        if isinstance(row, Row) and (
-            row.split == "train" or (row.split == "validation" and not config.data.validation)
-        ):
-            (training if row.split == "train" else held_out).add(row)
+    for row in configured_rows(config):
+        if isinstance(row, Row) and row.split == "train":
+            training.add(row)
+        elif isinstance(row, Row) and row.split == "validation" and row.edit_image and not config.data.validation:
+            held_out.add(row)
     if config.data.validation:
-        rows = read_rows(config.data.validation, config.data.root)
-        held_out = DatasetDigest(row for row in rows if isinstance(row, Row))
+        held_out = DatasetDigest(row for row in validation_rows(config) if isinstance(row, Row) and row.edit_image)
     return str(training), str(held_out) if held_out.num_rows else None
 
 
@@ -94,7 +102,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
         return Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
 
     job = processes.gather(uuid.uuid4().hex)[0]
-    for split, rows in zip(("train", "validation"), read_split(config), strict=True):
+    for split, rows in zip(("train", "validation"), read_split(config, processes.say), strict=True):
         if not rows:
             continue
         summary = build_cache(
@@ -103,7 +111,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             load_encoders,
             config.cache.dir,
             fingerprint=model.fingerprint(*ENCODERS),
-            name=f"{(split == 'validation' and config.data.validation) or config.data.dataset} ({split})",
+            name=f"{(split == 'validation' and config.data.validation) or dataset_names(config)} ({split})",
             rejected_path=Path(config.run_dir)
             / ("rejected.jsonl" if split == "train" else "rejected_validation.jsonl"),
             encoder_dtype=dtype,
@@ -265,7 +273,7 @@ def held_out_validation(
     if not config.validate:
         return None
     if dataset is None:
-        processes.say("no validation: data.validation is not set and no row has split=validation")
+        processes.say("no validation: data.validation is not set and no row has split=validation and a source")
         return None
     held_out = CacheReader(
         config.cache.dir,

@@ -91,15 +91,19 @@ class BatchStream:
         self.rank = rank
         self.world_size = world_size
         self.caption_dropout = caption_dropout
-        self.order = Order(reader.buckets, seed, self.group_size, global_batch_size // self.group_size)
+        groups_per_step = global_batch_size // self.group_size
+        self.order = Order(reader.buckets, seed, self.group_size, groups_per_step, reader.weights)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def __str__(self) -> str:
         order = self.order
         epoch = order.groups_per_epoch / order.groups_per_step
+        buckets = f"{len(order.names)} bucket{'s' * (len(order.names) > 1)}" + (
+            ", by weight" if order.rates is not None else ""
+        )
         return (
-            f"{order.num_records} records in {len(order.names)} bucket{'s' * (len(order.names) > 1)}: {epoch:.4g} steps an "
+            f"{order.num_records} records in {buckets}: {epoch:.4g} steps an "
             f"epoch, each of {self.global_batch_size} places in groups of {self.group_size} from one bucket; "
             f"{order.empty_share:.1%} of the places stay empty"
         )
@@ -181,15 +185,19 @@ def collate(records: Sequence[Record]) -> Batch:
     """Stacks records of one bucket.
 
     Instructions are padded with zeros on the right. Records without a mask get zeros (nothing to preserve) when another
-    one has a mask. `negative` and `preserved` are there when every record has such an instruction.
+    one has a mask. `negative` and `preserved` are there when every record has such an instruction, and `source_latents` when
+    they have a source, which all records of a bucket have, or none.
 
     Returns:
         A batch whose `sub_noise` is expanded from one tensor, on the CPU, in the cache's dtype.
     """
+    sources = [each.source_latents for each in records if each.source_latents is not None]
     edit_latents = [torch.stack(latents) for latents in zip(*(each.edit_latents for each in records), strict=True)]
     negatives = [each.negative_prompt_emb for each in records if each.negative_prompt_emb is not None]
-    source_latents = torch.stack([each.source_latents for each in records])
-    scene = Scene(source_latents, records[0].sub_noise.expand(len(records), -1, -1, -1), _masks(records))
+    source_latents = torch.stack(sources) if sources else None
+    target_latents = torch.stack([each.target_latents for each in records])
+    seen = torch.zeros_like(target_latents) if source_latents is None else source_latents
+    scene = Scene(seen, records[0].sub_noise.expand(len(records), -1, -1, -1), _masks(records))
     assert scene.sub_noise is not None
     preserved = [each.preserve_prompt_emb for each in records if each.preserve_prompt_emb is not None]
     return Batch(
@@ -198,7 +206,7 @@ def collate(records: Sequence[Record]) -> Batch:
         condition=pad_condition([each.prompt_emb for each in records], edit_latents, scene),
         negative=pad_condition(negatives, edit_latents, scene) if len(negatives) == len(records) else None,
         ids=[each.id for each in records],
-        target_latents=torch.stack([each.target_latents for each in records]),
+        target_latents=target_latents,
         mask=scene.mask,
         preserved=pad_condition(preserved, [], scene) if len(preserved) == len(records) else None,
     )

@@ -13,6 +13,7 @@ from data_prep.cache.reader import bucket_name
 from data_prep.cache.shards import to_arrow
 from data_prep.errors import BadPrompt
 from data_prep.model.geometry import Geometry, Size, background_cells, fit, fit_back_mask, stretch, to_pixels
+from data_prep.rows.augmentation import Pictures
 from data_prep.rows.images import RejectedImage, check_mask_shape, open_image, open_mask
 from data_prep.rows.rows import Row
 
@@ -59,15 +60,15 @@ class PreparedImages:
     """What the VAE is to see of a row; pixels are still 8 bits, to be small while they wait."""
 
     target: Image.Image
-    source: Image.Image
-    """At the target's size. It is `references[bridge_image]` itself when that has the same size."""
+    source: Image.Image | None
+    """At the target's size; None for text to image. It is `references[bridge_image]` itself when that has the same size."""
     references: list[Image.Image]
     mask: Tensor | None
 
     @property
     def encoded(self) -> tuple[Image.Image, ...]:
         """All of them; one may be there twice."""
-        return self.target, self.source, *self.references
+        return *filter(None, (self.target, self.source)), *self.references
 
 
 @dataclass
@@ -77,7 +78,8 @@ class PreparedRow:
     lacking: Lacking
     images: PreparedImages | None
     """None if only texts are lacking, or the target or the mask cannot be used."""
-    vision: list[Image.Image]
+    vision: list[Image.Image] | None
+    """What the text encoder sees; None if no text is lacking, or the sources cannot be used."""
     failures: dict[str, Failure]
     """Keys of what cannot be encoded, and why."""
 
@@ -95,41 +97,51 @@ class Encoded:
 
 
 def prepare_row(lacking: Lacking, geometry: Geometry) -> PreparedRow:
-    """Reads and sizes the images of a row. Embeddings do not need the target: they are made though it cannot be used."""
-    row = lacking.row
+    """Reads and sizes the images of a row. Embeddings do not need the target, unless it decides how sources are cropped: they
+    are made though it cannot be used."""
+    row, geometry = lacking.row, geometry.within(lacking.row.max_pixels)
+    keys = [lacking.latents] if lacking.latents else []
     try:
-        edit_images = [open_image(path) for path in row.edit_image]
+        references = [open_image(path) for path in row.edit_image]
+        pictures = _open_pair(row, references) if row.augmentation else None
     except RejectedImage as error:
-        keys = [lacking.latents] if lacking.latents else []
-        return PreparedRow(lacking, None, [], dict.fromkeys([*keys, *lacking.texts], Failure.of(error)))
-    vision = [stretch(each, geometry.vision_size(Size.of(each))) for each in edit_images] if lacking.texts else []
+        return PreparedRow(lacking, None, None, dict.fromkeys([*keys, *lacking.texts], Failure.of(error)))
+    seen, vision = pictures.references if pictures else references, None
+    if lacking.texts:
+        vision = [stretch(each, geometry.vision_size(Size.of(each))) for each in seen]
     try:
-        images = _prepare_images(row, edit_images, geometry) if lacking.latents else None
+        images = _size_images(pictures or _open_pair(row, references), row, geometry) if lacking.latents else None
     except RejectedImage as error:
-        assert lacking.latents is not None
-        return PreparedRow(lacking, None, vision, {lacking.latents: Failure.of(error)})
+        return PreparedRow(lacking, None, vision, dict.fromkeys(keys, Failure.of(error)))
     return PreparedRow(lacking, images, vision, {})
 
 
-def _prepare_images(row: Row, edit_images: list[Image.Image], geometry: Geometry) -> PreparedImages:
-    image = open_image(row.image)
-    size = geometry.target_size(Size.of(image))
-    sizes = geometry.reference_sizes([Size.of(each) for each in edit_images], Size.of(image), row.bridge_image)
-    references = [fit(each, its_size) for each, its_size in zip(edit_images, sizes, strict=True)]
-    aligned = references[row.bridge_image]
+def _open_pair(row: Row, references: list[Image.Image]) -> Pictures:
+    """The references with the target and the mask, augmented if the row is."""
+    target, mask = open_image(row.image), None
+    if row.back_mask:
+        mask = open_mask(row.back_mask)
+        check_mask_shape(mask, target, row.back_mask)
+    if row.augmentation:
+        return row.augmentation(target, references, mask, row.bridge_image)
+    return Pictures(target, references, mask)
+
+
+def _size_images(pictures: Pictures, row: Row, geometry: Geometry) -> PreparedImages:
+    target, seen, mask = pictures
+    size = geometry.target_size(Size.of(target))
+    sizes = geometry.reference_sizes([Size.of(each) for each in seen], Size.of(target), row.bridge_image)
+    references = [fit(each, its_size) for each, its_size in zip(seen, sizes, strict=True)]
+    source = None
+    if references:
+        aligned = references[row.bridge_image]
+        source = aligned if Size.of(aligned) == size else fit(seen[row.bridge_image], size)
     return PreparedImages(
-        target=fit(image, size),
-        source=aligned if Size.of(aligned) == size else fit(edit_images[row.bridge_image], size),
+        target=fit(target, size),
+        source=source,
         references=references,
-        mask=_prepare_mask(row, image, size) if row.back_mask else None,
+        mask=mask and background_cells(fit_back_mask(mask, size)),
     )
-
-
-def _prepare_mask(row: Row, image: Image.Image, size: Size) -> Tensor:
-    assert row.back_mask is not None
-    mask = open_mask(row.back_mask)
-    check_mask_shape(mask, image, row.back_mask)
-    return background_cells(fit_back_mask(mask, size))
 
 
 @torch.no_grad()
@@ -142,7 +154,10 @@ def encode_rows(prepared: Sequence[PreparedRow], encoders: Encoders, dtype: torc
     """
     encoded = Encoded([], [], {})
     requests = {
-        key: (text, each.vision) for each in prepared if each.vision for key, text in each.lacking.texts.items()
+        key: (text, each.vision)
+        for each in prepared
+        if each.vision is not None
+        for key, text in each.lacking.texts.items()
     }
     embeddings = encoders.prompt_encoder.encode_many(list(requests.values()), batch_size)
     for key, embedding in zip(requests, embeddings, strict=True):
@@ -180,12 +195,12 @@ def _encode_images(images: list[Image.Image], vae: ImageEncoder, batch_size: int
 def _to_values(lacking: Lacking, images: PreparedImages, latents: Mapping[int, Tensor]) -> dict[str, Any]:
     target, bridge = latents[id(images.target)], lacking.row.bridge_image
     edit_latents = [latents[id(image)] for image in images.references]
-    is_reference = images.source is images.references[bridge]
+    own_source = images.source is not None and images.source is not images.references[bridge]
     return {
         "key": lacking.latents,
         "bucket": bucket_name(target, edit_latents),
         "target_latents": to_arrow(target),
-        "source_latents": None if is_reference else to_arrow(latents[id(images.source)]),
+        "source_latents": to_arrow(latents[id(images.source)]) if own_source else None,
         "edit_latents": [to_arrow(each) for each in edit_latents],
         "bridge_image": bridge,
         "mask": None if images.mask is None else to_arrow(images.mask.to(target.dtype)),

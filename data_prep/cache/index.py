@@ -15,7 +15,7 @@ on. Records are plain Arrow files: `datasets.load_dataset("arrow", data_files="â
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,15 @@ import pyarrow as pa
 from data_prep.cache.shards import read_table, write_arrow
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
+from data_prep.rows.augmentation import Augmentation
 from data_prep.rows.rows import Row
 
 SCHEMA_VERSION = 2
 """Raise it when the meaning of a stored value changes: every record is then encoded anew."""
 LOCATION = pa.struct([("shard", pa.string()), ("place", pa.int32())])
+LATER = ("weight", "max_pixels", "augmentation")
+DEFAULTS = {item.name: item.default for item in fields(Row)}
+"""Of a row; the fields in `LATER` are younger than the datasets' digests."""
 PROMPTS = ("prompt", "empty_prompt", "negative_prompt", "preserve_prompt")
 """Columns of the index that say where embeddings are."""
 INDEX_SCHEMA = pa.schema(
@@ -40,8 +44,10 @@ INDEX_SCHEMA = pa.schema(
         "latents": LOCATION,
         **dict.fromkeys(PROMPTS, LOCATION),
         "row": pa.large_string(),
+        "weight": pa.float64(),
     }
 )
+"""`weight` says how often a row is drawn; indexes of earlier versions have none, for they draw all alike."""
 LINES_PER_BATCH = 65_536
 BUILD = "run with phases=[cache,train], which encodes only what is missing"
 REBUILD = "rebuild it with phases=[cache,train], or name another folder with cache.dir="
@@ -168,15 +174,22 @@ class DatasetDigest:
 
 
 def row_json(row: Row) -> str:
-    """A row as a line of JSON, the paths absolute."""
-    return json.dumps(vars(row), default=str)
+    """A row as a line of JSON, the paths absolute. What earlier versions did not know is left out where it is not used."""
+    unused = {name for name in LATER if getattr(row, name) == DEFAULTS[name]}
+    return json.dumps({name: value for name, value in vars(row).items() if name not in unused}, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Augmentation) else str(value)
 
 
 def row_from_json(text: str) -> Row:
     """What `row_json` wrote."""
     values = json.loads(text)
     paths = {name: values[name] and Path(values[name]) for name in ("image", "ref_gt", "back_mask")}
-    return Row(**{**values, **paths, "edit_image": tuple(map(Path, values["edit_image"]))})
+    augmentation = values.get("augmentation") and Augmentation(**values["augmentation"])
+    own = {**paths, "edit_image": tuple(map(Path, values["edit_image"])), "augmentation": augmentation}
+    return Row(**{**values, **own})
 
 
 def write_index(

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,6 +172,7 @@ def record_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> s
             "negative_prompt": (row.negative_prompt or EMPTY_PROMPT) if header.negative else None,
             "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
             **_images(row, digest),
+            **({"max_pixels": row.max_pixels} if row.max_pixels else {}),
         }
     )
 
@@ -182,24 +183,25 @@ def latents_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> 
     Raises:
         RejectedImage: a file is missing, unreadable or empty.
     """
-    geometry = header.geometry
+    geometry = header.geometry.within(row.max_pixels)
     sizes = {"max_pixels": geometry.max_pixels, "reference_pixels": geometry.reference_pixels}
     return _hash({**_encoder(header), **sizes, **_images(row, digest)})
 
 
 def text_key(row: Row, prompt: str, header: CacheHeader, digest: Digest = file_digest) -> str:
-    """The key of the embedding of one instruction, which sees the row's sources.
+    """The key of the embedding of one instruction, which sees the row's sources; where these are cropped, target and mask
+    decide on the crop.
 
     Raises:
         RejectedImage: a file is missing, unreadable or empty.
     """
-    sources = [digest(path) for path in row.edit_image]
+    images = _images(row, digest) if row.augmentation else {"edit_image": [digest(path) for path in row.edit_image]}
     return _hash(
         {
             **_encoder(header),
             "vision_pixels": header.geometry.vision_pixels,
             "prompt": prompt,
-            "edit_image": sources,
+            **images,
         }
     )
 
@@ -215,6 +217,7 @@ def _images(row: Row, digest: Digest) -> dict[str, Any]:
         "edit_image": [digest(path) for path in row.edit_image],
         "bridge_image": row.bridge_image,
         "back_mask": digest(row.back_mask) if row.back_mask else None,
+        **({"augmentation": asdict(row.augmentation)} if row.augmentation else {}),
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from data_prep.cache.index import INDEX_SCHEMA, REBUILD, CacheFolder, find_index, row_from_json
+from data_prep.cache.index import REBUILD, CacheFolder, find_index, row_from_json
 from data_prep.cache.shards import LATENTS_SCHEMA, from_arrow, read_arrow
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
@@ -39,10 +39,11 @@ class Record:
     """The row of the dataset file: prompt, paths of images, number, split."""
     target_latents: Tensor
     """(16, h, w)"""
-    source_latents: Tensor
-    """(16, h, w): the bridge's start image at the target's size. It may be one of `edit_latents` itself."""
+    source_latents: Tensor | None
+    """(16, h, w): the bridge's start image at the target's size, which may be one of `edit_latents` itself; None for text to
+    image."""
     edit_latents: list[Tensor]
-    """One (16, h_i, w_i) per reference image."""
+    """One (16, h_i, w_i) per reference image; none for text to image."""
     prompt_emb: Tensor
     """(L, D), without padding."""
     sub_noise: Tensor
@@ -121,6 +122,14 @@ class CacheReader:
         return self._lines.column("key").to_pylist()
 
     @property
+    def weights(self) -> np.ndarray | None:
+        """How often each record is drawn, in proportion, float64 (N,), in dataset order; None if all are drawn alike."""
+        if "weight" not in self._lines.column_names:
+            return None
+        weights = self._lines.column("weight").to_numpy()
+        return weights if len(weights) and weights.min() < weights.max() else None
+
+    @property
     def rows(self) -> Iterator[Row]:
         """The rows of the dataset file, in its order."""
         for chunk in self._lines.column("row").chunks:
@@ -134,7 +143,7 @@ class CacheReader:
             raise IndexError(f"record {index} of {len(self)}")
         if time.monotonic() - self._marked > SECONDS_BETWEEN_MARKS:
             self._mark_used()
-        line = {name: self._lines.column(name)[index] for name in INDEX_SCHEMA.names}
+        line = {name: self._lines.column(name)[index] for name in self._lines.column_names}
         shard, place = self._latents(line["latents"]["shard"].as_py()), line["latents"]["place"].as_py()
         values = {name: shard.column(name)[place] for name in LATENTS_SCHEMA.names}
         target_latents, edit_latents = from_arrow(values["target_latents"]), [*map(from_arrow, values["edit_latents"])]
@@ -147,7 +156,7 @@ class CacheReader:
             bucket=line["bucket"].as_py(),
             row=json.loads(line["row"].as_py()),
             target_latents=target_latents,
-            source_latents=from_arrow(source) if source.is_valid else edit_latents[bridge],
+            source_latents=from_arrow(source) if source.is_valid else edit_latents[bridge] if edit_latents else None,
             edit_latents=edit_latents,
             prompt_emb=prompt_emb,
             sub_noise=self._sub_noise(*target_latents.shape[-2:]),

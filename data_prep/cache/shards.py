@@ -26,7 +26,7 @@ LATENTS_SCHEMA = pa.schema(
         "mask": TENSOR,
     }
 )
-"""`source_latents` is null where it is `edit_latents[bridge_image]`."""
+"""`source_latents` is null where it is `edit_latents[bridge_image]`, and where there are no references (text to image)."""
 TEXT_SCHEMA = pa.schema({"key": pa.string(), "prompt_emb": TENSOR})
 SUB_NOISE_SCHEMA = pa.schema({"sub_noise": TENSOR})
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from data_prep.cache.index import CacheFolder, find_index
+from data_prep.cache.order import draws_per_epoch
 from data_prep.errors import InputError
 from data_prep.model.geometry import LATENT_CELL, Geometry, Size
 from data_prep.rows.images import MAX_ASPECT
@@ -40,6 +42,10 @@ class RowSize:
     """Length of the prompt embeddings, instruction and images as Qwen2.5-VL sees them."""
     bridge: int | None = None
     """Which reference the bridge starts from, for sizes of images; None for what is already cached."""
+    max_pixels: int | None = None
+    """Largest area of its target, where it has one of its own."""
+    weight: float = 1.0
+    """How often it is drawn, in proportion to the others."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Bucket:
     text_tokens: int
     """Of the row with the longest text."""
     share: float
-    """Of all rows, in (0, 1]."""
+    """Of all draws, in (0, 1]: of the rows, where all are drawn alike."""
 
     @property
     def image_tokens(self) -> int:
@@ -76,20 +82,32 @@ class DatasetSizes:
     """Whether these are records."""
 
     @functools.cached_property
-    def _groups(self) -> dict[tuple[Size, tuple[Size, ...], int | None], list[int]]:
-        """The text lengths of the rows of each size: a large dataset has few sizes."""
-        groups: dict[tuple[Size, tuple[Size, ...], int | None], list[int]] = {}
+    def _groups(self) -> dict[tuple[Size, tuple[Size, ...], int | None, int | None], list[tuple[int, float]]]:
+        """The text lengths and weights of the rows of each size: a large dataset has few sizes."""
+        groups: dict[tuple[Size, tuple[Size, ...], int | None, int | None], list[tuple[int, float]]] = {}
         for row in self.rows:
-            groups.setdefault((row.target, row.references, row.bridge), []).append(row.text_tokens)
+            key = row.target, row.references, row.bridge, row.max_pixels
+            groups.setdefault(key, []).append((row.text_tokens, row.weight))
         return groups
+
+    @functools.cached_property
+    def drawn_per_epoch(self) -> float:
+        """Share of the rows that an epoch of `data_prep.cache.order` draws: 1 where all weigh the same."""
+        rates = draws_per_epoch(np.array([row.weight for row in self.rows]))
+        return 1.0 if rates is None else float(rates.mean())
 
     def buckets(self, geometry: Geometry) -> list[Bucket]:
         """The buckets under a geometry, the longest sequence first."""
-        groups: dict[tuple[Size, tuple[Size, ...]], list[int]] = {}
-        for (target, references, bridge), texts in self._groups.items():
-            sizes = geometry.target_size(target), geometry.reference_sizes(references, target, bridge)
+        groups: dict[tuple[Size, tuple[Size, ...]], list[tuple[int, float]]] = {}
+        for (target, references, bridge, max_pixels), texts in self._groups.items():
+            own = geometry.within(max_pixels)
+            sizes = own.target_size(target), own.reference_sizes(references, target, bridge)
             groups.setdefault(sizes, []).extend(texts)
-        found = [Bucket(*key, max(texts), len(texts) / len(self.rows)) for key, texts in groups.items()]
+        total = sum(row.weight for row in self.rows)
+        found = [
+            Bucket(*sizes, max(length for length, _ in texts), sum(weight for _, weight in texts) / total)
+            for sizes, texts in groups.items()
+        ]
         return sorted(found, key=lambda bucket: -bucket.length)
 
 
@@ -127,10 +145,18 @@ def cached_sizes(
     Raises:
         InputError: as `find_index`.
     """
-    lines = find_index(CacheFolder(folder), dataset, fingerprint, geometry, caption_dropout).lines
+    index = find_index(CacheFolder(folder), dataset, fingerprint, geometry, caption_dropout)
+    lines, largest = index.lines, index.header.geometry.max_pixels
     latents = {bucket: _bucket_sizes(bucket) for bucket in lines.column("bucket").unique().to_pylist()}
-    one = functools.cache(lambda bucket, tokens: RowSize(*latents[bucket], tokens))  # a large dataset has few of them
-    rows = map(one, *(column.to_pylist() for column in lines.select(["bucket", "text_tokens"]).columns))
+
+    @functools.cache  # a large dataset has few of them
+    def one(bucket: str, tokens: int, weight: float) -> RowSize:
+        target, references = latents[bucket]
+        area = target.height * target.width
+        return RowSize(target, references, tokens, None, area if area > largest else None, weight)
+
+    weights = lines.column("weight").to_pylist() if "weight" in lines.column_names else [1.0] * len(lines)
+    rows = map(one, lines.column("bucket").to_pylist(), lines.column("text_tokens").to_pylist(), weights)
     return DatasetSizes(tuple(rows), len(lines), f"the cache at {folder}", cached=True)
 
 
@@ -172,8 +198,18 @@ def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
     if target is None or None in references:
         return None
     words = -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
-    sizes = tuple(size for size in references if size)
-    return RowSize(target, sizes, text_length(words, sizes, geometry, vision_side), row.bridge_image)
+    sizes = [size for size in references if size]
+    if row.augmentation:  # where its crop lies depends on the mask, which is not read
+        target = _cropped(target, row.augmentation.side)
+        sizes[row.bridge_image : row.bridge_image + 1] = [
+            _cropped(size, row.augmentation.side) for size in sizes[row.bridge_image : row.bridge_image + 1]
+        ]
+    tokens = text_length(words, sizes, geometry, vision_side)
+    return RowSize(target, tuple(sizes), tokens, row.bridge_image, row.max_pixels, row.weight)
+
+
+def _cropped(size: Size, side: float) -> Size:
+    return Size(max(1, round(size.height * side)), max(1, round(size.width * side)))
 
 
 def text_length(words: int, references: Iterable[Size], geometry: Geometry, vision_side: int = 28) -> int:

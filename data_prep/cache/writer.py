@@ -349,6 +349,7 @@ class _Stored:
             "latents": {"shard": shard, "place": place},
             **{name: {"shard": where, "place": place} for name, (where, place, _) in texts.items()},
             "row": row_json(keyed.row),
+            "weight": keyed.row.weight,
         }
 
     def _look(self) -> None:

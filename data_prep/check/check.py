@@ -80,7 +80,9 @@ def command(
         if directory and time_caching:
             from data_prep.check.timing import seconds_per_row  # the encoders' libraries take seconds to import
 
-            seconds, device = seconds_per_row(read_rows(dataset, root), time_caching, directory, geometry)
+            seconds, device = seconds_per_row(
+                read_rows(dataset, root, text_to_image=True), time_caching, directory, geometry
+            )
         counted_by = f"the tokenizer of {model}" if model else "estimated from bytes: --model DIR counts them"
         facts = Facts(dataset, root, found, layout, tuple(map(layout.groups, sizes)), counted_by, seconds, device)
         write_json(folder / "check.json", facts)

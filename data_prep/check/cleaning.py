@@ -11,7 +11,7 @@ from data_prep.builders.common.relocation import moved_row
 from data_prep.errors import InputError
 from data_prep.files import atomic_file
 from data_prep.rows.rows import Row, is_absent, read_rows
-from data_prep.rows.tables import read_table
+from data_prep.rows.tables import REQUIRED_OF_ALL, read_table
 
 
 def cleaned_path(dataset: str, folder: Path) -> Path:
@@ -44,7 +44,12 @@ def write_cleaned(dataset: str, root: Path | None, has_error: bytearray, path: P
     kept, folder = 0, Path(os.path.abspath(path)).parent
     with atomic_file(path) as temporary:
         with open(temporary, "w", encoding="utf-8") as file:
-            for row, values, error in zip(read_rows(dataset, root), read_table(dataset), has_error, strict=True):
+            for row, values, error in zip(
+                read_rows(dataset, root, text_to_image=True),
+                read_table(dataset, REQUIRED_OF_ALL),
+                has_error,
+                strict=True,
+            ):
                 if not error:
                     assert isinstance(row, Row)
                     assert isinstance(values, dict)

@@ -32,6 +32,7 @@ WARNINGS = {
     "cropped": "the source has another aspect than the target, and is cropped to it",
     "upscaled": "the source is much smaller than the target that is trained, and is enlarged",
     "small": "few pixels",
+    "no_source": "no source: text to image, which flow matching trains and Latent Bridge Matching cannot",
     "long_prompt": "a very long prompt",
     "converted": "a file is not plain 8-bit RGB, and is converted",
 }
@@ -123,6 +124,8 @@ def judge(row: Row, measured: dict[str, Any], limits: Limits) -> list[Finding]:
         _judge_drift(measured["drift"], scale, limits, add)
     if measured["mask"]:
         _judge_mask(measured["mask"], target, row, add)
+    if not sources:
+        add("no_source", "the row has no edit_image: it is text to image, which only loss=flow trains")
     _judge_sizes(target, sources, trained, row, limits, add)
     if measured["tokens"] > limits.max_tokens:
         add("long_prompt", f"the prompt has {measured['tokens']} tokens, over {limits.max_tokens}", measured["tokens"])
@@ -161,12 +164,14 @@ def _judge_mask(mask: dict[str, Any], target: Size, row: Row, add: Any) -> None:
 
 
 def _judge_sizes(target: Size, sources: list[Size], trained: Size, row: Row, limits: Limits, add: Any) -> None:
-    source = sources[row.bridge_image]
     if min(target) < limits.min_side:
         add("small", f"the target is {target.width}x{target.height}", -min(target), row.image)
     for size, path in zip((target, *sources), (row.image, *row.edit_image), strict=True):
         if (aspect := max(size) / min(size)) > limits.max_aspect:
             add("aspect", f"{size.width}x{size.height}", aspect, path)
+    if not sources:
+        return
+    source = sources[row.bridge_image]
     skew = abs(math.log(source.width * target.height / (source.height * target.width)))
     pair = f"the source is {source.width}x{source.height}, the target {target.width}x{target.height}"
     if skew > MAX_CROPPED:

@@ -109,7 +109,7 @@ def survey(found: Survey, dataset: str, root: Path | None, measure: Measure, eng
         InputError: no such dataset, not in its format, or without rows.
     """
     waiting: deque[Row | None] = deque()  # the rows whose answers are still to come
-    items = _items(read_rows(dataset, root), waiting)
+    items = _items(read_rows(dataset, root, text_to_image=True), waiting)
     for answer in run_items(items, measure, found.folder / PARTS_FOLDER, engine, "checking"):
         found.add(waiting.popleft(), answer)
     found.finish()

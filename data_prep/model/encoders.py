@@ -20,9 +20,14 @@ SYSTEM = (
     "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
     "requirements while maintaining consistency with the original input where appropriate."
 )
-TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATE = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+IMAGE_SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects "
+    "and background:"
+)
+"""Of text to image, as Qwen-Image was trained (diffusers' QwenImagePipeline)."""
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
-DROPPED_TOKENS = 64  # the template up to the user's turn
+DROPPED_TOKENS, DROPPED_IMAGE_TOKENS = 64, 34  # the template up to the user's turn: of an edit, of text to image
 MAX_PROMPT_TOKENS = 4096
 """Of an instruction: the positions that the transformer has for text and images."""
 LATENT_CHANNELS = 16
@@ -137,16 +142,17 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
-        """The last hidden states after the template's 64 tokens, (L, D), in the model's dtype.
+        """The last hidden states after the template's 64 tokens, (L, D), in the model's dtype; after the 34 of text to image
+        without images.
 
         Args:
-            images: one to three, already at their vision size.
+            images: up to three, already at their vision size.
 
         Raises:
-            ValueError: no image, or more than three.
+            ValueError: more than three images.
             BadPrompt: the instruction is too long, or holds a token of the template, which is no text to the model.
         """
-        return self._forward([self._inputs(prompt, images)])[0]
+        return self._forward([self._inputs(prompt, images)], dropped_tokens(images))[0]
 
     def encode_many(
         self, requests: Sequence[tuple[str, Sequence[Image.Image]]], batch_size: int
@@ -166,19 +172,19 @@ class PromptEncoder:
     ) -> list[Tensor | BadPrompt]:
         """`encode_many` as on a GPU, wherever the model is."""
         found: dict[int, Tensor | BadPrompt] = {}
-        by_length: dict[int, dict[int, Any]] = {}
+        alike: dict[tuple[int, int], dict[int, Any]] = {}  # by length, and what is dropped of it
         for place, (prompt, images) in enumerate(requests):
             try:
                 inputs = self._inputs(prompt, images)
             except BadPrompt as error:
                 found[place] = error
             else:
-                by_length.setdefault(inputs["input_ids"].shape[1], {})[place] = inputs
-        for group in by_length.values():
+                alike.setdefault((inputs["input_ids"].shape[1], dropped_tokens(images)), {})[place] = inputs
+        for (_, dropped), group in alike.items():
             places = list(group)
             for start in range(0, len(places), batch_size):
                 batch = places[start : start + batch_size]
-                found.update(zip(batch, self._forward([group[place] for place in batch]), strict=True))
+                found.update(zip(batch, self._forward([group[place] for place in batch], dropped), strict=True))
         return [found[place] for place in range(len(requests))]
 
     def _encode_or_refuse(self, prompt: str, images: Sequence[Image.Image]) -> Tensor | BadPrompt:
@@ -190,15 +196,16 @@ class PromptEncoder:
     def _inputs(self, prompt: str, images: Sequence[Image.Image]) -> Any:
         """What the model takes, of a batch of one."""
         self._check_prompt(prompt)
-        if not 1 <= len(images) <= MAX_SOURCES:
-            raise ValueError(f"an instruction needs 1 to {MAX_SOURCES} images, got {len(images)}")
-        return self.processor(text=[edit_text(prompt, len(images))], images=list(images), return_tensors="pt")
+        if len(images) > MAX_SOURCES:
+            raise ValueError(f"an instruction takes up to {MAX_SOURCES} images, got {len(images)}")
+        text = edit_text(prompt, len(images)) if images else TEMPLATE.format(IMAGE_SYSTEM, prompt)
+        return self.processor(text=[text], images=list(images) or None, return_tensors="pt")
 
-    def _forward(self, inputs: Sequence[Any]) -> Tensor:
-        """Hidden states (B, L, D) of inputs of one length."""
+    def _forward(self, inputs: Sequence[Any], dropped: int) -> Tensor:
+        """Hidden states (B, L, D) of inputs of one length, without the first `dropped`."""
         together = {name: torch.cat([each[name] for each in inputs]).to(self.model.device) for name in inputs[0]}
         # mm_token_type_ids is among the inputs: without it image tokens silently get 1-D positions instead of M-RoPE.
-        return self.model(**together, use_cache=False).last_hidden_state[:, DROPPED_TOKENS:]
+        return self.model(**together, use_cache=False).last_hidden_state[:, dropped:]
 
     def _check_prompt(self, prompt: str) -> None:
         tokenizer = self.processor.tokenizer
@@ -212,9 +219,14 @@ class PromptEncoder:
             )
 
 
+def dropped_tokens(images: Sequence[Image.Image]) -> int:
+    """Of the template, before the user's turn."""
+    return DROPPED_TOKENS if images else DROPPED_IMAGE_TOKENS
+
+
 def edit_text(prompt: str, num_images: int) -> str:
     """The edit template in its multi-image form, which 2509 and 2511 use for a single image too."""
-    return TEMPLATE.format("".join(PICTURE.format(i + 1) for i in range(num_images)) + prompt)
+    return TEMPLATE.format(SYSTEM, "".join(PICTURE.format(i + 1) for i in range(num_images)) + prompt)
 
 
 def text_encoder_name(stored: str) -> str | None:

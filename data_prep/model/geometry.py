@@ -6,7 +6,7 @@ Sizes are height x width in pixels, in multiples of 32: 8 for the VAE, 2 for the
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,10 @@ class Geometry:
             pixels = getattr(self, name)
             if pixels is not None and pixels < MULTIPLE**2:
                 raise ValueError(f"{name} must be at least {MULTIPLE**2} ({MULTIPLE}x{MULTIPLE}), got {pixels}")
+
+    def within(self, max_pixels: int | None) -> "Geometry":
+        """The same with another largest area of a target, if one is given."""
+        return self if max_pixels is None else replace(self, max_pixels=max_pixels)
 
     def target_size(self, size: Size) -> Size:
         """The bucket of a target image of this size; also the size of its bridge source, ground truth and mask."""

@@ -1,13 +1,15 @@
 """Dataset files -> rows: JSON list, JSONL, CSV, TSV, Parquet, or a Hugging Face dataset (`save_to_disk` folder or hub id).
 
-Columns: `prompt`, `image` (target) and `edit_image` (sources) are required; `bridge_image`, `ref_gt`, `back_mask`,
-`negative_prompt`, `split`, `tag`, `group` and `id` are optional, and an empty cell is an absent one. Where a cell can
+Columns: `prompt`, `image` (target) and `edit_image` (sources) are required, the last one unless the reader takes text to
+image; `bridge_image`, `ref_gt`, `back_mask`, `negative_prompt`, `split`, `tag`, `group`, `weight` and `id` are optional, and
+an empty cell is an absent one. Where a cell can
 only be text (CSV), several sources are a JSON list: `["a.png", "b.png"]`. Text is UTF-8, with or without a byte-order mark.
 
 What is wrong with one row rejects that row; what is wrong with the file is an `InputError`.
 """
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -17,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.rows.tables import REQUIRED, BadRow, read_table
+from data_prep.rows.augmentation import Augmentation
+from data_prep.rows.tables import REQUIRED, REQUIRED_OF_ALL, BadRow, read_table
 
 MAX_SOURCES = 3
 """References that Qwen-Image-Edit was trained on at once."""
@@ -37,7 +40,7 @@ class Row:
     image: Path
     """The target."""
     edit_image: tuple[Path, ...]
-    """The sources, one to three."""
+    """The sources, one to three; none for text to image."""
     bridge_image: int = 0
     """Which of `edit_image` the bridge starts from."""
     ref_gt: Path | None = None
@@ -51,6 +54,12 @@ class Row:
     """What kind of edit it is, for stratified splits and for tables."""
     group: str = ""
     """Rows of one group show the same content: a split keeps them together."""
+    weight: float = 1.0
+    """How often training draws it, in proportion to the others."""
+    max_pixels: int | None = None
+    """Largest area of its target, in pixels, where it has one of its own."""
+    augmentation: Augmentation | None = None
+    """What is done to its pictures before they are encoded."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +80,31 @@ class RejectedRow:
         return {"row": self.number, "id": self.id, "path": self.path, "reason": self.reason}
 
 
-def read_rows(dataset: str | Path, root: str | Path | None = None) -> Iterator[Row | RejectedRow]:
+def read_rows(
+    dataset: str | Path, root: str | Path | None = None, *, text_to_image: bool = False
+) -> Iterator[Row | RejectedRow]:
     """Streams the rows of a dataset in order, good and bad; nothing is dropped.
 
     Args:
         dataset: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of `datasets.save_to_disk`, or a hub id.
         root: the folder that relative paths start from and may not leave; by default the dataset's own folder.
+        text_to_image: take rows without sources too, which are rejected otherwise.
 
     Raises:
         InputError: no such dataset, not in its format, an unknown or missing column, or no rows.
     """
     source = str(dataset)
+    required = REQUIRED_OF_ALL if text_to_image else REQUIRED
     folder = _root(source, root)
     seen_ids: set[int] = set()  # hashes: a set of a million strings would take ten times the memory
     empty = True
-    for number, values in enumerate(read_table(source), start=1):
+    for number, values in enumerate(read_table(source, required), start=1):
         empty = False
         default_id = f"row-{number:06d}"
         try:
             if isinstance(values, BadRow):
                 raise values
-            row = parse_row(number, default_id, values, folder)
+            row = parse_row(number, default_id, values, folder, required)
             if hash(row.id) in seen_ids:
                 raise BadRow(f"the id {row.id!r} is already used by an earlier row")
             seen_ids.add(hash(row.id))
@@ -114,7 +127,9 @@ def _root(source: str, root: str | Path | None) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def parse_row(number: int, default_id: str, values: dict[str, Any], root: Path) -> Row:
+def parse_row(
+    number: int, default_id: str, values: dict[str, Any], root: Path, required: tuple[str, ...] = REQUIRED
+) -> Row:
     """One row of a table whose columns have the names of a dataset file's.
 
     Args:
@@ -122,19 +137,22 @@ def parse_row(number: int, default_id: str, values: dict[str, Any], root: Path) 
         default_id: for a row without one.
         values: column -> cell; other columns are ignored, and empty cells are absent ones.
         root: an absolute folder, which relative paths start from.
+        required: columns that may not be empty.
 
     Raises:
         BadRow: a cell is missing or not what its column holds.
     """
     present = {name: value for name, value in values.items() if not is_absent(value)}
-    for name in REQUIRED:
+    for name in required:
         if name not in present:
-            raise BadRow(f"{name} is missing or empty")
-    edit_image = tuple(resolve_path(value, "edit_image", root) for value in _edit_images(present["edit_image"]))
+            more = ": only training with flow matching (loss=flow) takes text to image" if name == "edit_image" else ""
+            raise BadRow(f"{name} is missing or empty{more}")
+    sources = _edit_images(present["edit_image"]) if "edit_image" in present else []
+    edit_image = tuple(resolve_path(value, "edit_image", root) for value in sources)
     if len(edit_image) > MAX_SOURCES:
         raise BadRow(f"edit_image has {len(edit_image)} images, the model takes at most {MAX_SOURCES}")
     bridge_image = _whole_number(present.get("bridge_image", 0), "bridge_image")
-    if bridge_image not in range(len(edit_image)):
+    if bridge_image not in range(max(1, len(edit_image))):
         raise BadRow(f"bridge_image={bridge_image} but edit_image has {len(edit_image)} image(s), counted from 0")
     return Row(
         number=number,
@@ -149,6 +167,7 @@ def parse_row(number: int, default_id: str, values: dict[str, Any], root: Path) 
         split=plain_text(present.get("split", "train"), "split"),
         tag=plain_text(present.get("tag", ""), "tag"),
         group=plain_text(present.get("group", ""), "group"),
+        weight=_weight(present.get("weight", 1.0)),
     )
 
 
@@ -189,6 +208,17 @@ def _whole_number(value: Any, name: str) -> int:
     if isinstance(value, bool) or not number.is_integer():
         raise BadRow(f"{name} must be a whole number, got {reprlib.repr(value)}")
     return int(number)
+
+
+def _weight(value: Any) -> float:
+    """A number above 0, or the text of one."""
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise BadRow(f"weight must be a number above 0, got {reprlib.repr(value)}")
+    return weight
 
 
 def _edit_images(value: Any) -> list[Any]:

@@ -16,7 +16,12 @@ from pyarrow import parquet
 from data_prep.errors import InputError
 
 REQUIRED = ("prompt", "image", "edit_image")
-COLUMNS = (*REQUIRED, "bridge_image", "ref_gt", "back_mask", "negative_prompt", "split", "tag", "group", "id")
+REQUIRED_OF_ALL = ("prompt", "image")
+"""What a row has that makes a picture from its prompt alone."""
+COLUMNS = (
+    *(*REQUIRED, "bridge_image", "ref_gt", "back_mask"),
+    *("negative_prompt", "split", "tag", "group", "weight", "id"),
+)
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -36,20 +41,24 @@ class CheckColumns(Protocol):
         ...
 
 
-def read_table(source: str) -> Iterator[RawRow]:
+def read_table(source: str, required: tuple[str, ...] = REQUIRED) -> Iterator[RawRow]:
     """Streams the raw rows of a dataset file, folder or hub id.
+
+    Args:
+        source: file, folder or hub id.
+        required: columns that must be there.
 
     Raises:
         InputError: no such dataset, not in its format, or an unknown or missing column.
     """
-    path = Path(source)
+    path, check = Path(source), partial(check_columns, required=required)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, check)
     if path.suffix.lower() in READERS or path.exists():
-        return read_file(path, check_columns)
+        return read_file(path, check)
     if not HUB_ID.fullmatch(source):
         raise InputError(f"there is no dataset at {source}: data.dataset must be a file, a folder or a hub id")
-    return _read_hub(source)
+    return _read_hub(source, check)
 
 
 def read_file(path: Path, check: CheckColumns) -> Iterator[RawRow]:
@@ -137,30 +146,30 @@ def _read_parquet(path: Path, check: CheckColumns) -> Iterator[RawRow]:
         raise InputError(f"{path} is not a Parquet file: {error}") from None
 
 
-def _read_folder(path: Path) -> Iterator[RawRow]:
+def _read_folder(path: Path, check: CheckColumns) -> Iterator[RawRow]:
     import datasets  # here and below: a second that only these two kinds of dataset need
 
     try:
-        return _read_splits(datasets.load_from_disk(str(path)), str(path))
+        return _read_splits(datasets.load_from_disk(str(path)), str(path), check)
     except FileNotFoundError:
         raise InputError(f"the folder {path} was not written by datasets.save_to_disk; name a dataset file") from None
 
 
-def _read_hub(name: str) -> Iterator[RawRow]:
+def _read_hub(name: str, check: CheckColumns) -> Iterator[RawRow]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return _read_splits(datasets.load_dataset(name), name)
+        return _read_splits(datasets.load_dataset(name), name, check)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise InputError(f"there is no file {name}, and the hub gives no dataset of this name: {error}") from None
 
 
-def _read_splits(loaded: Any, name: str) -> Iterator[RawRow]:
+def _read_splits(loaded: Any, name: str, check: CheckColumns) -> Iterator[RawRow]:
     """The rows of every split of a `datasets` dataset; the split's name is the default of the column `split`."""
     splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
     for split, table in splits.items():
-        check_columns(table.column_names, name)
+        check(table.column_names, name, complete=True)
         embedded = [column for column, feature in table.features.items() if not _is_text(feature)]
         if embedded:
             raise InputError(
@@ -199,13 +208,14 @@ def _is_half_zero(start: bytes) -> bool:
     return len(start) > 1 and any(start[::2]) != any(start[1::2])
 
 
-def check_columns(names: list[str], where: str, *, complete: bool = True) -> None:
+def check_columns(names: list[str], where: str, *, complete: bool = True, required: tuple[str, ...] = REQUIRED) -> None:
     """The columns of a dataset file. A misspelt optional one would be ignored without a word, so an unknown one is an error.
 
     Args:
         names: the columns.
         where: the file, for the message.
         complete: whether the required ones must be among them.
+        required: which these are.
 
     Raises:
         InputError: an unknown column, or a required one is missing.
@@ -215,6 +225,7 @@ def check_columns(names: list[str], where: str, *, complete: bool = True) -> Non
             nearest = difflib.get_close_matches(name, COLUMNS, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"rename or remove it (known: {', '.join(COLUMNS)})"
             raise InputError(f"unknown column {name!r} in {where}: {hint}")
-    missing = [name for name in REQUIRED if name not in names]
+    missing = [name for name in required if name not in names]
     if complete and missing:
-        raise InputError(f"{where} has no column {missing[0]!r}: {', '.join(REQUIRED)} are required")
+        more = "; only training with flow matching (loss=flow) takes text to image" if missing == ["edit_image"] else ""
+        raise InputError(f"{where} has no column {missing[0]!r}: {', '.join(required)} are required{more}")

@@ -169,7 +169,7 @@ def join_edits(edits: Sequence[Edit]) -> Edit:
     negatives = [each.negative for each in edits if each.negative]
     whites = [each.sub_noise for each in edits if each.sub_noise is not None]
     return Edit(
-        source_latents=torch.cat([each.source_latents for each in edits]),
+        source_latents=torch.cat([each.source for each in edits]),
         sub_noise=torch.cat(whites) if len(whites) == len(edits) else None,
         condition=join_conditions([each.condition for each in edits]),
         negative=join_conditions(negatives) if len(negatives) == len(edits) else None,

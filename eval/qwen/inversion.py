@@ -104,7 +104,7 @@ class InversionSampler:
         assert keep is None, "no mode inverts a part of a picture"
         if empty is None:
             raise ValueError("an inversion needs the condition with an empty instruction")
-        latents = edit.source_latents.float()
+        latents = edit.source.float()
         walked = self.calls(num_steps) // 2
         down = self.flow.sigmas(num_steps, latents.shape[-2] * latents.shape[-1] // PATCH**2)[-walked - 1 :]
 

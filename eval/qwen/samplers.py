@@ -193,7 +193,7 @@ class FlowSampler:
             ValueError: `num_steps` is not positive.
             InputError: guidance is asked for and the edit has no negative condition.
         """
-        like = edit.source_latents
+        like = edit.source
         noise = generator.normal("noise", like.shape[1:]).to(like.device)
         sigmas = self.sigmas(num_steps, like.shape[-2] * like.shape[-1] // PATCH**2)[-self.calls(num_steps) - 1 :]
         latents = sigmas[0] * noise + (1 - sigmas[0]) * like.float()

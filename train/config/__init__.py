@@ -4,13 +4,21 @@ mistake is answered at once.
 
 from train.config.compose import MOVED, as_given, compose, from_hydra, read_yaml, to_yaml
 from train.config.keys import CONFIGS
-from train.config.sections import DEFAULT_TARGETS, Config, ParallelConfig, TrainConfig, check_whole_blocks
+from train.config.sections import (
+    DEFAULT_TARGETS,
+    Config,
+    DatasetConfig,
+    ParallelConfig,
+    TrainConfig,
+    check_whole_blocks,
+)
 
 __all__ = [
     "CONFIGS",
     "DEFAULT_TARGETS",
     "MOVED",
     "Config",
+    "DatasetConfig",
     "ParallelConfig",
     "TrainConfig",
     "as_given",

@@ -141,11 +141,16 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
             return None
         if type(value) in options:
             return value
+        for option in options:
+            if typing.get_origin(option) is list and isinstance(value, list):
+                return _checked(value, option, key)
+            if is_dataclass(option) and isinstance(value, Mapping):
+                return _build(option, value, f"{key}.")
         if int in options and (words := [w for option in options for w in typing.get_args(option)]):
             if value not in words:
                 raise InputError(f"{key} must be one of {', '.join(words)}, or a whole number, got {value!r}")
             return value
-        if len(plain := [_TYPE_NAMES[option] for option in options if option in _TYPE_NAMES]) > 1:
+        if len(plain := [_named(option) for option in options if option is not type(None)]) > 1 and all(plain):
             raise InputError(f"{key} must be {' or '.join(plain)}, got {value!r}")
         return _checked(value, next(option for option in options if option is not type(None)), key)
     if origin is Literal:
@@ -165,6 +170,13 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
     if type(value) is not hint:
         raise InputError(f"{key} must be {_TYPE_NAMES[hint]}, got {value!r}")
     return value
+
+
+def _named(option: Any) -> str:
+    """A type of a union in words; empty for one that has none."""
+    if typing.get_origin(option) is list or is_dataclass(option):
+        return "a list" if typing.get_origin(option) is list else "a group of keys"
+    return _TYPE_NAMES.get(option, "")
 
 
 _TYPE_NAMES = {int: WORDS["int"], float: WORDS["float"], str: WORDS["str"], bool: WORDS["bool"]}

@@ -95,6 +95,8 @@ def section_keys() -> tuple[Key, ...]:
                 yield from keys(classes[annotation], f"{name}.")
             elif name not in OPEN_GROUPS:
                 yield Key(name, annotation, _default(statement.value), _text(after))
+                for entry in re.findall(r"list\[.*?(\w+Config)\]", annotation):
+                    yield from keys(classes[entry], f"{name}[].")
 
     return tuple(keys(classes["Config"], ""))
 
@@ -172,6 +174,7 @@ def _find_class(module: str, name: str) -> ast.ClassDef | None:
 
 def nearest_key(name: str) -> Key | None:
     """The key that was meant: another trainer's word for it, a similar one of its group, or one that ends alike elsewhere."""
+    name = re.sub(r"\[\d+\]", "[]", name)
     start, _, last = name.rpartition(".")
     keys: dict[str, Key] = {}
     for key in all_keys():
@@ -259,8 +262,8 @@ def _in_words(annotation: str) -> str:
     if match := re.fullmatch(r"Literal\[(.*)\]", annotation):
         return ", ".join(part.strip().strip("'\"") for part in match[1].split(","))
     if match := re.fullmatch(r"list\[(.*)\]", annotation):
-        return f"a list of {_in_words(match[1])}"
-    if annotation.startswith(("dict", "Mapping")):
+        return f"a list of {' or '.join(map(_in_words, _alternatives(match[1])))}"
+    if annotation.startswith(("dict", "Mapping")) or annotation.endswith("Config"):
         return "a group of keys"
     if annotation.startswith(("tuple", "Sequence")):
         return "a list of numbers"

@@ -1,6 +1,7 @@
 """What a configuration holds: plain dataclasses, each checked when it is made."""
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from data_prep.errors import InputError
@@ -33,11 +34,77 @@ class ModelConfig:
 
 
 @dataclass
+class DatasetConfig:
+    """One of several datasets that are trained on together."""
+
+    dataset: str = ""
+    """The dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset."""
+    root: str | None = None
+    """The folder that its paths are relative to; by default `data.root`, or the dataset file's own folder."""
+    weight: float | None = None
+    """What all rows of this dataset together count, in proportion to the other datasets' weights, whatever their sizes. All
+    datasets have a weight, or none."""
+    repeats: float = 1.0
+    """How often each row of this dataset counts, where no dataset has a weight."""
+    resolutions: dict[int, float] = field(default_factory=dict)
+    """The areas at which its rows are cached, in pixels of the largest target, and the share of the draws of each, such as
+    {1048576: 0.7, 262144: 0.3}; by default `data.max_pixels` alone."""
+
+    def __post_init__(self):
+        name = self.dataset
+        require(bool(name), "a dataset of the list data.dataset has no file: add dataset=FILE to it")
+        for key in ("weight", "repeats"):
+            value = getattr(self, key)
+            require(
+                value is None or 0 < value < math.inf, f"data.dataset: {key} of {name} must be above 0, got {value}"
+            )
+        require(
+            self.weight is None or self.repeats == 1,
+            f"data.dataset: {name} has weight={self.weight} and repeats={self.repeats}, which both say how often it is drawn: "
+            "leave one out",
+        )
+        for area, share in self.resolutions.items():
+            require(
+                type(area) is int and area >= 32 * 32,
+                f"data.dataset: the areas in resolutions of {name} must be whole numbers of at least 1024 pixels, got {area}",
+            )
+            require(
+                type(share) in (int, float) and 0 < share < math.inf,
+                f"data.dataset: the share of {area} pixels in resolutions of {name} must be above 0, got {share!r}",
+            )
+
+
+@dataclass
+class AugmentConfig:
+    """Further versions of each training row, made when it is cached."""
+
+    copies: int = 0
+    """Number of further versions of each training row, which are cached and drawn beside it. All versions of a row together
+    are drawn as often as a row without any."""
+    flip: bool = True
+    """Mirror the first version, the third and so on, unless the instruction names sides, turns or writing (in English or
+    Chinese). Pictures with writing in them are mirrored too."""
+    crop: float = 1.0
+    """Smallest share of each side that a version keeps of source, target and mask, in (0, 1]; 1 for no crops. With a mask all
+    of the edit is kept."""
+
+    def __post_init__(self):
+        require(self.copies >= 0, f"data.augment.copies must be 0 or more, got {self.copies}")
+        require(0 < self.crop <= 1, f"data.augment.crop must lie in (0, 1], got {self.crop}")
+        require(
+            self.crop < 1 or self.copies <= int(self.flip),
+            f"data.augment.copies={self.copies} asks for more versions than there are without crops, which is "
+            f"{'one, the mirrored one' if self.flip else 'none'}: set data.augment.crop=0.9, or fewer copies",
+        )
+
+
+@dataclass
 class DataConfig:
     """Rows and their geometry."""
 
-    dataset: str | None = None
-    """The dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset."""
+    dataset: str | list[str | DatasetConfig] | None = None
+    """The dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset; or a list of datasets that are trained on
+    together, each by its name or with the keys of `data.dataset[]`."""
     root: str | None = None
     """The folder that paths in the dataset are relative to; by default the dataset file's own folder."""
     validation: str | None = None
@@ -56,11 +123,26 @@ class DataConfig:
     preserve_prompts: list[str] = field(default_factory=list)
     """Instructions for which `loss.preserve` keeps what the base model does; each row has one of them, in turn. By default the
     empty one."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
+        if isinstance(self.dataset, list):
+            require(len(self.dataset) > 0, "data.dataset is an empty list: name at least one dataset")
+            weights = [each.weight for each in self.datasets]
+            require(
+                None not in weights or not any(weights),
+                "data.dataset gives some datasets a weight and others none: give every one a weight, or use repeats",
+            )
         require(0 <= self.caption_dropout < 1, f"data.caption_dropout must lie in [0, 1), got {self.caption_dropout}")
         for name in ("max_pixels", "vision_pixels"):
             require(getattr(self, name) >= 32 * 32, f"data.{name} must be at least 1024, got {getattr(self, name)}")
+
+    @property
+    def datasets(self) -> list[DatasetConfig]:
+        """All of them, each with its own keys and its folder."""
+        given = self.dataset if isinstance(self.dataset, list) else [self.dataset or ""]
+        each = [one if isinstance(one, DatasetConfig) else DatasetConfig(one) for one in given]
+        return [replace(one, root=one.root or self.root) for one in each]
 
 
 @dataclass

@@ -9,8 +9,9 @@ from data_prep.cache.index import DatasetDigest
 from data_prep.cache.sizes import Bucket, DatasetSizes, cached_sizes, estimated_sizes, num_tokens
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from data_prep.rows.rows import Row, read_rows
+from data_prep.rows.rows import Row
 from train.config import Config
+from train.config.training_rows import configured_rows
 from train.plan.advice import Suggestion, caching_advice, faster_strategy, training_advice
 from train.plan.gpus import GIB, Gpu
 from train.plan.planner import (
@@ -217,10 +218,7 @@ def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
         InputError: the dataset cannot be read, or none of its rows can be used.
     """
     geometry, dropout = geometry_of(config), config.data.caption_dropout > 0
-    assert config.data.dataset is not None
-    rows = [
-        row for row in read_rows(config.data.dataset, config.data.root) if isinstance(row, Row) and row.split == "train"
-    ]
+    rows = [row for row in configured_rows(config) if isinstance(row, Row) and row.split == "train"]
     with contextlib.suppress(InputError):
         return cached_sizes(config.cache.dir, str(DatasetDigest(rows)), geometry=geometry, caption_dropout=dropout)
     vision = model.config("text_encoder").get("vision_config", {})
@@ -274,8 +272,7 @@ def make_plan(
         cache_phase=cache_phase,
         cache_bytes=planner.cache_bytes(config),
         caching_flops=None if data.cached else planner.caching_flops(config),
-        checkpoint_bytes=(planner.num_lora(config) + planner.num_extra(config)) * (planner.dtype.itemsize + FLOAT)
-        + planner.optimizer_bytes(config),
+        checkpoint_bytes=trained * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
         decided=decided,
         group_size=settings.group_size or settings.micro_batch_size,
@@ -333,4 +330,4 @@ def _duration(seconds: float) -> str:
 
 def _describe(bucket: Bucket) -> str:
     images = " + ".join(f"{size} ({num_tokens(size)})" for size in (bucket.target, *bucket.references))
-    return f"{images} + text ({bucket.text_tokens}) = {bucket.length} tokens, {bucket.share:.0%} of the rows"
+    return f"{images} + text ({bucket.text_tokens}) = {bucket.length} tokens, {bucket.share:.0%} of the draws"

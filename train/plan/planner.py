@@ -286,7 +286,8 @@ class Planner:
     def empty_share(self, config: Config) -> float:
         """Of the places of all groups, those that no row fills."""
         group_size = config.train.group_size or config.train.micro_batch_size
-        counts = [max(1, round(bucket.share * self.data.num_rows)) for bucket in self.buckets(config)]
+        drawn = self.data.num_rows * self.data.drawn_per_epoch
+        counts = [max(1, round(bucket.share * drawn)) for bucket in self.buckets(config)]
         return 1 - sum(counts) / (group_size * sum(-(-count // group_size) for count in counts))
 
     def format(self, config: Config, gpu: Gpu) -> Format:

@@ -11,7 +11,7 @@ from data_prep.cache.batches import BatchStream
 from data_prep.cache.order import ORDER_VERSION
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
-from train.config import Config, read_yaml
+from train.config import Config, DatasetConfig, read_yaml
 from train.parallel.processes import Processes
 from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint, read_run
 from train.record.run_files import CHECKPOINTS
@@ -59,12 +59,14 @@ def run_identity(stream: BatchStream) -> dict[str, Any]:
 
 
 def data_identity(reader: CacheReader) -> str:
-    """A hash of the records and their order."""
+    """A hash of the records, their order, and their weights if these are not all the same."""
     digest = hashlib.blake2b(digest_size=8)
     for bucket, indices in sorted(reader.buckets.items()):
         digest.update(f"{bucket}{indices.tolist()}".encode())
     for key in reader.keys:
         digest.update(key.encode())
+    if reader.weights is not None:
+        digest.update(reader.weights.tobytes())
     return digest.hexdigest()
 
 
@@ -88,6 +90,7 @@ def check_settings(config: Config, checkpoint: Path) -> None:
         if _value(before, key, defaults) != _value(now, key, defaults)
         and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
+    changed += _changed_draws(before.get("data.dataset"), now["data.dataset"])
     steps = before["train.num_steps"], config.train.num_steps
     if config.optim.get("schedule") == "cosine" and not config.optim.get("schedule_steps") and steps[0] != steps[1]:
         changed.append(
@@ -107,10 +110,30 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
         InputError: names what differs.
     """
     if "data" in identity and saved.get("data", identity["data"]) != identity["data"]:
-        _refuse(checkpoint, ["the training data was another: its rows, their order or their pictures have changed"])
+        _refuse(
+            checkpoint,
+            ["the training data was another: its rows, their order, their weights or their pictures have changed"],
+        )
     words = {"model": "the model's weights", "global_batch_size": "the global batch", "group_size": "train.group_size"}
     differing = [key for key in words if saved.get(key, identity[key]) != identity[key]]
     _refuse(checkpoint, [f"{words[key]} was {saved[key]} and is {identity[key]}" for key in differing])
+
+
+def _changed_draws(before: Any, now: Any) -> list[str]:
+    """What differs of how often datasets are drawn, and at which areas; their files may have moved."""
+    lists = [
+        [each if isinstance(each, dict) else {} for each in (part if isinstance(part, list) else [part])]
+        for part in (before, now)
+    ]
+    if len(lists[0]) != len(lists[1]):
+        return [f"data.dataset had {len(lists[0])} datasets and has {len(lists[1])}"]
+    defaults = vars(DatasetConfig("dataset"))
+    return [
+        f"data.dataset[{place}].{key} was {_shown(old, key, defaults)} and is {_shown(new, key, defaults)}"
+        for place, (old, new) in enumerate(zip(*lists, strict=True))
+        for key in ("weight", "repeats", "resolutions")
+        if _value(old, key, defaults) != _value(new, key, defaults)
+    ]
 
 
 def _refuse(checkpoint: Path, changed: list[str]) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from data_prep.check.measures.drift import measure_drift
 from data_prep.jobs.items import Item, Result
 from data_prep.model.geometry import Geometry, Size, background_cells, fit_back_mask
-from data_prep.rows.duplicates import image_hash
+from data_prep.rows.duplicates import HASH_BYTES, image_hash
 from data_prep.rows.images import OpenedImage, check_mask_shape, inspect_image, inspect_mask
 from data_prep.rows.rows import Row
 
@@ -65,6 +65,8 @@ class Measure:
             opened.append(inspect_mask(rest[0]))
             mask = opened[-1].image
             check_mask_shape(mask, target, rest[0])
+        if not sources:
+            return Result(self._without_source(wanted["prompt"], target, mask, _conversions(files, opened)))
         source = sources[wanted["bridge_image"]]
         return Result(
             {
@@ -78,6 +80,21 @@ class Measure:
                 "digest": _digest(wanted["prompt"], target, *sources),
             }
         )
+
+    def _without_source(
+        self, prompt: str, target: Image.Image, mask: Image.Image | None, conversions: list[list[str]]
+    ) -> dict[str, Any]:
+        """The same facts of text to image. There is no source to compare with: its hash is that of nothing."""
+        return {
+            "sizes": [[target.height, target.width]],
+            "tokens": self._tokens(prompt),
+            "conversions": conversions,
+            "same": False,
+            "drift": None,
+            "mask": mask and self._mask_facts(mask, target, target),
+            "hashes": [bytes(HASH_BYTES).hex(), image_hash(target).hex()],
+            "digest": _digest(prompt, target),
+        }
 
     def _mask_facts(self, mask: Image.Image, source: Image.Image, target: Image.Image) -> dict[str, Any]:
         cells = background_cells(fit_back_mask(mask, self.geometry.target_size(Size.of(target))))

@@ -116,7 +116,7 @@ def write_json(path: Path, facts: Facts) -> None:
 
 def _with_ids(facts: Facts) -> Iterator[Finding]:
     """The ids of rows found across rows are looked up in the dataset, in which they stand in the same order."""
-    rows = enumerate(read_rows(facts.dataset, facts.root), start=1)
+    rows = enumerate(read_rows(facts.dataset, facts.root, text_to_image=True), start=1)
     number, row = 0, None
     for finding in facts.survey.findings():
         if finding.id is None:

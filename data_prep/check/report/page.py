@@ -80,7 +80,7 @@ def _sample(facts: Facts) -> list[int]:
 
 
 def _find(facts: Facts, wanted: set[int]) -> dict[int, Row | RejectedRow]:
-    return {row.number: row for row in read_rows(facts.dataset, facts.root) if row.number in wanted}
+    return {row.number: row for row in read_rows(facts.dataset, facts.root, text_to_image=True) if row.number in wanted}
 
 
 def _pair(row: Row | RejectedRow) -> Shown:
@@ -103,11 +103,13 @@ def _named(picture: Picture, label: str) -> Picture:
 
 
 def _pictures(row: Row) -> Iterator[Picture]:
-    """Source, target, their difference, and the mask."""
-    source, target = row.edit_image[row.bridge_image], row.image
-    yield _picture("source", source, lambda: open_image(source))
+    """Source, target, their difference, and the mask; what there is of them."""
+    source, target = row.edit_image[row.bridge_image] if row.edit_image else None, row.image
+    if source:
+        yield _picture("source", source, lambda: open_image(source))
     yield _picture("target", target, lambda: open_image(target))
-    yield _picture("difference", target, lambda: _difference(open_image(source), open_image(target)))
+    if source:
+        yield _picture("difference", target, lambda: _difference(open_image(source), open_image(target)))
     if mask := row.back_mask:
         yield _picture("mask", mask, lambda: open_mask(mask))
 

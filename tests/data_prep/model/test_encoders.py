@@ -3,14 +3,16 @@
 import pytest
 import torch
 from diffsynth.models.qwen_image_vae import QwenImageVAE
-from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline, QwenImagePipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from data_prep.errors import BadPrompt
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import (
+    DROPPED_IMAGE_TOKENS,
     DROPPED_TOKENS,
+    IMAGE_SYSTEM,
     PICTURE,
     SYSTEM,
     build_vae,
@@ -105,9 +107,38 @@ def test_vae_decode_passes_gradients(model):
     assert latents.grad.abs().max() > 0
 
 
-def test_template_drops_exactly_its_own_tokens(model):
+@pytest.mark.parametrize(
+    ("system", "dropped"),
+    [(SYSTEM, DROPPED_TOKENS), (IMAGE_SYSTEM, DROPPED_IMAGE_TOKENS)],
+    ids=["edit", "text to image"],
+)
+def test_template_drops_exactly_its_own_tokens(model, system, dropped):
     tokenizer = Qwen2Tokenizer.from_pretrained(model.path / "tokenizer")
-    assert len(tokenizer(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n").input_ids) == DROPPED_TOKENS
+    assert len(tokenizer(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n").input_ids) == dropped
+
+
+@torch.no_grad()
+def test_text_to_image_embedding_equals_diffusers(model, prompt_encoder):
+    parts = QwenImageEditPlusPipeline.from_pretrained(model.path, dtype=torch.float32).components
+    pipeline = QwenImagePipeline(**{name: part for name, part in parts.items() if name != "processor"})
+    for prompt in ("A red cup.", " "):
+        expected, _ = pipeline._get_qwen_prompt_embeds([prompt], "cpu", torch.float32)
+        actual = prompt_encoder.encode(prompt, [])
+        assert actual.shape == expected[0].shape
+        assert (actual - expected[0]).abs().max() < TOLERANCE
+
+
+def test_instructions_with_and_without_images_are_batched_apart(prompt_encoder):
+    """Two of one length, of which the first has an image."""
+    images = pictures((56, 56))
+    long = prompt_encoder.encode("Swap.", images)
+    for words in range(200):
+        alone = prompt_encoder.encode(" a" * words + ".", [])
+        if len(alone) + DROPPED_IMAGE_TOKENS == len(long) + DROPPED_TOKENS:
+            break
+    together = prompt_encoder.encode_batches([("Swap.", images), (" a" * words + ".", [])], batch_size=4)
+    for one, other in zip(together, (long, alone), strict=True):
+        assert (one - other).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -182,9 +213,8 @@ def test_a_batch_of_one_length_is_what_each_instruction_gives(prompt_encoder):
 
 
 def test_number_of_images_is_checked(prompt_encoder):
-    for images in ([], pictures(*[(64, 64)] * 4)):
-        with pytest.raises(ValueError, match="needs 1 to 3 images, got"):
-            prompt_encoder.encode("Swap.", images)
+    with pytest.raises(ValueError, match="takes up to 3 images, got 4"):
+        prompt_encoder.encode("Swap.", pictures(*[(64, 64)] * 4))
 
 
 def test_text_is_upstreams():
