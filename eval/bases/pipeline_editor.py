@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from eval.request.base import BaseEditor
 from eval.request.metadata import AdapterState, adapter_state, describe_adapters
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import EditRequest, EditResult, OnProgress
+from eval.request.request import AdapterUse, EditRequest, EditResult, OnProgress
 from eval.request.sizes import SizeLimits
 from train.record.provenance import versions
 
@@ -74,6 +74,14 @@ class PipelineEditor(BaseEditor):
         check_request(request, result_size(request, self.geometry))
         for use in request.adapters:
             check_adapter(use.path, self.base.name)
+
+    def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
+        """The base's, whatever the adapters."""
+        return self.geometry
+
+    def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
+        """The base's own count."""
+        return (self.base.steps,)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """One call of the pipeline after the other: what a seed gives does not depend on the others."""

@@ -27,7 +27,7 @@ from eval.reports.summary import (
 from eval.scores.fidelity import MAX_PSNR
 from eval.scores.metrics.catalog import METRICS
 from eval.scores.metrics.metric import Metric
-from eval.scores.validation import SOURCE, TARGET
+from eval.scores.row_results import SOURCE, TARGET
 
 THUMBNAIL = 320
 """Longest side of a picture on the page, in pixels."""
@@ -130,7 +130,7 @@ def _cell(method: dict[str, Any], metric: Metric, best: set[str]) -> ScoreCell:
 
 def step_charts(report: Report) -> list[tuple[str, Markup]]:
     """Quality against steps, a chart for each of the main metrics, with the intervals; the source unchanged as a line."""
-    edited = main_methods(report)
+    edited = [method for method in main_methods(report) if method["steps"]]
     counts = sorted({method["steps"] for method in edited})
     charts = []
     for name in (name for name in CHARTED if name in report["metrics"]):

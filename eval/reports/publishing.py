@@ -1,6 +1,9 @@
-"""An adapter goes to the hub: what is uploaded, and what is refused before anything is computed."""
+"""Where a report goes: files, the terminal, a card, W&B and the hub; what would fail there is refused before anything is
+computed."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -12,7 +15,57 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from data_prep.errors import InputError
+from data_prep.files import write_text
+from eval.reports.card import Card, card_adapter, write_card
+from eval.reports.evaluation_page import PictureFile, print_report, write_page
+from eval.reports.summary import Report
+from eval.reports.wandb_table import log_wandb
 from eval.scores.metrics.metric import first_line
+from train.record.loggers import Picture
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What becomes of a report besides its files."""
+
+    card: Card | None = None
+    push_to: str | None = None
+    """OWNER/NAME on the hub."""
+    private: bool = False
+    wandb: str | None = None
+    """Project."""
+
+    def publish(
+        self,
+        report: Report,
+        picture: PictureFile,
+        samples: Mapping[str, Sequence[Picture]],
+        out: Path,
+        rank_by: str = "psnr",
+    ) -> None:
+        """Writes `report.json` and `report.html`, prints the tables, and does the rest.
+
+        Args:
+            picture: finds a row's pictures.
+            samples: rows' pictures by subject, for the card.
+            rank_by: metric that best, median and worst pictures are chosen by.
+
+        Raises:
+            InputError: W&B cannot be reached.
+            SystemExit: the hub did not take the adapter.
+        """
+        write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_page(out / "report.html", report, picture, rank_by)
+        print_report(report)
+        print(out / "report.html")
+        if self.card:
+            print(write_card(self.card, report, samples[card_adapter(report)]))
+        try:
+            if self.push_to and self.card:
+                print(push(self.card.folder, self.card.files, self.push_to, self.private))
+        finally:  # neither server keeps the other from its part
+            if self.wandb:
+                log_wandb(self.wandb, report, picture, out)
 
 
 def check_push(repository: str) -> None:

@@ -18,9 +18,9 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 from eval.reports.chart import line_chart
 from eval.scores.fidelity import MAX_PSNR
-from eval.scores.validation import method_label
+from eval.scores.methods import OBJECTIVES
+from eval.scores.row_results import method_label
 
-OBJECTIVES = {"BridgeSampler": "Latent Bridge Matching", "FlowSampler": "flow matching"}
 METRICS = {
     "psnr": "PSNR",
     "psnr_edited": "PSNR edited",

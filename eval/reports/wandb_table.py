@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.errors import InputError
 from eval.reports.evaluation_page import PictureFile
 from eval.reports.summary import Report, main_methods
-from eval.scores.validation import SOURCE, TARGET
+from eval.scores.row_results import SOURCE, TARGET
 
 TABLE = "evaluation/rows"
 

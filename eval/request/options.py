@@ -1,9 +1,11 @@
 """Options that the commands of `eval/` share, and how the text of an option or a table's cell becomes a value."""
 
+import inspect
 import re
 from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
@@ -11,6 +13,7 @@ import typer
 from data_prep.model.geometry import Size
 from eval.request.placement import OffloadName, WeightsName
 from eval.request.request import AdapterUse, Control, Focus
+from eval.request.sizes import SizeLimits
 from train.record.lookup import find_adapter
 
 CUDA = torch.cuda.is_available()
@@ -53,6 +56,41 @@ def parse_control(text: str) -> Control:
     except ValueError:
         raise ValueError(f"must look like canny:0.8, got {text!r}") from None
     return Control(kind, value)  # type: ignore[arg-type]  # it checks the kind
+
+
+def with_options(*records: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose options are the fields of dataclasses, each declared there once: `Annotated[type, typer.Option(…)]`.
+
+    The function is given one of each, then the options that are its own; who calls it names options.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            bound = signature.bind(**given)
+            bound.apply_defaults()
+            values = bound.arguments
+            made = [record(**{each.name: values.pop(each.name) for each in fields(record)}) for record in records]
+            function(*made, **values)
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[len(records) :]
+        declared = [
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=_default(each), annotation=hints[each.name]
+            )
+            for record in records
+            for hints in [get_type_hints(record, include_extras=True)]
+            for each in fields(record)
+        ]
+        signature = inspect.Signature([each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*declared, *own)])
+        command.__signature__, command.__doc__ = signature, function.__doc__  # type: ignore[attr-defined]
+        command.__name__, command.__module__, command.__annotations__ = function.__name__, function.__module__, {}
+        return command
+
+    return decorate
+
+
+def _default(field: Field[Any]) -> Any:
+    return inspect.Parameter.empty if field.default is MISSING else field.default
 
 
 def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -110,3 +148,54 @@ Compile = Annotated[
 DepthModel = Annotated[
     str | None, typer.Option(help="Folder or hub id, for depth maps.", show_default="$DEPTH_MODEL, or V2-Small")
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A base model, and the sizes of its pictures."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder (as named, or below $MODEL_DIR) or hub id of the base model.", show_default="required"
+        ),
+    ] = None
+    max_pixels: MaxPixels = None
+    vision_pixels: VisionPixels = None
+    depth_model: DepthModel = None
+
+    @property
+    def limits(self) -> SizeLimits:
+        """The sizes.
+
+        Raises:
+            InputError: one is too small.
+        """
+        return SizeLimits(self.max_pixels, self.vision_pixels)
+
+
+@dataclass(frozen=True)
+class PlaceOptions:
+    """The words of a `Placement`; None for what is usual."""
+
+    device: Annotated[str | None, typer.Option(help="Where the models run.", show_default="cuda if there is one")] = (
+        None
+    )
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of the weights.", show_default="bfloat16 on cuda, float32 on cpu")
+    ] = None
+    encoder_device: EncoderDevice = None
+    offload: Offload = "none"
+    weights: Annotated[
+        WeightsName | None,
+        typer.Option(help="Of the transformer's layers: as --dtype, or rounded to fewer bits.", show_default="full"),
+    ] = None
+    gguf: Gguf = None
+    vae_tiling: VaeTiling = False
+    compile: Compile = False
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """All but the device, for `make_placement`."""
+        words = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "device"}
+        return words | {"weights": self.weights or "full"}

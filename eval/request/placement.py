@@ -103,8 +103,8 @@ class Placement:
 
 
 def make_placement(
-    device: str,
-    dtype: str,
+    device: str | None = None,
+    dtype: str | None = None,
     encoder_device: str | None = None,
     offload: OffloadName = "none",
     weights: WeightsName = "full",
@@ -115,12 +115,14 @@ def make_placement(
     """A placement from the words of a command line.
 
     Args:
-        device, encoder_device: `cpu`, `cuda`, `cuda:1`, …
-        dtype: `bfloat16`, `float16` or `float32`.
+        device, encoder_device: `cpu`, `cuda`, `cuda:1`, …; by default a GPU if there is one.
+        dtype: `bfloat16`, `float16` or `float32`; by default bfloat16 on a GPU.
 
     Raises:
         InputError: a word has no meaning, or this machine cannot serve it.
     """
+    has_gpu = torch.cuda.is_available()
+    device, dtype = device or ("cuda" if has_gpu else "cpu"), dtype or ("bfloat16" if has_gpu else "float32")
     if dtype not in DTYPES:
         raise InputError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
     encoders = _device(encoder_device) if encoder_device else None

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import MULTIPLE, Size
+from data_prep.model.geometry import MULTIPLE, Geometry, Size
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
@@ -127,6 +127,10 @@ class EditRequest:
     """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
     aspect: AspectName | None = None
     """The result's shape instead of its size: as many pixels as the source would have."""
+    bridge_image: int = 0
+    """Which of the images an edit begins at, as in a dataset file."""
+    geometry: Geometry | None = None
+    """Sizes of images; by default what suits the base and the first adapter."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -134,6 +138,8 @@ class EditRequest:
         if not 1 <= len(self.images) + len(self.controls) <= MAX_SOURCES or not self.images:
             with_maps = f" and {len(self.controls)} control maps" if self.controls else ""
             raise InputError(f"an edit takes 1 to {MAX_SOURCES} images, got {len(self.images)}{with_maps}")
+        if not 0 <= self.bridge_image < len(self.images):
+            raise InputError(f"bridge_image={self.bridge_image} of {len(self.images)} image(s), counted from 0")
         self._check_numbers()
         self._check_mode()
 
@@ -205,6 +211,8 @@ class EditResult:
     """Everything but the images that is needed to make it again, and what made it; values that JSON knows."""
     maps: Sequence[Image.Image] = field(default=())
     """The control maps that the model was shown."""
+    encoding: float = 0.0
+    """The seconds of it before the first step; 0 where nobody knows."""
 
 
 @dataclass(frozen=True)

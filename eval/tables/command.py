@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from eval.request.metadata import stored_digest
 from eval.request.placement import Placement, make_placement
 from eval.request.sizes import SizeLimits
 from eval.tables.job_files import JobFiles
-from eval.tables.runner import run_jobs
+from eval.tables.outcomes import FAILED, RESULTS, Summary
+from eval.tables.runner import Entry, run_jobs
 from eval.tables.table import check_knobs, read_jobs
 from train.parallel.processes import Processes
 
@@ -55,6 +57,68 @@ class Table:
     ignore_columns: bool
 
 
+@dataclass(frozen=True)
+class Engine:
+    """An editor, and the processes that share its work out: all of them call the same methods."""
+
+    editor: BaseEditor
+    placement: Placement
+    limits: SizeLimits
+    processes: Processes | None
+    window: int
+    """Rows that are handed to the editor at a time."""
+
+    @classmethod
+    def start(cls, base: Base, device: str | None, placed: dict[str, Any], window: int = WINDOW) -> "Engine":
+        """Joins the other processes, if there are any, each on a device of its own; loads nothing.
+
+        Raises:
+            InputError: the model or its placement is wrong.
+        """
+        processes = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if device and torch.device(device).index is not None:
+                raise InputError(f"several processes have a device each: use --device {torch.device(device).type}")
+            processes = Processes.start(device)
+            device = str(processes.device)
+        placement = make_placement(device, **placed)
+        together = window if placement.offload == "model" else 1  # else nothing is moved for a row
+        return cls(base.open(placement), placement, base.limits, processes, together)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that reports."""
+        return self.processes is None or self.processes.is_main
+
+    def edit(self, jobs: Sequence[Entry], out: Path, batch_size: int, fonts: tuple[Path, ...] = ()) -> Summary | None:
+        """Does what is not done yet, says how it went, and leaves the other processes. None on all but the first of them."""
+        numbers = common(self.limits, self.placement)
+        files = JobFiles(lambda request: numbers | self.editor.identity(request), fonts or (DEFAULT_FONT,))
+        summary = run_jobs(jobs, files, self.editor, out, batch_size, self.processes, self.window)
+        if self.processes:
+            self.processes.stop()
+        if not self.is_main:
+            return None
+        done = summary.num_rows - len(summary.failures)
+        print(f"{out / RESULTS}: {done} of {summary.num_rows} rows, {summary.num_edited} edited now")
+        return summary
+
+
+def check_done(summary: Summary, out: Path, on_error: OnErrorName) -> None:
+    """Ends a command some of whose rows have failed.
+
+    Raises:
+        InputError: they were wrong, and that is no reason to go on.
+        typer.Exit: with code 1, the program was.
+    """
+    failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / FAILED} says why"
+    if summary.bugs:
+        print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
+        raise typer.Exit(1)
+    if summary.failures and on_error == "raise":
+        raise InputError(f"{failed}: the same command does those again, and no others")
+
+
 def edit_table(
     table: Table,
     knobs: dict[str, Any],
@@ -81,30 +145,9 @@ def edit_table(
     if not root.is_dir():
         raise InputError(f"--root {root} is not a folder")
     jobs = read_jobs(table.path, root, Photographs(root, names), knobs, table.ignore_columns)
-    processes = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.device(device).index is not None:
-            raise InputError(f"several processes have a device each: use --device {torch.device(device).type}")
-        processes = Processes.start(device)
-        device = str(processes.device)
-    placement = make_placement(device, **placed)
-    editor = base.open(placement)
-    numbers = common(base.limits, placement)
-    files = JobFiles(lambda request: numbers | editor.identity(request), table.fonts or (DEFAULT_FONT,))
-    together = window if placement.offload == "model" else 1  # else nothing is moved for a row
-    summary = run_jobs(jobs, files, editor, out, batch_size, processes, together)
-    if processes:
-        processes.stop()
-        if not processes.is_main:
-            return
-    done = summary.num_rows - len(summary.failures)
-    print(f"{out / 'results.csv'}: {done} of {summary.num_rows} rows, {summary.num_edited} edited now")
-    failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / 'failed.csv'} says why"
-    if summary.bugs:
-        print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
-        raise typer.Exit(1)
-    if summary.failures and on_error == "raise":
-        raise InputError(f"{failed}: the same command does those again, and no others")
+    summary = Engine.start(base, device, placed, window).edit(jobs, out, batch_size, table.fonts)
+    if summary:
+        check_done(summary, out, on_error)
 
 
 def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:

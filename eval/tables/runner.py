@@ -101,10 +101,10 @@ def run_jobs(
         failed |= share
     last = [_last(answer, failed) for answer in answers]
     summary = Summary(len(entries), len(todo) - len(failed), [each.row for each in last if isinstance(each, Failed)])
+    done = [each for each in last if isinstance(each, KeyedJob)]
     if rank == 0:
-        done = [each for each in last if isinstance(each, KeyedJob)]
         write_reports(out, done, summary.failures)
-    return replace(summary, bugs=sum(isinstance(each, Failed) and each.bug for each in last))
+    return replace(summary, bugs=sum(isinstance(each, Failed) and each.bug for each in last), done=done)
 
 
 def _last(answer: KeyedJob | Failed, failed: dict[tuple[str, ...], Failed]) -> KeyedJob | Failed:
@@ -258,7 +258,7 @@ def _halves(groups: list[list[Loaded]]) -> list[list[list[Loaded]]]:
 
 def _write(keyed: KeyedJob, results: list[EditResult], files: JobFiles, out: Path, rank: int) -> None:
     """The times first: a picture that is there is taken for done."""
-    add_seconds(out, rank, keyed.key, [result.seconds for result in results])
+    add_seconds(out, rank, keyed.key, results)
     laid = files.overlay_settings(keyed.job)
     for name, result in zip(keyed.outputs, results, strict=True):
         write_png(replace(result, settings=result.settings | laid), files.sources(keyed.job), out / name)

@@ -29,7 +29,7 @@ COMMANDS = {
     "train/run.py": "train.phases",
     "data_prep/run.py": "data_prep.check.check",
     "eval/edit.py": "eval.qwen.editor",
-    "eval/run.py": "eval.scores.validation",
+    "eval/run.py": "eval.scores.recorder",
     "eval/report.py": "eval.reports.runs_report",
     "eval/app.py": "eval.page.server",
 }

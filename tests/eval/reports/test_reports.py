@@ -1,26 +1,33 @@
 """The evaluation command and the report, through the real commands on the tiny model."""
 
+import csv
 import itertools
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from data_prep.cli import run_command
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry
+from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
 from eval import run
 from eval.reports.chart import MAX_POINTS, line_chart, thin, ticks
 from eval.reports.runs_report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
+from eval.request.provenance import read_png
 from eval.request.request import AdapterUse
+from eval.scores.methods import own_names, run_name
+from eval.scores.splits import chosen_rows
 from tests.adapters import write_adapter
+from tests.caching import write_image
 from tests.commands import run_script
 from tests.tiny_weights import write_clip, write_dino, write_features
 from tests.wandb_log import Written
@@ -196,7 +203,7 @@ EDITED = [f"{name}/steps_{steps}" for name in ("lbm", "flow", "base") for steps 
 
 def test_every_adapter_and_the_base_are_scored_at_every_step_count(scored, measured):
     done, out, _ = scored
-    assert done.stderr.count("4 rows cached (4 encoded now)") == 1  # one cache: all have the same sizes
+    assert "edits/results.csv: 24 of 24 rows, 24 edited now" in done.stdout
     assert {method["name"] for method in measured["methods"]} == {"source", "target", *EDITED}
     assert all(method["seconds_per_edit"] > 0 for method in measured["methods"] if method["adapter"])
     assert [row.keys() for row in measured["per_row"]] == [{"id", "prompt", "scores"}] * 4
@@ -328,7 +335,7 @@ def test_fewer_rows_a_card_and_a_hub_that_is_not_there(tiny_model_dir, tiny_pair
             push_to="me/mine",
             out=tmp_path / "out",
         )
-    assert "2 rows cached (2 encoded now)" in capsys.readouterr().err
+    assert "2 of 2 rows, 2 edited now" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out" / "mine").glob("row-*")} == {"row-0.jpg", "row-1.jpg"}
     assert {path.name for path in (adapter / "samples").iterdir()} == {"row-0.jpg", "row-1.jpg"}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -369,15 +376,91 @@ def test_training_rows_are_scored_only_when_asked_for_and_never_as_an_evaluation
     assert caution in card.text
 
 
+def test_pictures_of_another_tool_are_scored_without_a_model(scored, measured, tiny_pairs, tmp_path, capsys):
+    """Copies of the evaluation's own edits, called as rows or as targets, have its scores; the targets themselves are equal."""
+    rows = json.loads((tiny_pairs / "validation.json").read_text())
+    edits = {line["id"]: scored[1] / "edits" / line["output"] for line in read_csv(scored[1] / "edits" / "results.csv")}
+    made, perfect = tmp_path / "made", tmp_path / "perfect"
+    for folder in (made, perfect):
+        folder.mkdir()
+    for number, row in enumerate(rows):
+        name = row["id"] if number % 2 else Path(row["image"]).stem
+        shutil.copy(edits[f"flow/steps_2/{row['id']}"], made / f"{name}.png")
+        with Image.open(tiny_pairs / row["image"]) as image:
+            fit(image.convert("RGB"), Size(64, 64)).save(perfect / f"{row['id']}.png")
+    wanted = {"pictures": [made, perfect], "dataset": str(tiny_pairs / "validation.json"), "root": str(tiny_pairs)}
+    wanted |= {"metrics": ["psnr", "ssim"], "device": "cpu"}
+    run.score(**wanted, out=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for found, row in zip(report["per_row"], measured["per_row"], strict=True):
+        assert found["scores"]["made"]["psnr"] == row["scores"]["flow/steps_2"]["psnr"]
+        assert found["scores"]["perfect"] == {"psnr": 100.0, "ssim": 1.0} | found["scores"]["perfect"]
+    assert score(report, "made", "psnr") == score(measured, "flow/steps_2", "psnr")
+    assert (report["settings"]["model"], report["settings"]["pictures"]["made"]) == (None, str(made))
+    next(made.iterdir()).unlink()
+    with pytest.raises(InputError, match=r"1 of 4 rows cannot be scored, .*made has no picture called"):
+        run.score(**wanted, out=tmp_path / "out")
+    run.score(**wanted, on_error="skip", out=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["num_rows"] == 3
+
+
+def test_two_folders_stand_in_for_a_dataset(tmp_path):
+    for number, folder in enumerate(("sources", "targets", "made")):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b"):
+            write_image(tmp_path / folder / f"{name}.png", number)
+    folders = {"sources": tmp_path / "sources", "targets": tmp_path / "targets"}
+    run.score(pictures=[tmp_path / "made"], **folders, metrics=["psnr"], device="cpu", out=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    pictures = [
+        np.asarray(Image.open(tmp_path / folder / "a.png").convert("RGB")) / 255 for folder in ("made", "targets")
+    ]
+    expected = -10 * np.log10(np.square(pictures[0] - pictures[1]).mean())
+    assert report["per_row"][0]["scores"]["made"]["psnr"] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="--dataset, or by --sources and --targets"):
+        run.score(pictures=[tmp_path / "made"], sources=tmp_path / "sources", device="cpu", out=tmp_path / "out")
+
+
+def test_an_evaluation_goes_on_where_it_was_and_has_any_sampler(tiny_model_dir, tiny_pairs, tmp_path, capsys):
+    """Two pictures are lost, and those alone are made again, byte for byte; by Lightning's own schedule at 4 steps."""
+    flow = write_adapter(tmp_path / "flow", tiny_model_dir, "flow", SMALL)
+    wanted = {"model": str(tiny_model_dir), "adapter": [AdapterUse(flow)], "sampler": "lightning", "metrics": ["psnr"]}
+    wanted |= {
+        "dataset": str(tiny_pairs / "validation.json"),
+        "root": str(tiny_pairs),
+        "device": "cpu",
+        "batch_size": 2,
+    }
+    run.score(**wanted, out=tmp_path / "out")
+    first = {path: path.read_bytes() for path in (tmp_path / "out/edits").glob("*.png")}
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [method["name"] for method in report["methods"] if method["kind"] == "edit"] == ["flow/steps_4"]
+    assert read_png(next(iter(first)))["sampler"]["shift"] == "lightning"
+    for path in list(first)[:2]:
+        path.unlink()
+    capsys.readouterr()
+    run.score(**wanted, out=tmp_path / "out")
+    assert "4 of 4 rows, 2 edited now" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["per_row"] == report["per_row"]
+    assert {path: path.read_bytes() for path in first} == first
+    with pytest.raises(InputError, match="sampler=bridge needs an adapter that is a bridge"):
+        run.score(**wanted | {"sampler": "bridge"}, out=tmp_path / "out")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_rows_are_chosen_by_the_seed_and_rejected_ones_are_all_reported():
     rows = [Row(n, f"r{n}", "edit", Path("t.png"), (Path("s.png"),)) for n in range(1, 21)]
     bad = RejectedRow(21, "r21", "x.png", "broken")
-    chosen = run.chosen_rows([*rows, bad], 5, seed=0)
+    chosen = chosen_rows([*rows, bad], 5, seed=0)
     assert chosen[-1] == bad
     assert [row.number for row in chosen[:-1]] == sorted({row.number for row in chosen[:-1]})
     assert len(chosen) == 6
-    assert run.chosen_rows([*rows, bad], 5, seed=0) == chosen != run.chosen_rows([*rows, bad], 5, seed=1)
-    assert run.chosen_rows([*rows, bad], None, seed=0) == [*rows, bad]
+    assert chosen_rows([*rows, bad], 5, seed=0) == chosen != chosen_rows([*rows, bad], 5, seed=1)
+    assert chosen_rows([*rows, bad], None, seed=0) == [*rows, bad]
 
 
 @pytest.mark.parametrize(
@@ -400,8 +483,14 @@ def test_counts_are_refused_by_their_own_names_before_anything_is_read(monkeypat
 
 def test_adapters_get_names_of_their_own():
     paths = ["runs/lbm", "other/lbm/checkpoints/step-000004", "runs/cache", "runs/cache-2", "runs/wandb", "runs/base"]
-    named = run.named_adapters([AdapterUse(Path(path)) for path in paths])
-    assert [name for name, _ in named] == ["lbm", "lbm-2", "cache-2", "cache-2-2", "wandb-2", "base-2"]
+    assert list(own_names(run_name(Path(path)) for path in paths)) == [
+        "lbm",
+        "lbm-2",
+        "cache-2",
+        "cache-2-2",
+        "wandb-2",
+        "base-2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,12 @@ class Copies(BaseEditor):
     folder = Path("copies")
     fingerprint = "copies"
 
+    def geometry_for(self, adapters) -> Geometry:
+        return SMALL
+
+    def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
+        return (1,)
+
     def batch_key(self, request: EditRequest) -> Any:
         return request.images[0].size
 
