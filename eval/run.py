@@ -5,8 +5,10 @@
 
     python eval/run.py --pictures others/made --dataset pairs.json --root photos --out runs/scores
 
+    python eval/run.py --runs runs/lbm --runs runs/flow --out runs/compared
+
 The first edits a dataset's rows as a table, continued by the same command; the second scores pictures of any tool, without
-a model. docs/evaluation.md says what is measured and how it is read.
+a model; the third compares the last validations of runs. docs/evaluation.md says what is measured and how it is read.
 """
 
 import sys
@@ -25,9 +27,10 @@ from data_prep.cli import OnErrorName, run_command
 from data_prep.errors import InputError
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
-from eval.reports.card import CardRequest, check_card
-from eval.reports.publishing import Publication, check_push
-from eval.reports.summary import build_report, unmeasured
+from eval.report.card import CardRequest, check_card
+from eval.report.publishing import Publication, check_push
+from eval.report.run_history import compare_runs, read_runs
+from eval.report.summary import build_report, unmeasured
 from eval.request.options import (
     CfgScale,
     ModelOptions,
@@ -286,6 +289,10 @@ def score(
             help="Score these pictures, called as the rows or their targets, without a model; repeatable.",
         ),
     ] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN_DIR", help="Compare the last validations of these runs of train/run.py; repeatable."),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
@@ -294,8 +301,14 @@ def score(
     The ground truth is ref_gt, or image where a row has none; with back_mask also inside and outside. A metric whose weights
     cannot be had is reported as such, and the rest goes on.
     """
-    if bool(pictures) == bool(model.model):
-        raise InputError("name --model, whose edits are scored, or --pictures that are there")
+    if sum(map(bool, (model.model, pictures, runs))) != 1:
+        raise InputError(
+            "name one of --model, whose edits are scored, --pictures that are there, and --runs to compare"
+        )
+    if runs:
+        found = read_runs(runs)
+        Publication().publish(compare_runs(publish.title, found), out, runs=found)
+        return
     publication = publish.check(edit.adapter or [])
     if pictures:
         placement = make_placement(place.device, **place.words)
@@ -332,7 +345,7 @@ def score(
     measured = list(recorder.methods.values())
     missing = unmeasured(battery.chosen, measured, battery.unavailable)
     report = build_report(publish.title, measured, recorder.prompts, missing, settings, seed)
-    publication.publish(report, recorder.picture, recorder.write(methods), out, metrics.rank_by)
+    publication.publish(report, out, recorder.picture, recorder.write(methods), metrics.rank_by)
 
 
 def device_name(device: torch.device) -> str:

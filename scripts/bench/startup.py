@@ -30,7 +30,6 @@ COMMANDS = {
     "data_prep/run.py": "data_prep.check.check",
     "eval/edit.py": "eval.qwen.editor",
     "eval/run.py": "eval.scores.recorder",
-    "eval/report.py": "eval.reports.runs_report",
     "eval/app.py": "eval.page.server",
 }
 """Command -> what it imports to do its work."""

@@ -36,7 +36,7 @@ from eval.page.tabs.runs import (
     summary_html,
 )
 from eval.page.tabs.runs_tab import show_run
-from eval.reports.chart import line_chart
+from eval.report.chart import line_chart
 from eval.request.placement import Placement
 from eval.request.request import AdapterUse, Control, EditRequest, Focus
 from tests.adapters import write_adapter

@@ -8,6 +8,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
 from eval import run
-from eval.reports.chart import MAX_POINTS, line_chart, thin, ticks
-from eval.reports.runs_report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
+from eval.report.chart import MAX_POINTS, line_chart, thin, ticks
+from eval.report.evaluation_page import ScoreCell, prompt_tables, score_tables, write_page
+from eval.report.run_history import RunSummary, compare_runs, read_runs
 from eval.request.provenance import read_png
 from eval.request.request import AdapterUse
 from eval.scores.methods import own_names, run_name
@@ -60,18 +62,21 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def metrics(psnr: float, steps: tuple[int, ...] = (1, 4), sampler: str = "BridgeSampler") -> dict:
-    """What a validation writes, with the same PSNR + n at n steps."""
-    scores = {"source": {"psnr": 20.0, "ssim": 0.5}}
-    scores |= {f"steps_{n}": {"psnr": psnr + n, "ssim": 0.6} for n in steps}
-    return {
-        "num_rows": 2,
-        **scores,
-        "seconds_per_edit": {f"steps_{n}": 0.1 * n for n in steps},
-        "by_prompt": {"<b>one</b>": {"num_rows": 1, **scores}, "two": {"num_rows": 1, **scores}},
-        "per_row": [],
-        "sampler": {"name": sampler},
-    }
+def metrics(psnr: float, steps: tuple[int, ...] = (1, 4), sampler: str = "BridgeSampler", source: float = 20.0) -> dict:
+    """What a validation of eight rows writes, with about the same PSNR + n at n steps; half of them have each instruction."""
+    rows = [
+        {
+            "id": f"r{number}",
+            "prompt": "<b>one</b>" if number < 4 else "two",
+            "source": {"psnr": source + number / 8, "ssim": 0.5},
+            **{f"steps_{n}": {"psnr": psnr + n + number / 8, "ssim": 0.6} for n in steps},
+        }
+        for number in range(8)
+    ]
+    names = ["source", *(f"steps_{n}" for n in steps)]
+    means = {name: {"psnr": fmean(row[name]["psnr"] for row in rows), "ssim": rows[0][name]["ssim"]} for name in names}
+    seconds = {f"steps_{n}": 0.1 * n for n in steps}
+    return {"num_rows": 8, **means, "seconds_per_edit": seconds, "per_row": rows, "sampler": {"name": sampler}}
 
 
 @pytest.fixture
@@ -84,48 +89,61 @@ def runs():
     return [lbm, RunSummary("flow", metrics(19.0, (4, 20), "FlowSampler"), step=400)]
 
 
+def cells_of(report: dict, column: str = "psnr") -> dict[str, ScoreCell]:
+    """A column of the first table, by the methods' labels."""
+    table = score_tables(report)[0]
+    place = [metric.name for metric in table.headings].index(column)
+    return {method["label"]: cells[place] for method, cells in table.rows}
+
+
 def test_a_table_has_the_source_once_and_every_run_at_every_step_count(runs):
-    lines = table_lines(runs)
-    assert [line.label for line in lines] == [
-        SOURCE,
-        *("lbm, 1 step", "lbm, 4 steps"),
-        *("flow, 4 steps", "flow, 20 steps"),
-    ]
-    assert table_columns(lines).keys() == {"psnr", "ssim", "seconds"}
-    cells = dict(table_cells(lines))
-    assert [cell.text for cell in cells[SOURCE]] == ["20.00", "0.500", "–"]
-    assert (cells["lbm, 4 steps"][0].text, cells["lbm, 4 steps"][0].gain) == ("26.00", "+6.00")
-    assert [label for label, row in cells.items() if row[0].best] == ["flow, 20 steps"]  # 39 dB
-    assert [label for label, row in cells.items() if row[2].best] == ["lbm, 1 step"]
+    report = compare_runs("t", runs)
+    cells = cells_of(report)
+    assert list(cells) == ["source unchanged", "lbm, 1 step", "lbm, 4 steps", "flow, 4 steps", "flow, 20 steps"]
+    assert (cells["source unchanged"].text, cells["source unchanged"].gain) == ("20.44", "")
+    assert (cells["lbm, 4 steps"].text, cells["lbm, 4 steps"].gain, cells["lbm, 4 steps"].better) == (
+        "26.44",
+        "+6.00",
+        True,
+    )
+    assert [label for label, cell in cells.items() if cell.best] == ["flow, 20 steps"]  # 39 dB
+    assert [method["seconds_per_edit"] for method in report["methods"][1:]] == pytest.approx([0.1, 0.4, 0.4, 2.0])
+    one, two = prompt_tables(report)
+    assert (one.title, two.title) == ("“<b>one</b>”", "“two”")
+    assert [cells[0].text for _, cells in two.rows][:2] == ["20.69", "23.69"]  # the mean of rows 4 to 7
 
 
 def test_equal_pictures_are_called_equal(runs):
-    runs[0].metrics["source"]["psnr_background"] = 100.0
-    runs[0].metrics["steps_1"]["psnr_background"] = 30.0
-    column = list(table_columns(table_lines(runs[:1]))).index("psnr_background")
-    cells = dict(table_cells(table_lines(runs[:1])))
-    assert cells[SOURCE][column].text == "equal"
-    assert (cells["lbm, 1 step"][column].text, cells["lbm, 1 step"][column].gain) == ("30.00", "")
-    assert cells["lbm, 4 steps"][column].text == "–"
+    for row in runs[0].metrics["per_row"]:
+        row["source"]["psnr_background"], row["steps_1"]["psnr_background"] = 100.0, 30.0
+    cells = {m["label"]: c for m, c in score_tables(compare_runs("t", runs[:1]))[1].rows}
+    assert [cells[name][0].text for name in ("source unchanged", "lbm, 1 step")] == ["equal", "30.00"]
+    assert cells["lbm, 1 step"][0].gain == ""
+    assert "lbm, 4 steps" not in cells
 
 
 def test_another_source_is_shown_again(runs):
-    other = metrics(10.0)
-    other["source"] = {"psnr": 9.0, "ssim": 0.1}
-    lines = table_lines([*runs, RunSummary("other", other)])
-    assert [line.label for line in lines].count(SOURCE) == 2
-    assert dict(table_cells(lines))["other, 1 step"][0].gain == "+2.00"
+    other = RunSummary("other", metrics(10.0, source=9.0))
+    report = compare_runs("t", [*runs, other])
+    assert [each["name"] for each in report["methods"] if each["kind"] == "source"] == ["source", "source-2"]
+    assert cells_of(report)["other, 1 step"].gain == "+2.00"
+
+
+def test_white_is_a_line_of_its_own(runs):
+    for row in runs[0].metrics["per_row"]:
+        row["white/steps_1"] = {"psnr": 15.0}
+    runs[0].metrics["seconds_per_edit"]["white/steps_1"] = 0.1
+    assert cells_of(compare_runs("t", runs[:1]))["lbm, white, 1 step"].text == "15.00"
 
 
 def test_the_page_is_well_formed_escaped_and_loads_nothing(runs, tmp_path):
-    write_report(tmp_path / "report.html", "A & <B>", runs)
+    write_page(tmp_path / "report.html", compare_runs("A & <B>", runs), None, "psnr", runs)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == []
     assert "A &amp; &lt;B&gt;" in text
     assert "“&lt;b&gt;one&lt;/b&gt;”" in text
-    assert page.tags.count("table") == 3  # all instructions, and each of two
-    assert page.tags.count("svg") == 2  # losses, and PSNR over steps
+    assert page.tags.count("svg") == 2 + 2  # losses and PSNR over training, PSNR and SSIM against steps
     assert page.sources == []
     assert "http" not in text
 
@@ -146,7 +164,7 @@ def test_charts_have_round_ticks_and_few_points():
 
 def test_a_folder_without_validation_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no validation/step-"):
-        read_run(tmp_path)
+        read_runs([tmp_path])
 
 
 def test_the_command_reads_the_last_validation_of_each_run(tmp_path):
@@ -157,11 +175,14 @@ def test_the_command_reads_the_last_validation_of_each_run(tmp_path):
             (folder / "metrics.json").write_text(json.dumps(metrics(psnr, sampler=sampler)))
             Image.new("RGB", (8, 8)).save(folder / "grid.png")
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
-    assert read_run(tmp_path / "lbm").step == 400
-    done = run_script("eval/report.py", tmp_path / "lbm", tmp_path / "flow", "--out", tmp_path / "report.html")
-    assert "29.00" in done.stdout  # 25 + 4 steps
+    assert read_runs([tmp_path / "lbm"])[0].step == 400
+    chosen = ("--runs", tmp_path / "lbm", "--runs", tmp_path / "flow")
+    done = run_script("eval/run.py", *chosen, "--out", tmp_path)
+    assert "29.44" in done.stdout  # 25 + 4 steps
+    assert json.loads((tmp_path / "report.json").read_text())["num_rows"] == 8
     page = Page((tmp_path / "report.html").read_text())
-    assert page.tags.count("img") == page.tags.count("svg") == 2
+    assert page.tags.count("img") == 2
+    assert page.tags.count("svg") == 2 + 2
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
 from data_prep.model.directory import HUB_ID
-from eval.reports.evaluation_page import CHARTED, ScoreCell, score_tables
-from eval.reports.summary import Report
+from eval.report.evaluation_page import CHARTED, ScoreCell, score_tables
+from eval.report.summary import Report
 from eval.request.metadata import read_metadata, stored_digest
 from eval.scores.methods import BASE
 from eval.scores.metrics.metric import Metric

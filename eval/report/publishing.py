@@ -16,10 +16,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from data_prep.errors import InputError
 from data_prep.files import write_text
-from eval.reports.card import Card, card_adapter, write_card
-from eval.reports.evaluation_page import PictureFile, print_report, write_page
-from eval.reports.summary import Report
-from eval.reports.wandb_table import log_wandb
+from eval.report.card import Card, card_adapter, write_card
+from eval.report.evaluation_page import PictureFile, print_report, write_page
+from eval.report.run_history import RunSummary
+from eval.report.summary import Report
+from eval.report.wandb_table import log_wandb
 from eval.scores.metrics.metric import first_line
 from train.record.loggers import Picture
 
@@ -38,10 +39,11 @@ class Publication:
     def publish(
         self,
         report: Report,
-        picture: PictureFile,
-        samples: Mapping[str, Sequence[Picture]],
         out: Path,
+        picture: PictureFile | None = None,
+        samples: Mapping[str, Sequence[Picture]] | None = None,
         rank_by: str = "psnr",
+        runs: Sequence[RunSummary] = (),
     ) -> None:
         """Writes `report.json` and `report.html`, prints the tables, and does the rest.
 
@@ -49,22 +51,23 @@ class Publication:
             picture: finds a row's pictures.
             samples: rows' pictures by subject, for the card.
             rank_by: metric that best, median and worst pictures are chosen by.
+            runs: whose training is shown.
 
         Raises:
             InputError: W&B cannot be reached.
             SystemExit: the hub did not take the adapter.
         """
         write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write_page(out / "report.html", report, picture, rank_by)
+        write_page(out / "report.html", report, picture, rank_by, runs)
         print_report(report)
         print(out / "report.html")
-        if self.card:
+        if self.card and samples:
             print(write_card(self.card, report, samples[card_adapter(report)]))
         try:
             if self.push_to and self.card:
                 print(push(self.card.folder, self.card.files, self.push_to, self.private))
         finally:  # neither server keeps the other from its part
-            if self.wandb:
+            if self.wandb and picture:
                 log_wandb(self.wandb, report, picture, out)
 
 
