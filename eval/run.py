@@ -18,37 +18,27 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from data_prep.cli import OnErrorName, run_command
 from data_prep.errors import InputError
-from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
-from eval.report.card import CardRequest, check_card
-from eval.report.publishing import Publication, check_push
-from eval.report.run_history import compare_runs, read_runs
-from eval.report.summary import build_report, unmeasured
-from eval.request.options import (
-    CfgScale,
-    ModelOptions,
-    PlaceOptions,
-    Seed,
-    option,
-    parse_adapter,
-    with_options,
-)
-from eval.request.placement import make_placement
-from eval.request.request import AdapterUse, ModeName, SamplerName
-from eval.scores.methods import Contest, edited_methods, found_methods, rows_of_folders, usable, with_all
-from eval.scores.metrics.catalog import ALL, METRICS, Battery, load_battery
-from eval.scores.metrics.metric import check_names
-from eval.scores.metrics.sources import CLIP, DINO, Places
-from eval.scores.recorder import Recorder
+from eval.request.knobs import AdapterUse
+from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, option, with_options
+from eval.request.request import MAX_STEPS
+from eval.scores.metrics.listed import ALL, METRICS
+from eval.scores.metrics.metric import CLIP, DINO, check_names
 from eval.scores.splits import EVERY, HELD_OUT, ScoredRows, chosen_rows, rows_of_split
-from eval.tables.command import WINDOW, Base, Engine, check_done
+from eval.tables.command import WINDOW, BatchSize, Window
+
+if TYPE_CHECKING:  # with torch, after the command line has been checked
+    from torch import device as Device
+
+    from eval.report.publishing import Publication
+    from eval.scores.methods import Method
+    from eval.scores.metrics.catalog import Battery
 
 EDITS = "edits"
 """Folder of the table that edits are made as, below `--out`."""
@@ -57,8 +47,8 @@ EDITS = "edits"
 def parse_steps(text: str) -> list[int]:
     """`1,2,4`."""
     counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError(f"must look like 1,2,4, each 1 or more, got {text!r}")
+    if not 1 <= min(counts) <= max(counts) <= MAX_STEPS:
+        raise ValueError(f"must look like 1,2,4, each 1 or more and at most {MAX_STEPS}, got {text!r}")
     return counts
 
 
@@ -101,6 +91,8 @@ class RowOptions:
         Raises:
             InputError: there are none, or some cannot be used and that is no reason to go on.
         """
+        from eval.scores.methods import rows_of_folders, usable
+
         if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
             raise InputError("name the ground truth by --dataset, or by --sources and --targets, two folders")
         if self.sources and self.targets:
@@ -127,6 +119,8 @@ class RowOptions:
     @property
     def settings(self) -> dict[str, Any]:
         """For the report."""
+        from data_prep.rows.images import file_digest
+
         dataset = self.dataset or str(self.targets)
         digest = file_digest(dataset) if Path(dataset).is_file() else None
         sources = {"sources": str(self.sources)} if self.sources else {}
@@ -168,13 +162,15 @@ class MetricOptions:
         typer.Option(help="Inception's weights (.pth), or features by torch.export (.pt2).", show_default="no"),
     ] = None
 
-    def battery(self, device: torch.device) -> Battery:
+    def battery(self, device: "Device") -> "Battery":
         """The metrics, loaded.
 
         Raises:
             InputError: there is no such metric, or the one to rank by is not measured.
         """
-        check_names([self.rank_by], list(METRICS))
+        from eval.scores.metrics.catalog import load_battery
+        from eval.scores.metrics.sources import Places
+
         places = Places(self.clip, self.dino, self.torch_hub, self.face, self.fid, device, self.metrics is not None)
         battery = load_battery(self.metrics, places)
         if self.rank_by in battery.unavailable or self.rank_by not in battery.chosen:
@@ -195,7 +191,7 @@ class EditOptions:
     adapter: Annotated[
         list[AdapterUse] | None,
         typer.Option(
-            parser=option(parse_adapter),
+            parser=option(AdapterUse.parse),
             metavar="PATH[:WEIGHT]",
             help="Run, checkpoint or safetensors file; repeatable, each is scored by itself.",
             show_default="the base model",
@@ -211,27 +207,12 @@ class EditOptions:
             show_default="1,2,4 for a bridge, 4,20 for flow",
         ),
     ] = None
-    mode: Annotated[ModeName | None, typer.Option(help="One that needs no mask and no map.", show_default="edit")] = (
-        None
-    )
-    sampler: Annotated[SamplerName | None, typer.Option(show_default="as each adapter was trained")] = None
-    cfg_scale: CfgScale = None
-    strength: Annotated[
-        float | None, typer.Option(help="How far from the source, in modes that have it.", show_default="by the mode")
-    ] = None
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance leads away from.", show_default="the row's")
-    ] = None
-    batch_size: Annotated[int, typer.Option(help="Rows of one size that are sampled together.", min=1)] = 1
-    window: Annotated[
-        int, typer.Option(help="With --offload model, rows that are encoded, then sampled, then decoded.", min=1)
-    ] = WINDOW
+    batch_size: BatchSize = 1
+    window: Window = WINDOW
 
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Fields of `EditRequest`."""
-        names = ("mode", "sampler", "cfg_scale", "strength", "negative_prompt")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+EditKnobs = knob_options("mode", "sampler", "cfg_scale", "strength", "negative_prompt")
+"""Knobs that all edits have: the mode is one that needs no mask and no map."""
 
 
 @dataclass(frozen=True)
@@ -257,25 +238,29 @@ class PublishOptions:
     ] = None
     private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False
 
-    def check(self, adapters: Sequence[AdapterUse]) -> Publication:
+    def check(self, adapters: Sequence[AdapterUse]) -> "Publication":
         """Finds what would prevent it, before anything is computed.
 
         Raises:
             InputError: no adapter, no licence, another's card, or no hub.
         """
-        card = None
-        if self.publish_card or self.push_to:
-            if not adapters:
-                raise InputError("--publish-card and --push describe an adapter: give one with --adapter")
+        card, published = None, self.publish_card or self.push_to
+        if published and not adapters:
+            raise InputError("--publish-card and --push describe an adapter: give one with --adapter")
+        from eval.report.card import CardRequest, check_card
+        from eval.report.publishing import Publication, check_push
+
+        if published:
             card = check_card(CardRequest(adapters[0].path, self.license, self.base_model, self.push_to))
         if self.push_to:
             check_push(self.push_to)
         return Publication(card, self.push_to, self.private, self.wandb)
 
 
-@with_options(EditOptions, RowOptions, MetricOptions, PublishOptions, ModelOptions, PlaceOptions)
+@with_options(EditOptions, EditKnobs, RowOptions, MetricOptions, PublishOptions, ModelOptions, PlaceOptions)
 def score(
     edit: EditOptions,
+    knobs: Any,
     rows: RowOptions,
     metrics: MetricOptions,
     publish: PublishOptions,
@@ -293,7 +278,7 @@ def score(
         list[Path] | None,
         typer.Option(metavar="RUN_DIR", help="Compare the last validations of these runs of train/run.py; repeatable."),
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise, and of the choice of rows.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """Scores adapters, the base model, or pictures that are there on a dataset file's held-out rows, beside the source unchanged.
@@ -305,52 +290,100 @@ def score(
         raise InputError(
             "name one of --model, whose edits are scored, --pictures that are there, and --runs to compare"
         )
+    check_names([metrics.rank_by], list(METRICS))
     if runs:
-        found = read_runs(runs)
-        Publication().publish(compare_runs(publish.title, found), out, runs=found)
+        compare(runs, publish, out)
         return
     publication = publish.check(edit.adapter or [])
     if pictures:
-        placement = make_placement(place.device, **place.words)
-        battery, (scored, caution) = metrics.battery(placement.device), rows.read(seed)
-        methods = found_methods(pictures, scored)
-        own: dict[str, Any] = {
-            "pictures": dict(zip((each.subject for each in methods), map(str, pictures), strict=True))
-        }
+        found = score_pictures(pictures, rows, metrics, place, seed)
     else:
-        base = Base(str(model.model), model.depth_model, model.limits)
-        engine = Engine.start(base, place.device, place.words, edit.window)
-        placement = engine.placement
-        battery = metrics.battery(placement.device) if engine.is_main else None
-        scored, caution = rows.read(seed)
-        contest = Contest(engine.editor, edit.adapter or [], edit.base, edit.knobs, edit.steps or (), seed)
-        summary = engine.edit(contest.jobs(scored), out / EDITS, edit.batch_size)
-        if not summary or not battery:
-            return
-        check_done(summary, out / EDITS, rows.on_error)
-        methods = edited_methods(summary.done, out / EDITS)
-        own = {"model": model.model, "cfg_scale": edit.cfg_scale, "batch_size": edit.batch_size, **contest.settings}
-    recorder = Recorder(battery, out)
-    rows.good([*recorder.measure(rows.good(list(with_all(scored, methods))), methods)])
-    settings = {
-        **{"model": None, "adapters": {}, "cfg_scale": None, "batch_size": None, "sizes": {}, "compile": False},
-        **own,
-        **rows.settings,
-        "caution": caution,
-        "seed": seed,
-        **metrics.settings,
-        **placement.numbers,
-        "device": device_name(placement.device),
-    }
+        found = score_edits(edit, given_knobs(knobs), rows, metrics, model, place, seed, out / EDITS)
+    if found:
+        report(found, rows, metrics, publish, publication, seed, out)
+
+
+def compare(runs: list[Path], publish: PublishOptions, out: Path) -> None:
+    """The last validations of training runs beside each other."""
+    from eval.report.publishing import Publication
+    from eval.report.run_history import compare_runs, read_runs
+
+    found = read_runs(runs)
+    Publication().publish(compare_runs(publish.title, found), out, runs=found)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Pictures that are there, and the rows that they are of."""
+
+    methods: "list[Method]"
+    rows: list[Row]
+    battery: "Battery"
+    settings: dict[str, Any]
+    """How they were made."""
+
+
+def score_pictures(
+    pictures: list[Path], rows: RowOptions, metrics: MetricOptions, place: PlaceOptions, seed: int
+) -> Found:
+    """Those of folders."""
+    from eval.scores.methods import found_methods
+
+    placement = place.place()
+    battery, (wanted, caution) = metrics.battery(placement.device), rows.read(seed)
+    methods = found_methods(pictures, wanted)
+    names = {method.subject: str(folder) for method, folder in zip(methods, pictures, strict=True)}
+    return Found(methods, wanted, battery, {"caution": caution, **placement.shown, "pictures": names})
+
+
+def score_edits(
+    edit: EditOptions,
+    knobs: dict[str, Any],
+    rows: RowOptions,
+    metrics: MetricOptions,
+    model: ModelOptions,
+    place: PlaceOptions,
+    seed: int,
+    folder: Path,
+) -> Found | None:
+    """Those that a table of edits gives; None on other processes than the first."""
+    from eval.scores.methods import Contest, edited_methods
+    from eval.tables.engine import Engine, check_done
+
+    engine = Engine.start(model, place, edit.window)
+    battery = metrics.battery(engine.placement.device) if engine.is_main else None
+    wanted, caution = rows.read(seed)
+    contest = Contest(engine.editor, edit.adapter or [], edit.base, knobs, edit.steps or (), seed)
+    summary = engine.edit(contest.jobs(wanted), folder, edit.batch_size)
+    if not summary or not battery:
+        return None
+    check_done(summary, folder, rows.on_error)
+    own = {"caution": caution, **engine.placement.shown, "model": model.model, "batch_size": edit.batch_size}
+    return Found(edited_methods(summary.done, folder), wanted, battery, {**own, **contest.settings})
+
+
+def report(
+    found: Found,
+    rows: RowOptions,
+    metrics: MetricOptions,
+    publish: PublishOptions,
+    publication: "Publication",
+    seed: int,
+    out: Path,
+) -> None:
+    """Measures the pictures, and publishes what comes out."""
+    from eval.report.summary import build_report, unmeasured
+    from eval.scores.methods import with_all
+    from eval.scores.recorder import Recorder
+
+    recorder = Recorder(found.battery, out)
+    rows.good(recorder.measure(rows.good(list(with_all(found.rows, found.methods))), found.methods))
+    usual = {"model": None, "adapters": {}, "cfg_scale": None, "batch_size": None, "sizes": {}}
+    settings = {**usual, **found.settings, **rows.settings, "seed": seed, **metrics.settings}
     measured = list(recorder.methods.values())
-    missing = unmeasured(battery.chosen, measured, battery.unavailable)
-    report = build_report(publish.title, measured, recorder.prompts, missing, settings, seed)
-    publication.publish(report, out, recorder.picture, recorder.write(methods), metrics.rank_by)
-
-
-def device_name(device: torch.device) -> str:
-    """What people call it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    missing = unmeasured(found.battery.chosen, measured, found.battery.unavailable)
+    made = build_report(publish.title, measured, recorder.prompts, missing, settings, seed)
+    publication.publish(made, out, recorder.picture, recorder.write(found.methods), metrics.rank_by)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from eval.qwen.modes import Plan, check_request, edit_mask, make_plan, result_si
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
+from eval.request.knobs import MODES, AdapterUse, SamplerName
 from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import MASKED, MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress, SamplerName
+from eval.request.request import MASKED, Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.model.denoiser import Denoiser

@@ -12,8 +12,9 @@ from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
 from eval.qwen.inversion import InversionSampler
 from eval.qwen.masks import check_mask, focus_mask, soft_mask
 from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, linear_sigmas, walked_steps
+from eval.request.knobs import Focus, SamplerName
 from eval.request.metadata import trained_bridge, trained_sigmas
-from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest, Focus, SamplerName
+from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest
 
 FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 """As Qwen-Image-Edit is meant to be sampled."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
-from eval.request.request import Abilities, AdapterUse, EditRequest, EditResult, OnProgress
+from eval.request.knobs import AdapterUse
+from eval.request.request import Abilities, EditRequest, EditResult, OnProgress
 
 
 class BaseEditor(ABC):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from train.model.adapter_files import adapter_file
 
 AdapterState = tuple[tuple[Path, int, int, float], ...]

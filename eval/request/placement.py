@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from data_prep.errors import InputError
 from eval.request.metadata import stored_digest
+from eval.request.options import OffloadName, WeightsName
 from train.model.quantize import STORED, Weights, check_weights, has_products
 
-OffloadName = Literal["none", "model", "layer"]
-WeightsName = Literal["full", "int8", "fp8", "nf4"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CPU = torch.device("cpu")
 GGUF_MAGIC = b"GGUF"
@@ -75,6 +74,13 @@ class Placement:
         }
         given = {name: value for name, value in own.items() if value is not None}
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), **given}
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The same for a report, with the device as people call it."""
+        is_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_gpu else str(self.device)
+        return {"compile": False, **self.numbers, "device": name}
 
     @property
     def _in_8_bits(self) -> bool:

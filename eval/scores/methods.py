@@ -15,9 +15,9 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.folders import list_images
 from data_prep.rows.rows import EMPTY_PROMPT, RejectedRow, Row
 from eval.request.base import BaseEditor
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import describe_adapters
 from eval.request.provenance import read_png
-from eval.request.request import AdapterUse
 from eval.tables.job_files import KeyedJob
 from eval.tables.outcomes import RESULTS, read_seconds
 from eval.tables.table import Job
@@ -98,7 +98,7 @@ class Contest:
         return {
             "adapters": {name: describe_adapters(uses)[0] for name, uses in self.subjects.items() if uses},
             "sizes": {name: self.geometry(name).max_pixels for name in self.subjects},
-            **{name: value for name, value in self.knobs.items() if name != "cfg_scale"},
+            **self.knobs,
         }
 
     def geometry(self, subject: str) -> Geometry:
@@ -140,6 +140,8 @@ def usable(row: Row | RejectedRow) -> Row | RejectedRow:
     """The row, or why it cannot be scored, as far as it is seen without decoding a picture."""
     if isinstance(row, RejectedRow):
         return row
+    if not row.edit_image:
+        return RejectedRow(row.number, row.id, str(row.image), "it has no source: there is nothing to edit")
     for path in filter(None, (row.image, row.ref_gt, row.back_mask)):
         if not path.is_file() or (path != row.back_mask and image_size(path) is None):
             return RejectedRow(row.number, row.id, str(path), "there is no such picture, or it cannot be read")

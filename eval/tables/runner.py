@@ -21,6 +21,7 @@ from data_prep.rows.images import RejectedImage
 from data_prep.rows.rows import RejectedRow
 from data_prep.rows.tables import BadRow
 from eval.request.base import BaseEditor
+from eval.request.memory import is_out_of_memory
 from eval.request.provenance import write_png
 from eval.request.request import EditRequest, EditResult
 from eval.tables.job_files import JobFiles, KeyedJob
@@ -32,9 +33,6 @@ READERS = min(4, CORES)
 """Threads that read ahead."""
 WAITING = 4
 """Batches' worth of opened images that may wait for others of their kind."""
-NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
-"""What torch says when the CPU's allocator fails, on Linux and elsewhere, and when pinned memory cannot be had."""
-
 Answer = TypeVar("Answer")
 Entry = Job | RejectedRow
 
@@ -262,13 +260,6 @@ def _write(keyed: KeyedJob, results: list[EditResult], files: JobFiles, out: Pat
     laid = files.overlay_settings(keyed.job)
     for name, result in zip(keyed.outputs, results, strict=True):
         write_png(replace(result, settings=result.settings | laid), files.sources(keyed.job), out / name)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory of the device or of the machine has run out; torch has no exception of its own for the latter."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _attempt(function: Callable[[Any], Answer], argument: Any, job: Job, quiet: bool = False) -> Answer | Failed:

@@ -20,10 +20,10 @@ from eval.qwen.weights.adapters import added_up, put_beside, read_file, remove_a
 from eval.qwen.weights.encoders import PlacedPromptEncoder, PlacedVAE
 from eval.qwen.weights.fusing import FusedAdapters
 from eval.qwen.weights.waiting import WaitingWeights
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import AdapterState, adapter_state
 from eval.request.placement import Placement
 from eval.request.recent import Recent
-from eval.request.request import AdapterUse
 from train.model.adapter_reader import LowRank
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution

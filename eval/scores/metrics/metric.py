@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from data_prep.errors import InputError
 
+if TYPE_CHECKING:  # the list of metrics is part of a help text
+    from torch import Tensor
+
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vitb8"
 Scores = dict[str, float]
 
 
@@ -30,6 +32,8 @@ class Metric:
     unit: str = ""
     digits: int = 3
     """Shown after the point."""
+    family: str = ""
+    """The class that measures it, as `module.Class` of this folder."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,15 @@ class Example:
     """The instruction."""
     method: str
     """`steps_4`, or `source` for the source unchanged."""
-    prediction: Tensor
-    target: Tensor
-    source: Tensor
-    background: Tensor | None = None
+    prediction: "Tensor"
+    target: "Tensor"
+    source: "Tensor"
+    background: "Tensor | None" = None
     """True where the picture must stay as it was, (H, W); None for a row without a mask."""
 
 
 class Family(Protocol):
     """Metrics that share a model, or need none."""
-
-    @property
-    def metrics(self) -> Sequence[Metric]:
-        """What it measures."""
-        ...
 
     def __call__(self, example: Example) -> Scores:
         """The scores by metric's name; without those that have no meaning for this picture."""
@@ -63,11 +62,6 @@ class Family(Protocol):
 
 class SetFamily(Protocol):
     """Metrics of a whole set of pictures."""
-
-    @property
-    def metrics(self) -> Sequence[Metric]:
-        """What it measures."""
-        ...
 
     def add(self, example: Example) -> None:
         """Takes a picture into its method's set."""

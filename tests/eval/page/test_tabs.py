@@ -37,8 +37,9 @@ from eval.page.tabs.runs import (
 )
 from eval.page.tabs.runs_tab import show_run
 from eval.report.chart import line_chart
+from eval.request.knobs import AdapterUse, Control, Focus
 from eval.request.placement import Placement
-from eval.request.request import AdapterUse, Control, EditRequest, Focus
+from eval.request.request import EditRequest
 from tests.adapters import write_adapter
 from tests.children import PATIENCE, wait_until
 from tests.pictures import picture, save

@@ -24,8 +24,8 @@ from eval import run
 from eval.report.chart import MAX_POINTS, line_chart, thin, ticks
 from eval.report.evaluation_page import ScoreCell, prompt_tables, score_tables, write_page
 from eval.report.run_history import RunSummary, compare_runs, read_runs
+from eval.request.knobs import AdapterUse
 from eval.request.provenance import read_png
-from eval.request.request import AdapterUse
 from eval.scores.methods import own_names, run_name
 from eval.scores.splits import chosen_rows
 from tests.adapters import write_adapter
