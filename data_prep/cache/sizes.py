@@ -171,9 +171,14 @@ def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
     target, *references = sizes
     if target is None or None in references:
         return None
-    words = -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
+    words = estimated_tokens(row.prompt)
     sizes = tuple(size for size in references if size)
     return RowSize(target, sizes, text_length(words, sizes, geometry, vision_side), row.bridge_image)
+
+
+def estimated_tokens(text: str) -> int:
+    """Of an instruction, where no tokenizer is at hand."""
+    return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
 def text_length(words: int, references: Iterable[Size], geometry: Geometry, vision_side: int = 28) -> int:
