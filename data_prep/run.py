@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+__import__("data_prep")  # without the environment, it says how to enter it
 
 import typer
 

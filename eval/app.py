@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+__import__("data_prep")  # without the environment, it says how to enter it
 
 import time
 from typing import Annotated

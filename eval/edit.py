@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+__import__("data_prep")  # without the environment, it says how to enter it
 
 import os
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.cli import run_command
-from data_prep.errors import InputError
+from data_prep.errors import InputError, is_out_of_memory
 from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
 from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, with_options
 from eval.request.provenance import numbered, write_png
@@ -97,7 +98,6 @@ def edit_image(
     values: dict[str, Any] = {"prompt": "", **knobs}
     request = EditRequest(images=images, mask=opened, **values)
     from eval.bases.auto import open_model  # torch, after all that
-    from eval.request.memory import is_out_of_memory
 
     editor = open_model(model, place.place())
     editor.check(request)

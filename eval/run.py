@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+__import__("data_prep")  # without the environment, it says how to enter it
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +29,7 @@ from data_prep.rows.rows import RejectedRow, Row
 from eval.request.knobs import AdapterUse
 from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, option, with_options
 from eval.request.request import MAX_STEPS
-from eval.scores.metrics.listed import ALL, METRICS
-from eval.scores.metrics.metric import CLIP, DINO, check_names
+from eval.scores.metrics.metric import ALL, CLIP, DINO, METRICS, check_names
 from eval.scores.splits import EVERY, HELD_OUT, ScoredRows, chosen_rows, rows_of_split
 from eval.tables.command import WINDOW, BatchSize, Window
 

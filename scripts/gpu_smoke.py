@@ -42,6 +42,7 @@ from data_prep.cache.writer import build_cache
 from data_prep.errors import BadPrompt, InputError, exit_codes
 from data_prep.files import write_text
 from data_prep.model.directory import KNOWN, ModelDirectory
+from data_prep.model.encoders import build_text_encoder, build_vae
 from data_prep.model.geometry import LATENT_CELL, Geometry
 from data_prep.rows.rows import read_rows
 from train.config import Config, compose
@@ -85,20 +86,21 @@ def write_model(folder: Path, size: str, num_layers: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class RandomModel(ModelDirectory):
-    """A model directory whose transformer's weights are drawn when they are read."""
+    """A model directory whose weights are drawn when they are read."""
 
     device: torch.device | str = "cpu"
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """Those of the transformer that `config.json` describes."""
+        """Those of the component that `config.json` describes."""
+        build = {"transformer": build_dit, "vae": build_vae, "text_encoder": build_text_encoder}[component]
         with torch.device("meta"):
-            state = build_dit(self.config(component)).state_dict()
+            state = build(self.config(component)).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """Normal with a standard deviation that keeps activations at their size; scales are 1."""
         for name, shape in self.shapes(component).items():
-            fan_in = shape[-1] if len(shape) > 1 else 1
+            fan_in = math.prod(shape[1:])
             drawn = torch.randn(shape, device=self.device) / fan_in**0.5
             yield name, drawn if len(shape) > 1 else torch.full_like(drawn, float(name.endswith("weight")))
 

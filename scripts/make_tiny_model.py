@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+__import__("data_prep")  # without the environment, it says how to enter it
 
 import torch
 from safetensors.torch import save_file

@@ -37,7 +37,7 @@ from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
 from train.record.checkpoint import Checkpoints
 from train.record.loggers import JsonLines, Loggers, Terminal
 from train.record.lookup import find_adapter
-from train.record.run_files import CHECKPOINTS
+from train.record.run_files import CHECKPOINTS, METRICS
 
 
 def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any) -> Any:
@@ -217,7 +217,7 @@ def build_validation(
 def build_loggers(config: Config, first_step: int, record: dict[str, Any], states: dict[str, Any]) -> Loggers:
     """metrics.jsonl, the terminal, and those of the configuration."""
     run_dir = Path(config.run_dir)
-    metrics = run_dir / "metrics.jsonl"
+    metrics = run_dir / METRICS
     context = {
         "run_dir": run_dir,
         "name": config.name,

@@ -28,11 +28,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
+from rich.console import Console
 
 from data_prep.errors import InputError
 from train.config import CONFIGS, Config, as_given, compose, from_hydra
+from train.record.run_summary import as_table
 
 ROOT = CONFIGS.parent
+MOST_COLUMNS = 400
+"""Of the table at the end: a path that is broken into lines cannot be pasted."""
 LONGEST_NAME = 120
 """Characters of a folder's name, of the 255 that file systems take."""
 
@@ -130,7 +134,8 @@ def sweep(overrides: list[str]) -> None:
     swept = [str(each.input_line) for each in parsed.swept]
     trains = any("train" in config.phases for config in jobs.values())
     if parsed.launcher == "basic" or not trains:
-        run_jobs([*settings, *parsed.fixed_lines("run_dir"), *swept])
+        with ending_with_a_table(Path(folder)):
+            run_jobs([*settings, *parsed.fixed_lines("run_dir"), *swept])
         return
     caches = {cache_name(config): job for job, config in reversed(jobs.items()) if "cache" in config.phases}
     for job in caches.values():  # jobs that run at once would encode the same rows
@@ -138,7 +143,19 @@ def sweep(overrides: list[str]) -> None:
             line for line in job if line not in parsed.fixed_lines() or line in parsed.fixed_lines("run_dir", "phases")
         ]
         run_jobs([*settings, *own, "phases=[cache]"])
-    run_jobs([*settings, *parsed.fixed_lines("run_dir", "phases"), *swept, "phases=[train]"])
+    with ending_with_a_table(Path(folder)):
+        run_jobs([*settings, *parsed.fixed_lines("run_dir", "phases"), *swept, "phases=[train]"])
+
+
+@contextmanager
+def ending_with_a_table(folder: Path) -> Iterator[None]:
+    """Prints what the runs of the folder have come to, also where one of them failed."""
+    try:
+        yield
+    finally:
+        table = as_table(sorted(folder.iterdir()) if folder.is_dir() else [])
+        if table.row_count:
+            Console(width=MOST_COLUMNS).print(table)
 
 
 def check_launcher(name: str) -> None:

@@ -229,6 +229,12 @@ def text_encoder_name(stored: str) -> str | None:
     return name if name.startswith(("language_model.", "visual.")) else f"language_model.{name}"
 
 
+def build_text_encoder(config: dict) -> Any:
+    """Qwen2.5-VL without its language head at the sizes of `text_encoder/config.json`, its weights on the meta device."""
+    with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not stored
+        return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(config))
+
+
 def load_prompt_encoder(
     directory: ModelDirectory, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> PromptEncoder:
@@ -237,9 +243,7 @@ def load_prompt_encoder(
     Raises:
         InputError: weights are missing, unexpected or of another shape than the configuration's, or files are missing.
     """
-    config = Qwen2_5_VLConfig.from_dict(directory.config("text_encoder"))
-    with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not stored
-        model: Any = Qwen2_5_VLModel(config)
+    model = build_text_encoder(directory.config("text_encoder"))
     directory.load_into(model, "text_encoder", device, dtype, text_encoder_name)
     try:
         processor = Qwen2VLProcessor.from_pretrained(directory.path / "processor", local_files_only=True)

@@ -10,8 +10,7 @@ from typing import Literal
 
 import gradio as gr
 
-from data_prep.errors import InputError
-from eval.request.memory import is_out_of_memory
+from data_prep.errors import InputError, is_out_of_memory
 from eval.request.request import OnProgress
 
 MAX_WAITING = 64

@@ -26,8 +26,7 @@ from eval.report.summary import (
     tests_of,
 )
 from eval.scores.fidelity import MAX_PSNR, mean_scores
-from eval.scores.metrics.listed import METRICS
-from eval.scores.metrics.metric import Metric
+from eval.scores.metrics.metric import METRICS, Metric
 from eval.scores.row_results import SOURCE, TARGET
 
 THUMBNAIL = 320

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from data_prep.cli import CORES
-from data_prep.errors import InputError
+from data_prep.errors import InputError, is_out_of_memory
 from data_prep.files import make_folder
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
@@ -21,7 +21,6 @@ from data_prep.rows.images import RejectedImage
 from data_prep.rows.rows import RejectedRow
 from data_prep.rows.tables import BadRow
 from eval.request.base import BaseEditor
-from eval.request.memory import is_out_of_memory
 from eval.request.provenance import write_png
 from eval.request.request import EditRequest, EditResult
 from eval.tables.job_files import JobFiles, KeyedJob

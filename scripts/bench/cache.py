@@ -1,6 +1,7 @@
 """Writing and reading a cache, beside DiffSynth's data-process task and `torch.load`; and what a reader holds in memory.
 
     python scripts/bench/cache.py --model models/tiny --json cache.json
+    python scripts/bench/cache.py --only write --random --device cuda --dtype bfloat16 --write-side 1024
     python scripts/bench/cache.py --only read,memory --side 512
     python scripts/bench/cache.py --tiny
 
@@ -46,6 +47,7 @@ from data_prep.model.encoders import LATENT_CHANNELS, build_vae, load_prompt_enc
 from data_prep.model.geometry import LATENT_CELL, Geometry
 from data_prep.rows.rows import Row
 from eval.request.placement import DTYPES, make_placement
+from scripts.bench.edit import make_tiny_model, random_model
 from scripts.bench.report import Report, environment
 
 PARTS = ("write", "read", "memory")
@@ -109,7 +111,10 @@ def make_rows(folder: Path, number: int, side: int) -> list[Row]:
 
 def write(report: Report, options: argparse.Namespace, folder: Path) -> None:
     """Rows of `write`."""
-    model, device = ModelDirectory.resolve(options.model), make_placement(options.device, options.dtype).device
+    device = make_placement(options.device, options.dtype).device
+    model = ModelDirectory.resolve(make_tiny_model(folder / "model") if options.random else options.model)
+    if options.random:
+        model = random_model(model.path, options.device, tiny=options.tiny)
     dtype, side = DTYPES[options.dtype], options.write_side
     encoders = Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
     rows = make_rows(folder / "pictures", options.rows, side)
@@ -287,6 +292,9 @@ def parse_arguments() -> argparse.Namespace:
         "--memory-rows", type=int, default=1_000_000, help="Rows of the dataset of `memory` (default 1000000)."
     )
     parser.add_argument("--repeat", type=int, default=5, help="Timed runs of each (default 5).")
+    parser.add_argument(
+        "--random", action="store_true", help="Random weights of Qwen-Image-Edit-2511's sizes for `write`."
+    )
     parser.add_argument("--tiny", action="store_true", help="Small sizes and one timed run, to see that it works.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="File to write, whole after each row.")
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)

@@ -1,6 +1,7 @@
 """Seconds from a request to its picture: a bridge in a few steps against flow matching with guidance, part by part.
 
     python scripts/bench/edit.py --model Qwen/Qwen-Image-Edit-2511 --device cuda --json edit.json
+    python scripts/bench/edit.py --random --device cuda --json edit.json
     python scripts/bench/edit.py --tiny
 
 Each edit has a picture and an instruction of its own, so that nothing is kept from the one before, but for `the next seed`;
@@ -8,7 +9,8 @@ the median of `--repeat` after one that is not counted. `speed` is the time of 4
 Adapters are random, of rank `--rank` on all modules that training takes by default: times do not depend on their numbers.
 Besides: the adapter's share of a step (none, fused, and beside the weights, as it stands beside quantised ones), a change of
 adapters, read and kept, a table with each part moved once a window, and from the start of `eval/edit.py` to its picture.
-`--tiny` makes the tiny model for it.
+`--random` draws weights of Qwen-Image-Edit-2511's sizes where they are computed with, so that none are needed (and `start`, which
+reads files, is left out); `--tiny` makes the tiny model.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from eval.request.placement import make_placement
 from eval.request.request import EditRequest
 from losses.batch import Condition
 from scripts.bench.report import Report, environment
+from scripts.gpu_smoke import RandomModel, write_model
 from train.config import DEFAULT_TARGETS
 from train.model.adapter import PREFIX, match_modules
 from train.model.adapter_files import WEIGHTS_FILE
@@ -95,7 +98,7 @@ class Bench:
             ("bridge, 4 steps", "a", 4),
             ("bridge, 1 step", "a", 1),
         ]:
-            editor.edit(self.request(adapter, steps))
+            editor.edit(self.request(adapter, min(steps, 4)))
             found = []
             for _ in range(self.options.repeat):
                 editor.edit(self.request(adapter, steps))
@@ -202,16 +205,30 @@ def median(repeat: int, device: torch.device, work: Callable[[], Any]) -> float:
     return statistics.median(timed(device, work) for _ in range(repeat))
 
 
+def make_tiny_model(folder: Path) -> str:
+    """The tiny model's directory."""
+    command = [sys.executable, "scripts/make_tiny_model.py", "--out", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return str(folder)
+
+
+def random_model(folder: Path, device: str, tiny: bool = False) -> RandomModel:
+    """The real sizes, or the tiny ones, in a tiny model's folder, whose tokenizer is the real one."""
+    write_model(folder, "tiny" if tiny else "full")
+    return RandomModel(folder, device)
+
+
 def main(options: argparse.Namespace) -> None:
     """Prints a row for each measurement."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.tiny:
-            command = [sys.executable, "scripts/make_tiny_model.py", "--out", str(folder / "model")]
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            options.model = str(folder / "model")
+        if options.tiny or options.random:
+            options.model = make_tiny_model(folder / "model")
+        model = ModelDirectory.resolve(find_model(options.model))
+        if options.random:
+            model = random_model(model.path, options.device, tiny=options.tiny)
         report = Report(COLUMNS, options.json, environment(options.device))
-        bench = Bench(options, ModelDirectory.resolve(find_model(options.model)), folder)
+        bench = Bench(options, model, folder)
         for part in options.only:
             getattr(bench, part)(report)
             bench.close()
@@ -230,16 +247,17 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's block")
+    parser.add_argument("--random", action="store_true", help="random weights of Qwen-Image-Edit-2511's sizes")
     parser.add_argument("--tiny", action="store_true", help="the tiny model, small pictures and adapters")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
     options = parser.parse_args(words)
     if options.tiny:
         options.size, options.rank = 64, 4
-    options.only = options.only.split(",")
+    options.only = [part for part in options.only.split(",") if part != "start" or not options.random]
     if unknown := set(options.only) - set(PARTS):
         raise InputError(f"--only knows {', '.join(PARTS)}, got {unknown.pop()}")
-    if not options.tiny and not options.model:
-        raise InputError("--model is missing: name the base model's folder or hub id, or give --tiny")
+    if not (options.tiny or options.random or options.model):
+        raise InputError("--model is missing: name the base model's folder or hub id, or give --random or --tiny")
     return options
 
 

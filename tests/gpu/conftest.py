@@ -1,5 +1,9 @@
 """Float32 that is float32 on every device."""
 
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its processes would outlive the tests
+
 import pytest
 import torch
 

@@ -135,6 +135,12 @@ def test_a_sweep_runs_every_job_and_continues(workspace):
     done = run_sweep(workspace, *arguments, "adapter.rank=2,4,6", **names)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("has its 1 steps: nothing to train") == 2
+    head, *table = done.stdout.splitlines()[-4:]
+    assert head.split() == ["run", "steps", "loss", "best", "adapter"]
+    for rank, line in zip((2, 4, 6), table, strict=True):
+        name, steps, _, path = line.split(maxsplit=3)
+        assert (name, steps) == (f"adapter.rank={rank}", "1")
+        assert (workspace / path / "adapter_model.safetensors").is_file()
     assert (folder / "adapter.rank=6/checkpoints/step-000001").is_dir()
 
 

@@ -9,7 +9,9 @@ gradient of its output; elsewhere, and for nf4, one layer's weight at a time is 
 keeps nothing but the stored weight.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -30,8 +32,8 @@ UNITS = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
 """CUDA's first compute capability whose matrix units multiply it."""
 NF4_BLOCK = 64
 """Weights that share a scale, in the order of memory."""
-SUMS_BYTES = 64 * 2**20
-"""Of 8-bit products' sums, that are there at a time: some rows of int8's 32-bit ones, or of a gradient that is added."""
+SUMS_BYTES = 256 * 2**20
+"""Of 8-bit products' sums, that are there at a time: all of a picture of one megapixel."""
 FEWEST_ROWS = 17
 """`torch._int_mm` takes no fewer on CUDA."""
 UNIT_SIZE = 16
@@ -222,9 +224,7 @@ def product(
         out: (tokens, out).
     """
     if rounded is not None:
-        scaled_product(rounded, weight, scale, out)
-        if bias is not None:
-            out.add_(bias)
+        scaled_product(rounded, weight, scale, out, bias)
         return
     plain = widened(weight, scale, x.dtype)
     if bias is None:
@@ -247,51 +247,85 @@ def product_backward(
     """
     if rounded is not None:
         # The units read both factors along the summed dimension: 8 bits a weight are copied, and let go again.
-        scaled_product(rounded, weight.t().contiguous(), None, out, add)
+        scaled_product(rounded, turned(weight), None, out, add=add)
     elif add:
         out.addmm_(gradient, widened(weight, scale, gradient.dtype))
     else:
         torch.mm(gradient, widened(weight, scale, gradient.dtype), out=out)
 
 
-def scaled_product(a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor, add: bool = False) -> None:
-    """out = a @ (scale * b)', by the units for 8 bits.
+def scaled_product(
+    a: Rounded, b: Tensor, scale: Tensor | None, out: Tensor, bias: Tensor | None = None, add: bool = False
+) -> None:
+    """out = a @ (scale * b)' + bias, by the units for 8 bits.
+
+    All of a is multiplied without its scales, which the sums are multiplied by afterwards: units that take a scale for each
+    row are those of few GPUs, and cuBLAS refuses some numbers of rows there (pytorch/ao#4582).
 
     Args:
         a: (rows, n).
         b: (columns, n), its rows one after the other in memory.
         scale: of each row of b, (columns,); None for 1, as of gradients.
-        out: (rows, columns).
-        add: out += that, without a scale.
+        out: (rows, columns), contiguous.
+        bias: (columns,), or None for 0.
+        add: out += that.
     """
-    assert scale is None or not add, "outputs are written, gradients may be added"
     values, row_scale = a
+    sums_type = torch.int32 if b.dtype == torch.int8 else out.dtype
+    step = max(FEWEST_ROWS, SUMS_BYTES // (sums_type.itemsize * len(b)))
+    finish = _finish(out.device)
+    for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
+        finish(_sums(rows, b, out.dtype, fast=not add), factors, scale, bias, target, add)
+
+
+def _sums(rows: Tensor, b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """rows @ b', of int8 in int32, of fp8 in `dtype`.
+
+    Args:
+        fast: fp8 is summed up in Hopper's faster registers, as torchao does it with outputs.
+    """
     if b.dtype == torch.int8:
-        _scaled_int8(values, row_scale, b, scale, out, add)
-        return
-    columns = row_scale.new_ones(1, len(b)) if scale is None else scale[None]
-    # Outputs are summed up in Hopper's faster registers, as torchao does it, and gradients in full.
-    options: dict[str, Any] = {"scale_b": columns, "out_dtype": out.dtype, "use_fast_accum": scale is not None}
-    if not add:
-        torch._scaled_mm(values, b.t(), scale_a=row_scale, **options, out=out)  # pyright: ignore
-        return
-    step = max(1, SUMS_BYTES // (out.itemsize * len(b)))
-    for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
-        target.add_(torch._scaled_mm(rows, b.t(), scale_a=factors, **options))  # pyright: ignore
-
-
-def _scaled_int8(values: Tensor, row_scale: Tensor, b: Tensor, scale: Tensor | None, out: Tensor, add: bool) -> None:
-    """Some rows at a time, because their sums have twice as many bytes as the numbers, and are there as int32 and float32."""
-    step = max(FEWEST_ROWS, SUMS_BYTES // (4 * len(b)))
-    for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
         missing = FEWEST_ROWS - len(rows)
         padded = F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows  # padding by nothing would copy
-        sums = torch._int_mm(padded, b.t())[: len(rows)] * factors  # pyright: ignore
-        if add:
-            target.add_(sums)
-        else:
-            torch.mul(sums, 1 if scale is None else scale, out=target)
-        del sums  # before the next ones are made
+        return torch._int_mm(padded, b.t())[: len(rows)]  # pyright: ignore
+    one = _one(rows.device)
+    return torch._scaled_mm(rows, b.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=fast)  # pyright: ignore
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+@functools.cache
+def _finish(device: torch.device) -> Callable[..., None]:
+    """What multiplies sums by their scales."""
+    if device.type == "cuda" and find_spec("triton"):
+        from train.model.kernels import scale_sums  # Triton comes with PyTorch for GPUs
+
+        return scale_sums
+    return _scale_sums
+
+
+def _scale_sums(
+    sums: Tensor, row_scale: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, add: bool
+) -> None:
+    """As `train.model.kernels.scale_sums`, operation by operation."""
+    numbers = sums * row_scale
+    if scale is not None:
+        numbers *= scale
+    if bias is not None:
+        numbers += bias
+    out.copy_(numbers.add_(out) if add else numbers)
+
+
+def turned(weight: Tensor) -> Tensor:
+    """A stored weight of 8 bits (out, in) -> (in, out), contiguous."""
+    if weight.is_cuda and find_spec("triton"):
+        from train.model import kernels
+
+        return kernels.turned(weight)
+    return weight.t().contiguous()
 
 
 @torch.library.custom_op("qwen_edit::quantized_linear", mutates_args=())

@@ -61,8 +61,7 @@ class Format(NamedTuple):
             return layer.numel * self.itemsize
         int8, rows, wider = self.weights == "int8", layer.tokens * batch_size, max(layer.inputs, layer.outputs)
         floats = 0 if self.compiled else 4 * (3 if int8 else 2)  # scaled, divided and rounded one after the other
-        # int8: as int32 and as float32; fp8: of a gradient that is added to another
-        sums = 2 * min(SUMS_BYTES, 4 * rows * wider) if int8 else min(SUMS_BYTES, self.itemsize * rows * layer.inputs)
+        sums = min(SUMS_BYTES, (4 if int8 else self.itemsize) * rows * wider)
         return rows * wider * (1 + floats) + layer.numel + sums
 
     def traffic_bytes(self, layer: Layer, batch_size: int, passes: float) -> float:
@@ -76,8 +75,7 @@ class Format(NamedTuple):
         if not self.in_8_bits(layer):  # read, written wide, and read again
             return passes * (self.stored_bytes(layer) + self.itemsize * layer.numel)
         rows, round_one = layer.tokens * batch_size, 2 * self.itemsize + 1  # read for the largest, read, and written
-        # int32 sums are written, scaled in two passes and copied; a gradient of fp8 is written, and added in another pass
-        finish, add = (24, 24) if self.weights == "int8" else (0, 2 * self.itemsize)
+        finish = 2 * (4 if self.weights == "int8" else self.itemsize)  # sums are written, and read to be scaled
         forward = rows * (round_one * layer.inputs + finish * layer.outputs)
-        backward = rows * (round_one * layer.outputs + add * layer.inputs) + 2 * layer.numel
+        backward = rows * (round_one * layer.outputs + finish * layer.inputs) + 2 * layer.numel
         return (passes - 1) * forward + backward

@@ -23,11 +23,11 @@ from data_prep.errors import InputError
 from data_prep.files import sync, write_text
 from train.model.adapter import Adapter
 from train.optim import Optimizer, optimizer_state, restore_optimizer_state
-from train.record.run_files import LATEST
-from train.record.run_summary import is_better
+from train.record.run_files import BEST, LATEST
+from train.record.run_summary import best_checkpoint, is_better
 
 LORA, OPTIMIZER = "training_lora.safetensors", "optimizer.safetensors"
-STATE, CONFIG, BEST = "state.json", "config.yaml", "best.json"
+STATE, CONFIG = "state.json", "config.yaml"
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Checkpoints:
 
     def best(self) -> dict[str, Any] | None:
         """`step`, `name` and `value` of the checkpoint that validated best."""
-        return json.loads((self.folder / BEST).read_text()) if (self.folder / BEST).exists() else None
+        return best_checkpoint(self.folder)
 
     def _write(self, folder: Path, step: int, adapter: Adapter, optimizer: Optimizer, run: dict[str, Any]) -> None:
         with optimizer.averaged():

@@ -2,7 +2,13 @@
 
 import json
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from train.record.run_files import BEST, CHECKPOINTS, METRICS
 
 RECENT = 100
 """Steps that a final loss is the mean of: a single step's is mostly the noise of its sigmas."""
@@ -41,6 +47,34 @@ def summarise(metrics: Path) -> dict[str, float]:
                         best |= {f"best/{name}": value, f"best/{name}_step": step}
     means = {name: sum(values) / len(values) for name, values in recent.items()}
     return totals | means | last | best
+
+
+def as_table(run_dirs: Sequence[Path]) -> Table:
+    """Runs below each other: steps, final loss, and the best checkpoint with its number; the best run first.
+
+    Args:
+        run_dirs: those that have trained nothing are left out.
+    """
+    table = Table("run", "steps", "loss", "best", "adapter", box=None, pad_edge=False, header_style=None)
+    found = [(folder, summarise(folder / METRICS)) for folder in run_dirs if (folder / METRICS).is_file()]
+    judged = {folder: best_checkpoint(folder / CHECKPOINTS) for folder, _ in found}
+
+    def place(run: tuple[Path, dict[str, float]]) -> tuple[str, float]:
+        best = judged[run[0]]
+        return (best["name"], -best["value"] if _rises(best["name"]) else best["value"]) if best else ("~", 0)
+
+    for folder, numbers in sorted(found, key=place):
+        best, steps = judged[folder], f"{numbers.get('final/step', 0):.0f}"
+        shown = f"{best['value']:.4g} {best['name']} at step {best['step']}" if best else ""
+        newest = (best or {"step": int(steps)})["step"]
+        loss = f"{numbers['final/loss']:.4g}" if "final/loss" in numbers else ""
+        table.add_row(folder.name, steps, loss, shown, f"{folder / CHECKPOINTS}/step-{newest:06d}")
+    return table
+
+
+def best_checkpoint(checkpoints: Path) -> dict[str, Any] | None:
+    """`step`, `name` and `value` of the checkpoint that validated best, from a run's folder of checkpoints."""
+    return json.loads((checkpoints / BEST).read_text()) if (checkpoints / BEST).exists() else None
 
 
 def _add(totals: dict[str, float], name: str, value: float) -> None:

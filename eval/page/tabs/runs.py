@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from data_prep.errors import InputError
 from eval.report.evaluation_page import score_cell
 from eval.report.run_history import RunSummary, curves
-from eval.scores.metrics.listed import METRICS
+from eval.scores.metrics.metric import METRICS
 from eval.scores.recorder import label
 from eval.scores.row_results import SOURCE
 

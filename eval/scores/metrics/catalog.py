@@ -5,8 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.scores.metrics.listed import ALL, CAPTION, METRICS
-from eval.scores.metrics.metric import Example, Family, Scores, SetFamily, Unavailable, check_names
+from eval.scores.metrics.metric import (
+    ALL,
+    CAPTION,
+    METRICS,
+    Example,
+    Family,
+    Scores,
+    SetFamily,
+    Unavailable,
+    check_names,
+)
 from eval.scores.metrics.sources import Places
 
 WITHOUT_WEIGHTS = ("pixels.Pixels", "registration.Registration")

@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from eval.scores.metrics.features import Features, cosine
-from eval.scores.metrics.listed import NEUTRAL
-from eval.scores.metrics.metric import Example, Scores
+from eval.scores.metrics.metric import NEUTRAL, Example, Scores
 from eval.scores.metrics.sources import Places
 
 

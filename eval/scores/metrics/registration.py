@@ -9,8 +9,7 @@ from torch import Tensor
 
 from data_prep.check.measures.drift import Drift, measure_drift
 from data_prep.model.geometry import to_image
-from eval.scores.metrics.listed import SHIFT, ZOOM
-from eval.scores.metrics.metric import Example, Scores
+from eval.scores.metrics.metric import SHIFT, ZOOM, Example, Scores
 
 
 class Registration:

@@ -6,7 +6,7 @@ import pytest
 from eval.report.evaluation_page import unmeasured_groups
 from eval.report.summary import best_methods, build_report, ranked_rows, unmeasured
 from eval.scores.intervals import compare_methods, holm, mean_interval, paired_p
-from eval.scores.metrics.listed import METRICS
+from eval.scores.metrics.metric import METRICS
 from eval.scores.recorder import Measured, label
 
 

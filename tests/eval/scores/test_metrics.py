@@ -25,8 +25,7 @@ from eval.scores.metrics.clip import Clip
 from eval.scores.metrics.dino import Dino
 from eval.scores.metrics.fid import Fid
 from eval.scores.metrics.identity import Identity
-from eval.scores.metrics.listed import METRICS, NEUTRAL
-from eval.scores.metrics.metric import Example, Unavailable
+from eval.scores.metrics.metric import METRICS, NEUTRAL, Example, Unavailable
 from eval.scores.metrics.perceptual import Dists, Lpips, LpipsPie
 from eval.scores.metrics.pixels import Pixels
 from eval.scores.metrics.registration import Registration
