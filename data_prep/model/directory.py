@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data_prep.errors import InputError
-from data_prep.model.hub import HUB_ID, fetch
+from data_prep.model.hub_files import HUB_ID, fetch
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "processor")
 KNOWN = {f"Qwen/{folder.name}": folder for folder in (Path(__file__).parent / "known").iterdir()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
-from data_prep.model.hub import fetch
+from data_prep.model.hub_files import fetch
 from eval.request.base import BaseEditor
 from eval.request.lookup import find_model
 from eval.request.options import ModelOptions

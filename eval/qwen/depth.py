@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
 
 from data_prep.errors import InputError
-from data_prep.model.hub import fetch
+from data_prep.model.hub_files import fetch
 from data_prep.rows.images import file_digest
 from eval.request.lookup import find_model
 

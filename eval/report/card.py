@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
-from data_prep.model.hub import HUB_ID
+from data_prep.model.hub_files import HUB_ID
 from eval.report.evaluation_page import CHARTED, ScoreCell, score_tables
 from eval.report.summary import Report
 from eval.request.metadata import read_metadata, stored_digest

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
-from data_prep.model.hub import NotCached, fetch
+from data_prep.model.hub_files import NotCached, fetch
 from eval.scores.metrics.metric import CLIP, DINO, Unavailable, first_line
 
 FILES = ["*.json", "*.txt", "*.safetensors"]
