@@ -155,7 +155,7 @@ def test_a_form_makes_the_picture_that_its_request_makes(form, studio, tmp_path,
         ({"shape": EXACT}, "give the width and the height"),
         ({"shape": EXACT, "width": 33, "height": 32}, "multiples of 32, got 33x32"),
         ({"seed": -4}, r"seed must be in \[0, "),
-        ({"steps": -1}, "steps must be positive"),
+        ({"steps": -1}, r"steps must be in \[1, 1000\], got -1"),
         ({"adapter": "../../etc"}, r"the adapter \.\./\.\./etc is not there any more"),
     ],
 )
