@@ -1,5 +1,6 @@
 """What a loss and a sampler are given: latents and their condition, for several records of one bucket."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -7,19 +8,61 @@ import torch
 from torch import Tensor
 
 
-def _move(value, device: torch.device | str | None, dtype: torch.dtype | None):
-    """Tensors to `device`, floating ones also to `dtype`; through lists and nested records; the rest as it is."""
+def _move(value, device: torch.device | str | None, dtype: torch.dtype | None, moved: dict[int, Tensor]):
+    """Tensors to `device`, floating ones also to `dtype`; through lists and nested records; the rest as it is.
+
+    Args:
+        moved: by the identity of the original, those that are there already.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device, dtype if value.is_floating_point() else None)
+        return moved[id(value)]
     if isinstance(value, list):
-        return [_move(item, device, dtype) for item in value]
-    return value.to(device, dtype) if isinstance(value, _Record) else value
+        return [_move(item, device, dtype, moved) for item in value]
+    return value._moved(device, dtype, moved) if isinstance(value, _Record) else value
 
 
 class _Record:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """A copy on `device`, its floating tensors in `dtype`."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device, dtype) for f in fields(self)})  # type: ignore[type-var]
+        """A copy on `device`, its floating tensors in `dtype`. A tensor that is in several places is moved once."""
+        return self._moved(device, dtype, {})
+
+    def _moved(self, device: torch.device | str | None, dtype: torch.dtype | None, moved: dict[int, Tensor]) -> Self:
+        return replace(self, **{f.name: _move(getattr(self, f.name), device, dtype, moved) for f in fields(self)})  # type: ignore[type-var]
+
+
+@dataclass
+class Scene(_Record):
+    """The places of a picture, for modules beside the transformer (`train.model.extra.ExtraModule`).
+
+    Attributes:
+        source_latents: the start image at the target's size, (B, 16, h, w); zeros where there is none.
+        sub_noise: latents of pure white at that size, (B, 16, h, w); None where an edit does without.
+        mask: 1 where the background must stay, 0 where the edit is, (B, 1, h, w); None without masks, which is as all 0.
+    """
+
+    source_latents: Tensor
+    sub_noise: Tensor | None = None
+    mask: Tensor | None = None
+
+    def take(self, places: Tensor) -> "Scene":
+        """Of the samples at these places of the batch, (B',)."""
+        white, mask = (None if each is None else each[places] for each in (self.sub_noise, self.mask))
+        return Scene(self.source_latents[places], white, mask)
+
+
+def join_scenes(scenes: Sequence[Scene]) -> Scene | None:
+    """Scenes of one size as one, B = the sum of theirs; None of none. White is there when all of them have it."""
+    if not scenes:
+        return None
+    whites = [each.sub_noise for each in scenes if each.sub_noise is not None]
+    masks = [torch.zeros_like(each.source_latents[:, :1]) if each.mask is None else each.mask for each in scenes]
+    return Scene(
+        torch.cat([each.source_latents for each in scenes]),
+        torch.cat(whites) if len(whites) == len(scenes) else None,
+        torch.cat(masks) if any(each.mask is not None for each in scenes) else None,
+    )
 
 
 @dataclass
@@ -30,16 +73,19 @@ class Condition(_Record):
         prompt_emb: hidden states of instruction and images, right-padded, (B, L, D).
         prompt_emb_mask: True for real tokens, (B, L).
         edit_latents: normalised VAE latents of the references, each (B, 16, h_i, w_i).
+        scene: what modules beside the transformer see; the transformer does not.
     """
 
     prompt_emb: Tensor
     prompt_emb_mask: Tensor
     edit_latents: list[Tensor]
+    scene: Scene | None = None
 
     def take(self, places: Tensor) -> "Condition":
         """The condition of the samples at these places of the batch, (B',)."""
         latents = [each[places] for each in self.edit_latents]
-        return Condition(self.prompt_emb[places], self.prompt_emb_mask[places], latents)
+        scene = self.scene and self.scene.take(places)
+        return Condition(self.prompt_emb[places], self.prompt_emb_mask[places], latents, scene)
 
 
 @dataclass

@@ -24,11 +24,14 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from train.config import Config, check_whole_blocks, to_yaml
 from train.model.adapter import Adapter, attach_lora
-from train.model.adapter_files import adapter_file
+from train.model.adapter_files import adapter_file, extra_file
 from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.attention import find_attention
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution
+from train.model.extra.extras import attach_extras, read_extras
+from train.model.extra.modules import build_module, check_identity
+from train.model.extra.whole import mark_trained, trained_modules
 from train.model.offload import offloaded
 from train.model.quantize import check_weights, describe_products
 from train.parallel.processes import Processes, check_launch
@@ -75,23 +78,54 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
 
 
 def check_adapters(config: Config, model: ModelDirectory) -> None:
-    """Reads the adapters that the run starts from or lies over, on a transformer without weights.
+    """Reads the adapters that the run starts from or lies over, and tries what is trained beside LoRA, on a transformer without
+    weights.
 
     Raises:
-        InputError: one cannot be found or does not fit, or a DoRA adapter is to be exported with others.
+        InputError: an adapter cannot be found or does not fit, or a DoRA adapter is to be exported with others; or a module
+            cannot be trained in full or added.
     """
     lora = config.adapter
-    if not (lora.init_from or lora.frozen):
+    if not (lora.init_from or lora.frozen or lora.train_modules or lora.modules):
         return
     with torch.device("meta"):
         denoiser = Denoiser(build_dit(model.config("transformer")), zero_cond_t=False)
+    mark_trained(denoiser.dit, lora.train_modules)
     linear = linear_modules(denoiser.dit)
     fused([find_adapter(name) for name in lora.frozen], linear, "cpu")
-    if lora.init_from:
-        path = find_adapter(lora.init_from)
-        parts = read_adapter(path, linear)
-        with torch.device("meta"):
-            attach_configured(denoiser, config).start_from(path, parts)
+    for name in lora.frozen:
+        check_frozen(name, linear, trained_modules(denoiser.dit, lora.train_modules))
+    for name, node in (lora.modules or {}).items():
+        where = f"adapter.modules.{name}"
+        check_identity(where, build_module(where, node, denoiser.dit.img_in.out_features))
+    path = find_adapter(lora.init_from) if lora.init_from else None
+    parts = read_adapter(path, linear) if path else {}
+    with torch.device("meta"):
+        adapter = attach_configured(denoiser, config)
+        if path:
+            adapter.start_from(path, parts, read_extras(path))
+
+
+def check_frozen(name: str, linear: dict[str, nn.Linear], in_full: list[str]) -> None:
+    """Refuses a frozen adapter that is more than LoRA, or that changes what is trained in full: editing with both would count it
+    twice.
+
+    Args:
+        linear: the transformer's linear modules.
+        in_full: names of the modules that are trained in full.
+
+    Raises:
+        InputError: says which.
+    """
+    path = find_adapter(name)
+    if extra_file(path):
+        raise InputError(f"adapter.frozen: {name} was trained with modules beside LoRA, which cannot lie under another")
+    inside = tuple(f"{module}." for module in in_full)
+    for module in read_adapter(path, linear):
+        if f"{module}.".startswith(inside):
+            raise InputError(
+                f"adapter.frozen: {name} changes {module}, which adapter.train_modules trains in full: leave it out of one"
+            )
 
 
 def num_offloaded(config: Config) -> int:
@@ -143,12 +177,13 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
         weights,
         num_offloaded(config),
         [adapter_file(find_adapter(name)) for name in lora.frozen],
+        lora.train_modules,
     )
     adapter = attach_configured(denoiser, config)
     linear = linear_modules(denoiser.dit)
     if lora.init_from:
         start = find_adapter(lora.init_from)
-        adapter.start_from(start, read_adapter(start, linear))
+        adapter.start_from(start, read_adapter(start, linear), read_extras(start))
         processes.say(f"starting from the weights of {start}")
     if lora.export_frozen:
         adapter.beneath = [read_adapter(find_adapter(name), linear) for name in lora.frozen]
@@ -160,9 +195,9 @@ def build_model(config: Config, model: ModelDirectory, processes: Processes) -> 
 
 
 def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
-    """LoRA as the configuration has it."""
+    """LoRA, and what is trained beside it, as the configuration has it."""
     lora = config.adapter
-    return attach_lora(
+    adapter = attach_lora(
         denoiser,
         lora.rank,
         lora.alpha,
@@ -172,7 +207,10 @@ def attach_configured(denoiser: Denoiser, config: Config) -> Adapter:
         config.seed,
         lora.rank_pattern,
         lora.alpha_pattern,
+        lora.train_modules,
     )
+    adapter.extras = attach_extras(denoiser, lora.train_modules, lora.modules or {}, config.seed)
+    return adapter
 
 
 def lazy_decode(model: ModelDirectory, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

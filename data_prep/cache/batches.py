@@ -17,7 +17,7 @@ from data_prep.cache.index import REBUILD
 from data_prep.cache.order import Order
 from data_prep.cache.reader import CacheReader, Record
 from data_prep.errors import InputError
-from losses.batch import Batch, Condition
+from losses.batch import Batch, Condition, Scene
 from losses.randomness import SampleRandom
 
 
@@ -184,24 +184,28 @@ def collate(records: Sequence[Record]) -> Batch:
     """
     edit_latents = [torch.stack(latents) for latents in zip(*(each.edit_latents for each in records), strict=True)]
     negatives = [each.negative_prompt_emb for each in records if each.negative_prompt_emb is not None]
+    source_latents = torch.stack([each.source_latents for each in records])
+    scene = Scene(source_latents, records[0].sub_noise.expand(len(records), -1, -1, -1), _masks(records))
+    assert scene.sub_noise is not None
     return Batch(
-        source_latents=torch.stack([each.source_latents for each in records]),
-        sub_noise=records[0].sub_noise.expand(len(records), -1, -1, -1),
-        condition=pad_condition([each.prompt_emb for each in records], edit_latents),
-        negative=pad_condition(negatives, edit_latents) if len(negatives) == len(records) else None,
+        source_latents=source_latents,
+        sub_noise=scene.sub_noise,
+        condition=pad_condition([each.prompt_emb for each in records], edit_latents, scene),
+        negative=pad_condition(negatives, edit_latents, scene) if len(negatives) == len(records) else None,
         ids=[each.id for each in records],
         target_latents=torch.stack([each.target_latents for each in records]),
-        mask=_masks(records),
+        mask=scene.mask,
     )
 
 
-def pad_condition(prompt_embs: list[Tensor], edit_latents: list[Tensor]) -> Condition:
+def pad_condition(prompt_embs: list[Tensor], edit_latents: list[Tensor], scene: Scene | None = None) -> Condition:
     """A condition from B prompt embeddings (L_i, D), padded with zeros on the right, and stacked reference latents."""
     lengths = torch.tensor([len(each) for each in prompt_embs])
     return Condition(
         prompt_emb=pad_sequence(prompt_embs, batch_first=True),
         prompt_emb_mask=torch.arange(int(lengths.max())) < lengths[:, None],
         edit_latents=edit_latents,
+        scene=scene,
     )
 
 

@@ -29,7 +29,7 @@ from eval.qwen.encoding import (
     reference_sizes,
 )
 from eval.qwen.masks import paste_back
-from eval.qwen.modes import Plan, check_request, edit_mask, make_plan, result_size
+from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, make_plan, result_size
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
@@ -40,6 +40,7 @@ from eval.request.provenance import NOTICE, pixel_digest
 from eval.request.request import MASKED, Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
+from train.model.adapter_files import extra_file
 from train.model.denoiser import Denoiser
 from train.record.provenance import versions
 
@@ -54,6 +55,8 @@ class Job:
     plan: Plan
     geometry: Geometry
     size: Size
+    sees_scene: bool = False
+    """Whether an adapter brings modules beside LoRA, which may look at white too."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,10 @@ class Editor(BaseEditor):
         geometry = self.limits.applied_to(request.geometry or self.geometry or trained_geometry(first))
         size = result_size(request, geometry)
         check_request(request, size)
-        return Job(request, make_plan(request, first), geometry, size)
+        sees_scene = any(
+            list(map(extra_file, [use.path for use in request.adapters if use.weight != 0]))
+        )  # all are found
+        return Job(request, make_plan(request, first), geometry, size, sees_scene)
 
     def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
         """The first adapter's own, from its header."""
@@ -356,17 +362,18 @@ def _sees_depth(request: EditRequest) -> bool:
 
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:
-    request = job.request
+    request, sampler = job.request, job.plan.sampler
     return encoder.encode(
         request.images,
         request.prompt or EMPTY_PROMPT,
-        (request.negative_prompt or EMPTY_PROMPT) if job.plan.sampler.guided else None,
+        (request.negative_prompt or EMPTY_PROMPT) if sampler.guided else None,
         job.size,
         edit_mask(request, job.size),
         maps,
         [control.strength for control in request.controls],
         empty=request.mode == "invert",
-        white=isinstance(job.plan.sampler, BridgeSampler) and job.plan.sampler.start == "white",
+        white=job.sees_scene or (isinstance(sampler, BridgeSampler) and sampler.start == "white"),
+        changed=changed_part(request, job.size),
         bridge_image=request.bridge_image,
     )
 

@@ -17,7 +17,7 @@ from eval.qwen.samplers import Keep, Velocity
 from eval.qwen.weights.components import Encoders
 from eval.request.provenance import pixel_digest
 from eval.request.recent import Recent
-from losses.batch import Condition, Edit
+from losses.batch import Condition, Edit, Scene, join_scenes
 
 EMBEDDING_BYTES = 256 * 2**20
 """Of latents and embeddings that are kept, on the denoiser's device: those of about 20 requests at one megapixel."""
@@ -95,6 +95,7 @@ class RequestEncoder:
         empty: bool = False,
         white: bool = False,
         bridge_image: int = 0,
+        changed: Image.Image | None = None,
     ) -> Encoded:
         """Encodes one request.
 
@@ -108,6 +109,8 @@ class RequestEncoder:
             empty: also encode the condition without an instruction.
             white: also encode a white canvas, from which the sub stream starts.
             bridge_image: the source's place among the images.
+            changed: the mask as a dataset would have it, at the result's size, 255 where the edit is: for modules beside the
+                transformer, as the mask of a training row.
         """
         pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
         sizes = reference_sizes(images, size, self.geometry, bridge_image)
@@ -117,15 +120,19 @@ class RequestEncoder:
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-        conditions = [self._condition(each, references) for each in prompts]
-        controlled = [[self._condition(each, [*own, one]) for one in extra] for each in prompts] if weighed else []
         canvas = self._white(size) if white else None
+        background = None if changed is None else 1 - mask_to_latent(changed)[None].to(self.device)
+        scene = Scene(source_latents, canvas, background)
+        conditions = [self._condition(each, references, scene) for each in prompts]
+        controlled = (
+            [[self._condition(each, [*own, one], scene) for one in extra] for each in prompts] if weighed else []
+        )
         return Encoded(
             edit=Edit(source_latents, canvas, conditions[0], conditions[1] if conditions[1:] else None, ["edit"]),
             source=fit(images[bridge_image], size),
             keep=None if mask is None else Keep(source_latents, mask_to_latent(mask)[None].to(self.device)),
             mask=mask,
-            empty=self._condition(EMPTY_PROMPT, references) if empty else None,
+            empty=self._condition(EMPTY_PROMPT, references, scene) if empty else None,
             strengths=strengths,
             controlled=controlled,
         )
@@ -141,7 +148,7 @@ class RequestEncoder:
         """Latents (1, 16, h, w)."""
         return self.kept.get(("white", size), lambda: encode_white(size, self.encoders().vae)[None].to(self.device))
 
-    def _condition(self, prompt: str, references: Sequence[tuple[_Picture, Tensor]]) -> Condition:
+    def _condition(self, prompt: str, references: Sequence[tuple[_Picture, Tensor]], scene: Scene) -> Condition:
         sizes = [self.geometry.vision_size(Size.of(picture.image)) for picture, _ in references]
         seen = [(picture.digest, size) for (picture, _), size in zip(references, sizes, strict=True)]
 
@@ -150,7 +157,7 @@ class RequestEncoder:
             return self.encoders().prompt_encoder.encode(prompt, vision).to(self.device)
 
         prompt_emb = self.kept.get(("prompt", prompt, *seen), embed)
-        return pad_condition([prompt_emb], [latents for _, latents in references]).to(self.device)
+        return pad_condition([prompt_emb], [latents for _, latents in references], scene).to(self.device)
 
 
 def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry, bridge_image: int = 0) -> list[Size]:
@@ -178,5 +185,5 @@ def join_conditions(conditions: Sequence[Condition]) -> Condition:
     """Conditions with references of the same sizes as one."""
     prompts = [row for each in conditions for row in each.prompt_emb]
     latents = [torch.cat(several) for several in zip(*(each.edit_latents for each in conditions), strict=True)]
-    joined = pad_condition(prompts, latents)
+    joined = pad_condition(prompts, latents, join_scenes([each.scene for each in conditions if each.scene]))
     return replace(joined, prompt_emb_mask=joined.prompt_emb_mask.to(joined.prompt_emb.device))

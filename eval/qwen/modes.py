@@ -192,6 +192,13 @@ def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:
     return soft_mask(fit_mask(request.mask, size), request.rim)
 
 
+def changed_part(request: EditRequest, size: Size) -> Image.Image | None:
+    """The mask without a soft rim, as a training row has it, 255 where the edit may go; None where there is none."""
+    if request.mode in MASKED and request.mask is not None:
+        return fit_mask(request.mask, size)
+    return edit_mask(request, size)
+
+
 def check_request(request: EditRequest, size: Size) -> None:
     """What can be said without a model.
 

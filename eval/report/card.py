@@ -1,5 +1,6 @@
 """A model card: README.md beside an adapter, with the hub's metadata, how it was trained, how good it is, and how it is used."""
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from eval.scores.methods import BASE
 from eval.scores.metrics.metric import Metric
 from eval.scores.row_results import steps_label
 from train.model.adapter import CONFIG_FILE
-from train.model.adapter_files import adapter_file
+from train.model.adapter_files import EXTRA_FILE, EXTRA_KEY, adapter_file
 from train.record.loggers import Picture
 
 README, SAMPLES, SAMPLE = "README.md", "samples", "row-*.jpg"
@@ -65,9 +66,15 @@ class Card:
         return self.file.parent
 
     @property
+    def extra(self) -> dict[str, Any] | None:
+        """What was trained beside LoRA: `file`, `in_full` and `added`; None where there was nothing."""
+        return json.loads(self.metadata[EXTRA_KEY]) if EXTRA_KEY in self.metadata else None
+
+    @property
     def files(self) -> list[str]:
         """What is to be uploaded: the adapter, the card and its pictures, and nothing of the training's state."""
-        own = [name for name in (self.file.name, CONFIG_FILE, README) if (self.folder / name).is_file()]
+        beside = [EXTRA_FILE] if EXTRA_KEY in self.metadata else []
+        own = [name for name in (self.file.name, *beside, CONFIG_FILE, README) if (self.folder / name).is_file()]
         return [*own, *(f"{SAMPLES}/{path.name}" for path in sorted((self.folder / SAMPLES).glob(SAMPLE)))]
 
 

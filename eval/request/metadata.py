@@ -6,13 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.request.knobs import AdapterUse
-from train.model.adapter_files import adapter_file
+from train.model.adapter_files import adapter_file, extra_file, read_header
 
 AdapterState = tuple[tuple[Path, int, int, float], ...]
 """Resolved file, time of writing, bytes and weight of each adapter."""
@@ -26,9 +23,18 @@ def stored_digest(file: Path) -> str:
 
 
 def describe_adapters(adapters: Sequence[AdapterUse]) -> list[dict[str, Any]]:
-    """File, digest and weight of each, for JSON."""
+    """File, digest and weight of each, for JSON; `extra_digest` where something was trained beside LoRA."""
     files = [(adapter_file(use.path), use.weight) for use in adapters]
-    return [{"path": str(file), "digest": stored_digest(file), "weight": weight} for file, weight in files]
+    return [
+        {"path": str(file), "digest": stored_digest(file), "weight": weight, **extra_digest(file)}
+        for file, weight in files
+    ]
+
+
+def extra_digest(path: Path) -> dict[str, str]:
+    """The digest of what was trained beside LoRA, by its name in settings; nothing where there is nothing."""
+    file = extra_file(path)
+    return {"extra_digest": stored_digest(file)} if file else {}
 
 
 @lru_cache(maxsize=64)
@@ -55,12 +61,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: there is no adapter, or not a safetensors file.
     """
-    file = adapter_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{file} is not a readable safetensors file ({error})") from error
+    return read_header(adapter_file(path))
 
 
 def left_out(adapters: Sequence[AdapterUse]) -> list[str]:

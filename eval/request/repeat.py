@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
 from eval.request.knobs import AdapterUse, Control, Focus, ModeName
-from eval.request.metadata import read_metadata, stored_digest
+from eval.request.metadata import extra_digest, read_metadata, stored_digest
 from eval.request.options import ModelOptions, PlaceOptions
 from eval.request.provenance import pixel_digest, read_png
 from eval.request.request import BRIDGES, DEFAULT_STRENGTHS, KNOBS, MASKED, WITH_STRENGTH
@@ -158,6 +158,7 @@ def _left_by_adapter(settings: Mapping[str, Any], changes: Mapping[str, Any]) ->
 
 def _adapter(path: Path, used: Mapping[str, Any]) -> AdapterUse:
     place = find_adapter(used["path"])
-    if stored_digest(adapter_file(place)) != used["digest"]:
+    now = {"digest": stored_digest(adapter_file(place)), **extra_digest(place)}
+    if any(now.get(name) != used.get(name) for name in ("digest", "extra_digest")):
         raise InputError(f"{path} was made with another adapter than {place} is now: name it with --adapter")
     return AdapterUse(place, used["weight"])

@@ -16,10 +16,11 @@ from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
 from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
 from data_prep.jobs.items import Item
 from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask
+from eval.request.knobs import AdapterUse
 from eval.request.provenance import numbered
 from eval.request.request import EditRequest
 from eval.tables.table import Job, describe
-from train.model.adapter_files import adapter_file
+from train.model.adapter_files import adapter_file, extra_file
 
 KEY_DIGITS = 16
 VERSION = 1
@@ -68,7 +69,7 @@ class JobFiles:
             "version": VERSION,
             "common": self.common(asked),
             "knobs": describe(asked),
-            "adapters": [[self.digest(adapter_file(use.path)), use.weight] for use in asked.adapters],
+            "adapters": [self._adapter(use) for use in asked.adapters],
             "images": [self.digest(path) for path in job.images],
             "mask": job.mask and self.digest(job.mask),
             "overlay": job.overlay
@@ -78,6 +79,11 @@ class JobFiles:
         key = hashlib.blake2b(text, digest_size=KEY_DIGITS // 2).hexdigest()
         stem = re.sub(r"[^\w-]", "_", job.id)[:40]  # letters of any script; a file system allows 255 bytes
         return KeyedJob(job, key, tuple(numbered(f"{stem}-{key}.png", asked.count)))
+
+    def _adapter(self, use: AdapterUse) -> list[str | float]:
+        """What of it a picture depends on."""
+        beside = extra_file(use.path)
+        return [self.digest(adapter_file(use.path)), use.weight, *([self.digest(beside)] if beside else [])]
 
     def load(self, job: Job) -> EditRequest:
         """The request, with images opened and the overlay laid on.

@@ -42,16 +42,36 @@ class Fault(NamedTuple):
 KEYS, GEOMETRY, ORDER = "data_prep/cache/keys.py", "data_prep/model/geometry.py", "data_prep/cache/order.py"
 BATCHES, PATHS, BRIDGE = "data_prep/cache/batches.py", "losses/paths.py", "losses/bridge_matching.py"
 SAMPLERS, CHECKPOINT, ADAPTER = "eval/qwen/samplers.py", "train/record/checkpoint.py", "train/model/adapter.py"
-LORA = "train/model/lora.py"
+LORA = "train/model/layers/lora.py"
+WHOLE, MODULES, EXTRAS = (f"train/model/extra/{name}.py" for name in ("whole", "modules", "extras"))
+WEIGHTS, BATCH = "eval/qwen/weights/extra_weights.py", "losses/batch.py"
 
 OF_KEYS, OF_GEOMETRY = "data_prep/cache/test_keys.py", "data_prep/model/test_geometry.py"
 OF_ORDER, OF_BATCHES = "data_prep/cache/test_order.py", "data_prep/cache/test_batches.py"
 OBJECTIVES, STREAMS, ROLLOUT = "losses/test_objectives.py", "losses/test_streams.py", "losses/test_rollout.py"
 STRATA, OF_SAMPLERS = "losses/test_stratification.py", "eval/qwen/test_samplers.py"
 OF_CHECKPOINT, OF_ADAPTER = "train/record/test_checkpoint.py", "train/model/test_adapter.py"
-OF_LORA = "train/model/test_lora.py"
+OF_LORA = "train/model/layers/test_lora.py"
+OF_EXTRA, OF_WEIGHTS = "train/model/test_extra.py", "eval/qwen/weights/test_extra_weights.py"
 
 FAULTS = [
+    Fault(WHOLE, "return self._parameters[name].to(", "return self._parameters[name].detach().to(", OF_EXTRA),
+    Fault(WHOLE, "parameter.data.to(device, torch.float32)", "parameter.data.to(device, dtype)", OF_EXTRA),
+    Fault(WHOLE, '(*UNUSED_IN_LAST_BLOCK, "attn.norm_added_q")', "()", OF_EXTRA),
+    Fault(MODULES, "nn.init.zeros_(self.leave.weight)", "pass", OF_EXTRA),
+    Fault(MODULES, "mask = torch.zeros_like(source[:, :1])", "mask = torch.ones_like(source[:, :1])", OF_EXTRA),
+    Fault(MODULES, "[cells, places(cells)]", "[0 * cells, places(cells)]", OF_EXTRA),
+    Fault(MODULES, "if not torch.equal(returned, tokens):", "if returned.shape != tokens.shape:", OF_EXTRA),
+    Fault(MODULES, "issubclass(kind, ExtraModule)", "issubclass(kind, object)", OF_EXTRA),
+    Fault(ADAPTER, " - {*in_full} and not name.startswith(inside)]", "]", OF_EXTRA),
+    Fault(BATCH, "scene = self.scene and self.scene.take(places)", "scene = self.scene", OF_EXTRA),
+    Fault("train/model/offload.py", " and id(tensor) not in trained]", "]", OF_EXTRA),
+    Fault("train/model/quantize.py", ' and not hasattr(module, "in_full"):', ":", OF_EXTRA),
+    Fault(EXTRAS, "any(header.get(key) != first.get(key) for key in TOGETHER)", "False", OF_WEIGHTS),
+    Fault(WEIGHTS, "tensor.data.copy_(before)", "pass", OF_WEIGHTS),
+    Fault(WEIGHTS, "shared = module if weight == 1 else Share(module, weight)", "shared = module", OF_WEIGHTS),
+    Fault(WEIGHTS, "shared.to(device, dtype)", "nn.Identity()", OF_WEIGHTS),
+    Fault(WEIGHTS, "return torch.lerp(base, *tensors[0])", "return tensors[0][0]", OF_WEIGHTS),
     Fault(KEYS, '"back_mask": digest(row.back_mask) if row.back_mask else None,', '"back_mask": None,', OF_KEYS),
     Fault(KEYS, '"bridge_image": row.bridge_image,', '"bridge_image": 0,', OF_KEYS),
     Fault(KEYS, "(row.negative_prompt or EMPTY_PROMPT) if header", "EMPTY_PROMPT if header", OF_KEYS),

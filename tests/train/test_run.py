@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -197,6 +198,45 @@ def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path):
     assert adapter_bytes(tmp_path, 4)
 
 
+@pytest.mark.slow
+def test_what_is_trained_beside_lora(command, tiny_model_dir, tiny_pairs, tmp_path):
+    """It continues bit for bit, its file has the averaged weights, and the command that edits makes the picture that the
+    validation has scored."""
+    more = ["adapter=ste", "adapter.modules.ste.hidden=16", "adapter.train_modules=[norm_out,proj_out,img_mod]"]
+    more += ["optim.lr=1e-2", "optim.ema=0.5", "optim.schedule=constant", "optim.warmup_steps=0", "train.keep_last=9"]
+    more += ["validate=tiny_lbm", "validate.steps=[4]", "validate.white=null", "train.validate_every=6"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_many(tmp_path, command(whole, *more), command(broken, *more, "train.num_steps=4"))
+    assert "continuing from" in run_script(*command(broken, *more)).stderr
+    lines = [[line for line in metrics(run_dir) if "loss" in line] for run_dir in (broken, whole)]
+    assert lines[0] == lines[1]
+    files = [run_dir / "checkpoints" / "step-000006" / "extra_modules.safetensors" for run_dir in (whole, broken)]
+    ours, theirs = map(load_file, files)
+    assert {name: each.numpy().tobytes() for name, each in ours.items()} == {
+        name: each.numpy().tobytes() for name, each in theirs.items()
+    }
+    assert adapter_bytes(broken, 6) == adapter_bytes(whole, 6)
+    state = load_file(files[0].with_name("optimizer.safetensors"))
+    training = load_file(files[0].with_name("training_lora.safetensors"))
+    averages = [each for name, each in state.items() if name.endswith("/ema")]
+    for name, weight in ours.items():
+        assert any(torch.equal(weight, average) for average in averages if average.shape == weight.shape), name
+        assert not torch.equal(weight, training[name]), name
+
+    row = json.loads((tiny_pairs / "validation.json").read_text())[1]
+    assert "back_mask" not in row
+    scores = json.loads((whole / "validation" / "step-000006" / "metrics.json").read_text())["per_row"]
+    (scored,) = (each["steps_4"]["psnr"] for each in scores if each["id"] == row["id"])
+    wanted = ["--prompt", row["prompt"], "--steps", "4", "--device", "cpu", "--dtype", "float32"]
+    places = ["--model", tiny_model_dir, "--adapter", whole, "--image", tiny_pairs / row["edit_image"]]
+    run_script("eval/edit.py", *places, *wanted, "--out", tmp_path / "edit.png")
+    edited, target = (
+        np.asarray(Image.open(file).convert("RGB"), dtype=float)
+        for file in (tmp_path / "edit.png", tiny_pairs / row["image"])
+    )
+    assert 10 * np.log10(255**2 / np.square(edited - target).mean()) == pytest.approx(scored, abs=0.02)
+
+
 WRONG = {
     "+exp=tiny_lbn": "there is no configs/exp/tiny_lbn.yaml: did you mean exp=tiny_lbm?",
     "train.num_stpes=3": "unknown key train.num_stpes: did you mean train.num_steps?",
@@ -213,6 +253,7 @@ WRONG = {
     "train.group_size=4": "train.group_size=4 does not divide the global batch of 2",
     "plan.gpu=[4090]": "plan.gpu must be text or a whole number, got [4090]",
     "optim=prodigy train.max_grad_norm=1.0": "set train.max_grad_norm=null",
+    "adapter=ste adapter.modules.ste.hiden=8": "unknown key adapter.modules.ste.hiden: did you mean adapter.modules.ste.hidden",
 }
 WRONG_LATER = {
     "model.zero_cond_t=false": "model.zero_cond_t=false contradicts",
@@ -225,6 +266,9 @@ WRONG_LATER = {
     "plan.gpu=4091": "plan.gpu=4091 is not known: did you mean 'RTX 4090'?",
     "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
     "resume=nowhere": "no checkpoint at nowhere",
+    "adapter.train_modules=[norm_uot]": "names 'norm_uot', which is no module with weights: did you mean 'norm_out'?",
+    "adapter=ste adapter.modules.ste.hidden=9": "hidden must be a multiple of 8, got 9",
+    "adapter.modules={a:{_target_:losses.FlowMatchingLoss}}": "is no subclass of train.model.extra.ExtraModule",
 }
 
 

@@ -85,6 +85,8 @@ def from_hydra(composed: DictConfig) -> Config:
             parts = {group: node} if "_target_" in node else {f"{group}.{name}": part for name, part in node.items()}
             for name, part in parts.items():
                 check_node(part, name)
+        for name, part in (config.adapter.modules or {}).items():
+            check_node(part, f"adapter.modules.{name}")
         return config
     except InputError:
         raise

@@ -21,9 +21,11 @@ from train.config import sections
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OPEN_GROUPS = ("loss", "optim", "logger", "validate")
+MODULES = "adapter.modules"
+"""A key of a section under which there are such nodes, by name."""
 GIVEN = (
     *("params", "num_steps", "decode", "reader", "folder", "processes"),
-    *("run_dir", "name", "config", "record", "resumed_step", "state"),
+    *("run_dir", "name", "config", "record", "resumed_step", "state", "token_width"),
 )
 """Arguments that a run gives to the objects of open groups."""
 CALLED_ELSEWHERE = {
@@ -101,9 +103,11 @@ def section_keys() -> tuple[Key, ...]:
 def group_keys() -> tuple[Key, ...]:
     """The arguments of all classes that the files of the open groups name."""
     found: dict[tuple[str, str], Key] = {}
-    for group in OPEN_GROUPS:
+    for node_key in (*OPEN_GROUPS, MODULES):
+        group, _, part = node_key.partition(".")
         for file in sorted((CONFIGS / group).glob("*.yaml")):
-            for prefix, target in _targets(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, group):
+            node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            for prefix, target in _targets((node.get(part) or {}) if part else node, node_key):
                 for name, key in constructor(target).arguments.items():
                     full, known = f"{prefix}.{name}", found.get((f"{prefix}.{name}", key.meaning))
                     files = (*known.files, f"{group}={file.stem}") if known else (f"{group}={file.stem}",)

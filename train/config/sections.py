@@ -190,6 +190,11 @@ class AdapterConfig:
     """Adapters that are added to the base model's weights and not trained, such as a step-distilled one. Edit with them too."""
     export_frozen: bool = False
     """Put the frozen adapters into the exported one, which then needs none beside it."""
+    train_modules: list[str] = field(default_factory=list)
+    """Modules of the transformer that are trained in full instead of with LoRA, by the end of their names, such as norm_out."""
+    modules: dict[str, Any] | None = None
+    """Modules that are added and trained beside LoRA: name -> `_target_`, a subclass of train.model.extra.ExtraModule, and its
+    arguments."""
 
     def __post_init__(self):
         require(self.rank >= 1, f"adapter.rank must be positive, got {self.rank}")
@@ -206,6 +211,12 @@ class AdapterConfig:
             "adapter.export_frozen=true adds adapters up, which a DoRA adapter cannot: leave it out, or set adapter.dora=false",
         )
         require(len(self.target_modules) > 0, "adapter.target_modules is empty: name at least one, such as to_q")
+        for name, node in (self.modules or {}).items():
+            require(
+                str(name).isidentifier() and isinstance(node, dict) and "_target_" in node,
+                f"adapter.modules: {name} must be a name without dots and spaces, with the _target_ of a module, such as "
+                "{ste: {_target_: train.model.extra.SpatialTemporalEncoder}}",
+            )
 
 
 @dataclass

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from train.model.adapter_reader import LowRank
+from train.model.adapter_reader import LowRank, ends_in
+from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser
-from train.model.lora import LoraLinear, give_copies, is_plain
+from train.model.extra.extras import Extras, ExtraWeights
+from train.model.extra.whole import trained_modules
+from train.model.layers.lora import LoraLinear, give_copies, is_plain
 
 Value = TypeVar("Value")
 PREFIX = "diffusion_model."
-UNUSED_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Adapter:
     `layers` maps the module's name in the transformer to its LoRA layer; `config` is what PEFT built them from; `masters`
     are the weights that are trained when they are not the layers' own (see `detach`); `copies` are what products are
     computed with, and the weights that belong in them (see `copy_for_products`); `beneath` are frozen adapters that `export`
-    puts into the file.
+    puts into the file; `extras` are trained beside LoRA.
     """
 
     layers: dict[str, LoraLayer]
@@ -45,9 +47,11 @@ class Adapter:
     masters: dict[str, nn.Parameter] | None = None
     copies: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
     beneath: list[dict[str, LowRank]] = field(default_factory=list)
+    extras: Extras = field(default_factory=Extras)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """`<module>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` -> float32 parameter."""
+        """`<module>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` -> float32 parameter; then
+        those of `extras`."""
         return self.layer_parameters() if self.masters is None else self.masters
 
     def layer_parameters(self) -> dict[str, nn.Parameter]:
@@ -58,7 +62,7 @@ class Adapter:
             named[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight
             if self.config.use_dora:
                 named[f"{name}.lora_magnitude_vector.weight"] = layer.lora_magnitude_vector["default"].weight
-        return named
+        return named | self.extras.parameters
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains, in a fixed order."""
@@ -113,24 +117,32 @@ class Adapter:
         if wrong:
             raise InputError(
                 f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: "
-                "set adapter.rank and adapter.target_modules as they were, or start a new run_dir"
+                "set adapter.rank, target_modules, train_modules and modules as they were, or start a new run_dir"
             )
         for name, parameter in mine.items():
             parameter.copy_(state[name])
 
     @torch.no_grad()
-    def start_from(self, path: Path, parts: Mapping[str, LowRank]) -> None:
-        """Makes this adapter compute what another does. What has a larger rank here keeps its own A there, with B zero.
+    def start_from(self, path: Path, parts: Mapping[str, LowRank], extra: ExtraWeights | None = None) -> None:
+        """Makes this adapter compute what another does. What has a larger rank here keeps its own A there, with B zero; what is
+        trained in full here gets the product into its weight.
 
         Args:
             path: of the other's file, for messages.
             parts: of the other, by module (`read_adapter`).
+            extra: of the other (`read_extras`).
 
         Raises:
             InputError: the other has a module that this one lacks, or more rank, or only one of them is a DoRA adapter.
         """
         mine = self.named_parameters()
+        if extra:
+            self.extras.start_from(extra)
         for name, part in parts.items():
+            if name not in self.layers and f"{name}.weight" in mine and part.magnitude is None:
+                weight = mine[f"{name}.weight"]
+                weight.add_(part.up.to(weight.device) @ part.down.to(weight.device))
+                continue
             if name not in self.layers:
                 raise InputError(
                     f"{path} changes {name}, which adapter.target_modules leaves out: add it, or start from another"
@@ -154,9 +166,13 @@ class Adapter:
 
     @torch.no_grad()
     def export(self, folder: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
-        """Writes `adapter_model.safetensors` (with `metadata` in its header) and `adapter_config.json` into `folder`."""
-        tensors = {}
-        for name, tensor in self.state_dict().items():
+        """Writes `adapter_model.safetensors` (with `metadata` in its header) and `adapter_config.json` into `folder`, and beside
+        them `extra_modules.safetensors` where there is more than LoRA."""
+        tensors, state = {}, self.state_dict()
+        metadata = metadata | self.extras.header()
+        for name, tensor in state.items():
+            if name in self.extras.parameters:
+                continue
             module, kind = name.split(".lora_")
             scale = self.layers[module].scaling["default"] if kind.startswith("B.") else 1.0
             tensors[PREFIX + name] = (tensor * scale).to("cpu", dtype).contiguous()
@@ -180,6 +196,7 @@ class Adapter:
         }
         text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: sorted(value))
         (folder / CONFIG_FILE).write_text(text + "\n")
+        self.extras.export(folder, state, metadata, dtype)
 
 
 def attach_lora(
@@ -192,6 +209,7 @@ def attach_lora(
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    train_modules: Sequence[str] = (),
 ) -> Adapter:
     """Injects trainable LoRA layers into the denoiser's transformer; B starts at zero, so nothing changes yet.
 
@@ -202,11 +220,12 @@ def attach_lora(
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
         seed: of A's initialisation, which depends on each module's name and on nothing else.
         rank_pattern, alpha_pattern: suffix of modules' names -> another rank or alpha for them; see `by_suffix`.
+        train_modules: suffixes of names of modules that get none, since they are trained in full (`attach_extras`).
 
     Raises:
         InputError: a target matches no linear module, or a pattern no target.
     """
-    names = match_modules(denoiser.dit, target_modules)
+    names = match_modules(denoiser.dit, target_modules, train_modules)
     ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern")
     alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, alpha, "adapter.alpha_pattern")
     alphas = {name: ranks[name] if own is None else own for name, own in alphas.items()}
@@ -231,11 +250,12 @@ def attach_lora(
     return adapter
 
 
-def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
-    """Names of the linear modules that end in one of the targets, without those whose output nothing reads.
+def match_modules(dit: nn.Module, target_modules: Iterable[str], train_modules: Iterable[str] = ()) -> list[str]:
+    """Names of the linear modules that end in one of the targets, without those whose output nothing reads, and without those
+    that are trained in full.
 
     Raises:
-        InputError: a target matches no linear module.
+        InputError: a target matches no linear module, or nothing is left for LoRA.
     """
     linear = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
     last = max(int(name.split(".")[1]) for name in linear if name.startswith("transformer_blocks."))
@@ -250,7 +270,14 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str]) -> list[str]:
                 f"adapter.target_modules names {target!r}, which is no linear module: did you mean {nearest!r}?"
             )
         matched |= hits
-    return [name for name in linear if name in matched - unused]
+    in_full = trained_modules(dit, train_modules)
+    inside = tuple(f"{name}." for name in in_full)
+    left = [name for name in linear if name in matched - unused - {*in_full} and not name.startswith(inside)]
+    if not left:
+        raise InputError(
+            "adapter.train_modules takes all of adapter.target_modules, and LoRA needs at least one module"
+        )
+    return left
 
 
 def by_suffix(names: Sequence[str], pattern: Mapping[str, Value], default: Value, key: str) -> dict[str, Value]:
@@ -271,11 +298,6 @@ def by_suffix(names: Sequence[str], pattern: Mapping[str, Value], default: Value
     return {
         name: next((pattern[suffix] for suffix in longest_first if ends_in(name, suffix)), default) for name in names
     }
-
-
-def ends_in(name: str, suffix: str) -> bool:
-    """Whether the last parts of a module's name are these."""
-    return name == suffix or name.endswith(f".{suffix}")
 
 
 def inject_lora(denoiser: Denoiser, config: LoraConfig, names: list[str]) -> Adapter:

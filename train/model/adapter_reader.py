@@ -163,6 +163,11 @@ def linear_modules(dit: nn.Module) -> dict[str, nn.Linear]:
     return {name.removesuffix(".base_layer"): module for name, module in found.items() if ".lora_" not in name}
 
 
+def ends_in(name: str, suffix: str) -> bool:
+    """Whether the last parts of a module's name are these."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
 def low_rank_sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
     """The weighted sum as one adapter: its A are all A above each other, its B all weighted B beside each other.
 

@@ -21,6 +21,7 @@ from train.model.adapter_reader import fused, linear_modules
 from train.model.attention import rope_table
 from train.model.block import Block
 from train.model.execution import Execution
+from train.model.extra.whole import mark_trained
 from train.model.offload import Offload
 from train.model.quantize import Weights, check_weights, quantize_blocks
 
@@ -59,6 +60,9 @@ class Denoiser(nn.Module):
         zero_cond_t: modulate the reference tokens as if sigma were 0 (Qwen-Image-Edit-2511: on, 2509: off).
         execution: how its blocks are executed; as they are, by default.
         offload: of some of its blocks; it is started.
+
+    Attributes:
+        extra: modules that the output's tokens go through after `img_in` (`train.model.extra.ExtraModule`), in this order.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.dit = dit
         self.zero_cond_t = zero_cond_t
+        self.extra = nn.ModuleDict()
         (execution or Execution()).apply(dit.transformer_blocks)
         self.offload = offload
         if offload:
@@ -86,7 +91,7 @@ class Denoiser(nn.Module):
         Args:
             latents: the point on the path, (B, 16, h, w), h and w even.
             sigma: position on the path in [0, 1], 1 = start, (B,); float32 until it is embedded.
-            condition: prompt embeddings with their mask, and the reference latents.
+            condition: prompt embeddings with their mask, and the reference latents; its scene is for `extra`.
 
         Returns:
             The velocity, (B, 16, h, w), float32.
@@ -100,6 +105,11 @@ class Denoiser(nn.Module):
         tokens = dit.img_in(output), dit.img_in(reference), dit.txt_in(text)
 
         sigma = sigma.to(text.device, torch.float32)
+        if self.extra:
+            assert condition.scene, "modules beside the transformer see the scene of every condition"
+            scene = condition.scene.to(text.device, dtype)
+            for module in self.extra.values():
+                tokens = module(tokens[0], sigma, scene), *tokens[1:]
         sigmas = torch.cat([sigma, torch.zeros_like(sigma)]) if self.zero_cond_t else sigma
         embedded = dit.time_text_embed(sigmas, dtype)
         sizes = [(1, grid.shape[-2] // PATCH, grid.shape[-1] // PATCH) for grid in grids]
@@ -146,6 +156,7 @@ def load_denoiser(
     weights: Weights = "bf16",
     offload_blocks: int = 0,
     frozen_adapters: Sequence[Path] = (),
+    train_modules: Sequence[str] = (),
 ) -> Denoiser:
     """Reads `transformer/` of a model directory, frozen and in evaluation mode, one tensor at a time.
 
@@ -155,6 +166,7 @@ def load_denoiser(
         weights: what the blocks' linear layers are rounded to, each as it is read.
         offload_blocks: so many blocks wait in CPU memory, as soon as they are read; not together with `place`.
         frozen_adapters: files of adapters that are added to the weights, in float32, before these are rounded.
+        train_modules: suffixes of names of modules that will be trained in full: they are not rounded, and do not wait.
 
     Raises:
         InputError: weights are missing or unexpected, `zero_cond_t` contradicts the model, the package of `weights` is not
@@ -165,6 +177,7 @@ def load_denoiser(
     check_weights(weights)
     with torch.device("meta"):
         dit = build_dit(directory.config("transformer"))
+    mark_trained(dit, train_modules)
     quantize_blocks(dit, weights, dtype)
     dit.requires_grad_(False).eval()
     offload = Offload(dit.transformer_blocks, offload_blocks, device) if offload_blocks else None

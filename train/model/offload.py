@@ -95,9 +95,12 @@ class Layout:
 
 
 def frozen(block: nn.Module) -> list[Tensor]:
-    """What a block computes with, but for LoRA."""
+    """What a block computes with, but for what is trained."""
+    trained = {
+        id(module._parameters[name]) for module in block.modules() for name in getattr(module, "in_full", ())
+    }  # of `mark_trained`
     named = itertools.chain(block.named_parameters(), block.named_buffers())
-    return [tensor for name, tensor in named if ".lora_" not in name]
+    return [tensor for name, tensor in named if ".lora_" not in name and id(tensor) not in trained]
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Offload:
             InputError: there is no CPU memory for its block, or none that can be pinned.
         """
         number = self._of_module.get(owner)
-        if number is None:
+        if number is None or number in self.waiting:
             return
         tensors = frozen(self.blocks[number])
         with self._wanting_memory(number):

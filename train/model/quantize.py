@@ -94,7 +94,8 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_blocks(dit: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of the blocks of a transformer on the meta device; they round the weights that they are given.
+    """Replaces the linear layers of the blocks of a transformer on the meta device, but for those that `mark_trained` names; they
+    round the weights that they are given.
 
     The size of every parameter and buffer is afterwards what it will be when they are loaded.
 
@@ -105,7 +106,7 @@ def quantize_blocks(dit: nn.Module, weights: Weights, dtype: torch.dtype) -> Non
     if weights == "bf16":
         return
     for name, module in list(dit.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith(BLOCKS):
+        if isinstance(module, nn.Linear) and name.startswith(BLOCKS) and not hasattr(module, "in_full"):
             dit.set_submodule(name, QuantizedLinear(module, weights, dtype))
 
 
@@ -301,7 +302,7 @@ def _one(device: torch.device) -> Tensor:
 def _finish(device: torch.device) -> Callable[..., None]:
     """What multiplies sums by their scales."""
     if device.type == "cuda" and find_spec("triton"):
-        from train.model.kernels import scale_sums  # Triton comes with PyTorch for GPUs
+        from train.model.layers.kernels import scale_sums  # Triton comes with PyTorch for GPUs
 
         return scale_sums
     return _scale_sums
@@ -310,7 +311,7 @@ def _finish(device: torch.device) -> Callable[..., None]:
 def _scale_sums(
     sums: Tensor, row_scale: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, add: bool
 ) -> None:
-    """As `train.model.kernels.scale_sums`, operation by operation."""
+    """As `train.model.layers.kernels.scale_sums`, operation by operation."""
     numbers = sums * row_scale
     if scale is not None:
         numbers *= scale

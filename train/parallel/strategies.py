@@ -147,7 +147,7 @@ class Zero2:
         if last:
             for shard, master in zip(self.shards, self.masters, strict=True):
                 gradient = safe_get_full_grad(shard)
-                assert gradient is not None, "every LoRA weight takes part in every forward pass"
+                assert gradient is not None, "every trained weight takes part in every forward pass"
                 master.grad = gradient.to(master.device)
         self.denoiser.step()  # updates nothing: clears the gradients after the last
 
@@ -198,11 +198,15 @@ def join(processes: Processes) -> None:
 
 
 def shard(settings: dict[str, Any], processes: Processes) -> Callable[[nn.Module, str], None]:
-    """Cuts a loaded parameter over the ranks (ZeRO-3) as soon as it is there, so that no rank holds all of them."""
+    """Cuts a loaded parameter over the ranks (ZeRO-3) as soon as it is there, so that no rank holds all of them. One that is
+    trained comes to all of them."""
     join(processes)
     import deepspeed
 
     def cut(owner: nn.Module, name: str) -> None:
+        if name in getattr(owner, "in_full", ()):  # of `mark_trained`
+            dist.broadcast(owner.get_parameter(name).data, src=0)
+            return
         deepspeed.zero.Init(module=nn.ParameterList([owner.get_parameter(name)]), config_dict_or_path=settings)
 
     return cut

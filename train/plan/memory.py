@@ -7,6 +7,8 @@ fraction of a second, and what autograd keeps alive is measured instead of model
 import contextlib
 import functools
 import io
+import json
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +24,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from data_prep.cache.sizes import Bucket, num_tokens
 from data_prep.model.encoders import LATENT_CHANNELS
-from losses.batch import Condition
-from train.model.adapter import UNUSED_IN_LAST_BLOCK, attach_lora, by_suffix, ends_in, match_modules
+from losses.batch import Condition, Scene
+from train.model.adapter import attach_lora, by_suffix, match_modules
+from train.model.adapter_reader import ends_in
+from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution, Keep
+from train.model.extra.extras import ADDED, attach_extras
+from train.model.extra.modules import build_module
+from train.model.extra.whole import trained_parameters
 from train.model.offload import aligned
 from train.optim import Optimizer
 from train.plan.quantised import Format, Layer
 
 META = torch.device("meta")
+MEASURED_NUMBERS = 2**16
+"""Of a parameter that is not LoRA, so many are given to the optimizer to find out what it keeps."""
 Shape = tuple[int, ...]
 
 
@@ -91,6 +100,15 @@ class LoraSizes:
     dora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     """Suffix of modules' names, and another rank for them."""
+    train_modules: tuple[str, ...] = ()
+    """Trained in full instead."""
+    modules: str = "{}"
+    """Those that are added, as JSON."""
+
+    @property
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """`_target_` and arguments of the added modules, by name."""
+        return json.loads(self.modules)
 
 
 class Flops(NamedTuple):
@@ -130,6 +148,7 @@ class Transformer:
         self.num_parameters = sum(parameter.numel() for parameter in self.dit.parameters())
         self._small = functools.cache(self._small)
         self._peak, self.lora_shapes = functools.cache(self._peak), functools.cache(self.lora_shapes)
+        self.extra_shapes = functools.cache(self.extra_shapes)
         self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
     def block_bytes(self, weights: str) -> int:
@@ -163,13 +182,41 @@ class Transformer:
             InputError: a target matches no linear module.
         """
         shapes = {}
-        names = match_modules(self.dit, lora.target_modules)
+        names = match_modules(self.dit, lora.target_modules, lora.train_modules)
         for name, rank in by_suffix(names, dict(lora.rank_pattern), lora.rank, "adapter.rank_pattern").items():
             linear = self.linear[name]
             shapes[name] = [(rank, linear.in_features), (linear.out_features, rank)]
             if lora.dora:
                 shapes[name].append((linear.out_features,))
         return shapes
+
+    def extra_shapes(self, lora: LoraSizes) -> dict[str, Shape]:
+        """The parameters that are trained beside LoRA, by name.
+
+        Raises:
+            InputError: a name matches no module, or an added module cannot be built.
+        """
+        shapes = {}
+        for name in trained_parameters(self.dit, lora.train_modules):
+            shapes[name] = tuple(self.dit.get_parameter(name).shape)
+        for name, node in lora.nodes.items():
+            with META:
+                module = build_module(f"adapter.modules.{name}", node, self.dit.img_in.out_features)
+            shapes |= {f"{ADDED}{name}.{own}": tuple(each.shape) for own, each in module.named_parameters()}
+        return shapes
+
+    def replaced_bytes(self, weights: str, lora: LoraSizes) -> tuple[int, int]:
+        """Of the frozen weights around and in the blocks, what is trained in full instead, and is not there twice."""
+        kept, around, inside = Format(weights, False, False, self.dtype.itemsize), 0, 0
+        for name in trained_parameters(self.dit, lora.train_modules):
+            linear, shape = self.linear.get(name.removesuffix(".weight")), self.dit.get_parameter(name).shape
+            if not name.startswith("transformer_blocks."):
+                around += shape.numel() * self.dtype.itemsize
+            elif linear:
+                inside += kept.stored_bytes(Layer(linear.in_features, linear.out_features, 0))
+            else:
+                inside += shape.numel() * self.dtype.itemsize
+        return around, inside
 
     def activation_bytes(self, bucket: Bucket, batch_size: int, execution: Execution, lora: LoraSizes) -> int:
         """The peak of a forward and backward pass beyond weights and gradients, for one batch of this bucket.
@@ -193,9 +240,14 @@ class Transformer:
         with META:
             dit = build_dit(self.config | {"num_layers": num_layers}).to(self.dtype).requires_grad_(False)
             denoiser = Denoiser(dit, self.zero_cond_t)
-            names = match_modules(dit, lora.target_modules)
+            there = [name for name, _ in dit.named_modules()]
+            in_full = [suffix for suffix in lora.train_modules if any(ends_in(name, suffix) for name in there)]
+            names = match_modules(dit, lora.target_modules, in_full)
             ranks = {suffix: rank for suffix, rank in lora.rank_pattern if any(ends_in(name, suffix) for name in names)}
-            adapter = attach_lora(denoiser, lora.rank, None, lora.target_modules, dora=lora.dora, rank_pattern=ranks)
+            options: dict[str, Any] = {"dora": lora.dora, "rank_pattern": ranks}
+            options["train_modules"] = in_full
+            adapter = attach_lora(denoiser, lora.rank, None, lora.target_modules, **options)
+            adapter.extras = attach_extras(denoiser, in_full, lora.nodes)
         adapter.copy_for_products(dit.transformer_blocks, self.dtype)
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -210,8 +262,9 @@ class Transformer:
         )
         text = torch.empty(batch_size, bucket.text_tokens, self.config["joint_attention_dim"], device=META)
         mask = torch.ones(batch_size, bucket.text_tokens, dtype=torch.bool)
+        condition = Condition(text, mask, references, Scene(latents, latents, latents[:, :1]))
         with flash_attention(), LiveBytes() as live:
-            velocity = denoiser(latents, torch.empty(batch_size, device=META), Condition(text, mask, references))
+            velocity = denoiser(latents, torch.empty(batch_size, device=META), condition)
             velocity.square().mean().backward()
         return live
 
@@ -259,12 +312,16 @@ class Transformer:
         return num_tokens(bucket.target) if last or name == "proj_out" else bucket.image_tokens
 
 
-def optimizer_bytes(shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer]) -> int:
+def optimizer_bytes(
+    shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]], Optimizer], extra: Sequence[Shape] = ()
+) -> int:
     """The size of the optimizer's state, from one real step on one LoRA parameter of each shape.
 
     Args:
-        shapes: of all parameters. B matrices start at zero, which some optimizers make use of.
+        shapes: of all LoRA parameters. B matrices start at zero, which some optimizers make use of.
+        extra: of all others; of a large one some rows are measured.
     """
+    beside = sum(count * _state_bytes(shape, build) for shape, count in Counter(extra).items())
     counts = Counter(shapes)
     zero = {shape for shape in counts if len(shape) == 2 and shape[0] > shape[1]}  # B is tall, A is wide
     parameters = {s: nn.Parameter(torch.zeros(s) if s in zero else torch.ones(s)) for s in counts}
@@ -274,7 +331,20 @@ def optimizer_bytes(shapes: Sequence[Shape], build: Callable[[list[nn.Parameter]
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step(0)
     state = optimizer.torch_optimizer.state
-    return sum(
+    return beside + sum(
         count * sum(tensor.nbytes for tensor in _tensors(dict(state[parameters[shape]])))
         for shape, count in counts.items()
     )
+
+
+def _state_bytes(shape: Shape, build: Callable[[list[nn.Parameter]], Optimizer]) -> int:
+    """Of one parameter that does not begin at zero."""
+    numbers = math.prod(shape)
+    rows = min(shape[0], max(1, MEASURED_NUMBERS * shape[0] // numbers))
+    parameter = nn.Parameter(torch.ones(rows, *shape[1:]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = build([parameter])
+    parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step(0)
+    state = _tensors(dict(optimizer.torch_optimizer.state[parameter]))
+    return sum(tensor.nbytes for tensor in state) * shape[0] // rows

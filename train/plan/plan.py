@@ -39,10 +39,15 @@ class Plan:
     dtype: str
     num_parameters: int
     """Frozen ones."""
-    num_trainable: int
+    num_lora: int
+    """Trainable parameters of LoRA."""
     num_modules: int
     """With LoRA."""
     rank: int
+    num_extra: int
+    """Trainable parameters beside it."""
+    extra: str
+    """What is trained beside it, in words."""
     data: DatasetSizes
     buckets: list[Bucket]
     memory: Memory
@@ -108,7 +113,9 @@ class Plan:
         blocks = "" if self.weights == "bf16" else f", the blocks' in {self.weights}"
         known = " (published sizes, shipped with the project)" if self.shipped else ""
         yield f"  model      {_count(self.num_parameters)} parameters in {self.dtype}{blocks}{known}"
-        yield f"  LoRA       rank {self.rank} on {self.num_modules} modules: {_count(self.num_trainable)} parameters"
+        yield f"  LoRA       rank {self.rank} on {self.num_modules} modules: {_count(self.num_lora)} parameters"
+        if self.num_extra:
+            yield f"  beside it  {self.extra}: {_count(self.num_extra)} parameters"
         yield f"  data       {self.data.num_rows} rows, from {self.data.origin}"
         for label, bucket in zip(
             itertools.chain(["sequences"], itertools.repeat("")), self.buckets[:SHOWN_BUCKETS], strict=False
@@ -240,7 +247,11 @@ def make_plan(
     decided = planner.decide(config, world_size, gpu)
     config = apply(config, decided)
     settings, lora, cache_phase = config.train, lora_sizes(config), planner.caching(config)
-    shapes, trainable = planner.transformer.lora_shapes(lora), planner.num_lora(config)
+    shapes, num_lora, num_extra = (
+        planner.transformer.lora_shapes(lora),
+        planner.num_lora(config),
+        planner.num_extra(config),
+    )
     phases = cache_phase.total <= gpu.memory_gib * GIB, planner.fits(config, world_size, gpu)
     advice = [] if phases[0] else caching_advice(planner, configured, world_size, gpu)
     if not phases[1]:
@@ -251,16 +262,18 @@ def make_plan(
         world_size=world_size,
         dtype=config.model.dtype,
         num_parameters=planner.transformer.num_parameters,
-        num_trainable=trainable,
+        num_lora=num_lora,
         num_modules=len(shapes),
         rank=lora.rank,
+        num_extra=num_extra,
+        extra="; ".join(filter(None, [_in_full(lora.train_modules), ", ".join(lora.nodes)])),
         data=data,
         buckets=planner.buckets(config),
         memory=planner.training(config, world_size, gpu),
         cache_phase=cache_phase,
         cache_bytes=planner.cache_bytes(config),
         caching_flops=None if data.cached else planner.caching_flops(config),
-        checkpoint_bytes=trainable * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
+        checkpoint_bytes=(num_lora + num_extra) * (planner.dtype.itemsize + FLOAT) + planner.optimizer_bytes(config),
         num_checkpoints=min(settings.keep_last, -(-settings.num_steps // settings.save_every)),
         decided=decided,
         group_size=settings.group_size or settings.micro_batch_size,
@@ -287,6 +300,10 @@ def _notes(each: Suggestion, world_size: int, fastest: float | None) -> str:
     if each.changes_result:
         notes.append("changes results")
     return f"  ({', '.join(notes)})" if notes else ""
+
+
+def _in_full(train_modules: tuple[str, ...]) -> str:
+    return f"{', '.join(train_modules)} in full" if train_modules else ""
 
 
 def _plural(number: int, noun: str) -> str:

@@ -79,7 +79,8 @@ class Planner:
             gpu: says whether products are computed in 8 bits.
         """
         zero, num_frozen, num_lora = config.parallel.stage, self.transformer.num_parameters, self.num_lora(config)
-        lora, optimizer = FLOAT * num_lora, self.optimizer_bytes(config)
+        num_extra, optimizer = self.num_extra(config), self.optimizer_bytes(config)
+        lora, trained = FLOAT * (num_lora + num_extra), "LoRA and what is beside it:" if num_extra else "LoRA"
         weights, waiting = config.model.weights, waiting_blocks(config)
         frozen, block = self.transformer.frozen_bytes(weights), self.transformer.block_bytes(weights)
         offloaded = config.parallel.offload
@@ -91,14 +92,18 @@ class Planner:
         )  # the optimizer's temporaries or averaged weights; ZeRO-2: gradients too
         backward, pixels = self.backward_bytes(config), self.pixel_bytes(config)
         between += self.validation_bytes(config)
-        parts = {"frozen weights": frozen - waiting * block}
+        around, inside = self.transformer.replaced_bytes(weights, lora_sizes(config))
+        staying = 1 - waiting / self.transformer.num_layers  # of the blocks
+        parts = {"frozen weights": frozen - waiting * block - around - round(inside * staying)}
         if weights != "bf16":
             parts = {f"frozen weights, the blocks' in {weights}": parts["frozen weights"]}
         if zero == 3:
             blocks = self.transformer.num_layers * block
             parts = {
-                f"frozen weights, 1/{world_size} of the blocks'": 0 if offloaded else -(-blocks // world_size),
-                "frozen weights around the blocks": frozen - blocks,
+                f"frozen weights, 1/{world_size} of the blocks'": 0
+                if offloaded
+                else -(-(blocks - inside) // world_size),
+                "frozen weights around the blocks": frozen - blocks - around,
             }
             gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if config.parallel.cuts_blocks(world_size) else 0
             parts["gathered weights"] = gathered * self.dtype.itemsize
@@ -107,12 +112,12 @@ class Planner:
                     lora + frozen - blocks
                 ) // world_size + block
         parts[f"blocks that come from CPU memory, {NUM_SLOTS} at a time"] = min(NUM_SLOTS, waiting) * block
-        parts["LoRA weights"] = lora
-        parts["LoRA gradients"] = lora // world_size if zero == 2 else lora
+        parts[f"{trained} weights"] = lora
+        parts[f"{trained} gradients"] = lora // world_size if zero == 2 else lora
         if zero == 2:
-            parts["DeepSpeed's copy of LoRA"] = lora // world_size
+            parts["DeepSpeed's copy of what is trained"] = lora // world_size
             parts["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
-            parts["LoRA masters, on every rank"] = lora
+            parts[f"{trained} masters, on every rank"] = lora
         if not config.adapter.dora:
             parts["LoRA weights for products"] = num_lora * self.dtype.itemsize
         parts["optimizer state"] = 0 if offloaded else optimizer
@@ -253,7 +258,8 @@ class Planner:
             traffic = sum(kept.traffic_bytes(layer, settings.micro_batch_size, times) for layer in layers)
             rounded += bucket.share * passes * traffic
         blocks = self.transformer.num_layers * self.transformer.block_bytes(weights)
-        shards = (config.parallel, world_size, passes, accumulated, blocks, FLOAT * self.num_lora(config))
+        trained = FLOAT * (self.num_lora(config) + self.num_extra(config))
+        shards = (config.parallel, world_size, passes, accumulated, blocks, trained)
         gathered, reduced = communication(*shards)
         copied = (2 + rolled) * passes * (blocks // world_size)
         if (
@@ -315,9 +321,13 @@ class Planner:
         return cache_bytes(self.data, geometry_of(config), self.text_width, num_prompts)
 
     def num_lora(self, config: Config) -> int:
-        """Trainable parameters."""
+        """Trainable parameters of LoRA."""
         shapes = self.transformer.lora_shapes(lora_sizes(config)).values()
         return sum(math.prod(shape) for group in shapes for shape in group)
+
+    def num_extra(self, config: Config) -> int:
+        """Trainable parameters beside it."""
+        return sum(map(math.prod, self.transformer.extra_shapes(lora_sizes(config)).values()))
 
     def optimizer_bytes(self, config: Config) -> int:
         """Of the optimizer's state."""
@@ -325,7 +335,8 @@ class Planner:
 
     def _optimizer_bytes(self, optim: str, lora: LoraSizes) -> int:
         shapes = [shape for group in self.transformer.lora_shapes(lora).values() for shape in group]
-        return optimizer_bytes(shapes, lambda parameters: self.build_optimizer(json.loads(optim), parameters))
+        extra = [*self.transformer.extra_shapes(lora).values()]
+        return optimizer_bytes(shapes, lambda parameters: self.build_optimizer(json.loads(optim), parameters), extra)
 
     def buckets(self, config: Config) -> list[Bucket]:
         """Of the training rows, the one that needs most first."""
@@ -361,7 +372,8 @@ def geometry_of(config: Config) -> Geometry:
 def lora_sizes(config: Config) -> LoraSizes:
     """How large the adapter is."""
     lora = config.adapter
-    return LoraSizes(lora.rank, tuple(lora.target_modules), lora.dora, tuple((lora.rank_pattern or {}).items()))
+    patterns, modules = tuple((lora.rank_pattern or {}).items()), json.dumps(lora.modules or {})
+    return LoraSizes(lora.rank, tuple(lora.target_modules), lora.dora, patterns, tuple(lora.train_modules), modules)
 
 
 def forwards_per_sample(config: Config) -> int:

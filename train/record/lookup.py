@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.model.hub_files import HUB_ID, fetch
-from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from train.model.adapter_files import CONFIG_FILE, EXTRA_FILE, WEIGHTS_FILE
 from train.record.run_files import CHECKPOINTS, LATEST
 
 CHECKPOINT_DIR = "CHECKPOINT_DIR"
@@ -59,7 +59,7 @@ def find_adapter(text: str) -> Path:
 
 def _on_hub(hub_id: str, folder: Path) -> Path:
     """The one adapter of a downloaded repository."""
-    files = sorted(folder.rglob("*.safetensors"))
+    files = sorted(file for file in folder.rglob("*.safetensors") if file.name != EXTRA_FILE)
     usual = [folder / name for name in HUB_NAMES if (folder / name).is_file()]
     if usual or len(files) == 1:
         return (usual or files)[0]

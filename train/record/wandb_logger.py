@@ -13,7 +13,7 @@ from safetensors import safe_open
 from data_prep.errors import InputError
 from train.record.loggers import Logger, Numbers, Pictures
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "config.yaml")
+ADAPTER_FILES = ("adapter_model.safetensors", "extra_modules.safetensors", "adapter_config.json", "config.yaml")
 
 
 class WandB(Logger):

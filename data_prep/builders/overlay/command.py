@@ -33,6 +33,7 @@ MAX_TEXT = 2000
 """Characters. More cannot be read on a photograph, and would take long to lay out."""
 PROMPT_FIELDS = ("text", "name")
 """What prompt templates may speak of: the text that is laid over, and the file name of an overlay."""
+_FIELD = re.compile(r"\{(text|name)\}")
 PRELOAD = ("numpy", "PIL.Image", "PIL.ImageFont", "fontTools.ttLib", "matplotlib")
 
 
@@ -90,8 +91,9 @@ def command(
 
     Each row of the table names a photograph (image_id: a file name, with or without ending, or a COCO id) and fills one of
     overlay_text (path of a UTF-8 text file), overlay_image (path of a picture, transparency is respected) or text (the text
-    itself). prompt is the instruction of the row's direction, with both that of adding; prompt_remove that of removing.
-    Columns position, font_size, overlay_size, colour, opacity, rotation and direction override the options.
+    itself). prompt is the instruction of the row's direction, with both that of adding; prompt_add and prompt_remove are those
+    of one direction. {text} and {name} in them stand for the overlay's text and file name. Columns position,
+    font_size, overlay_size, colour, opacity, rotation and direction override the options.
 
     data_prep/run.py overlay --table overlays.csv --images photos --out data/overlay --direction both
     --prompt-remove 'Remove the text "{text}".'
@@ -207,9 +209,12 @@ class MakeOverlay:
     def _prompt(
         self, direction: str, id: str, cells: Mapping[str, str], directions: tuple[str, ...], known: Mapping[str, str]
     ) -> str:
-        """The column of this direction, then `prompt`, which is the first direction's, then the template."""
+        """The column of this direction, then `prompt`, which is the first direction's, then the template.
+
+        In a column {text} and {name} are filled as in a template, and other braces are text.
+        """
         if own := cells.get(f"prompt_{direction}") or (cells.get("prompt") if direction == directions[0] else None):
-            return own
+            return _FIELD.sub(lambda field: known[field[1]] or field[0], own)
         template = self.prompt_add if direction == "add" else self.prompt_remove
         if template is None:
             way_out = f"fill the column prompt_{direction}, or give --prompt-{direction}"

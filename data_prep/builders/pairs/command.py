@@ -24,8 +24,15 @@ the tag of the caption file."""
 
 
 def command(
-    folder: Annotated[Path, typer.Option(help="Holds source/, target/, and perhaps mask/, ref_gt/, caption/.")],
+    folder: Annotated[Path, typer.Option(help="Holds a folder of sources and one of targets, and perhaps more.")],
     out: Annotated[Path | None, typer.Option(help="Folder of dataset.jsonl.", show_default="FOLDER itself")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the folder of sources. Repeated: several.", show_default="source, before, …"),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Name of the folder of targets.", show_default="target, after, …")
+    ] = None,
     prompt: PromptOption = None,
     templates: TemplatesOption = None,
     seed: Seed = 0,
@@ -33,14 +40,15 @@ def command(
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Folders of pictures become a dataset: files of one name in source/, target/, mask/ and ref_gt/ are one row.
+    """Folders of pictures become a dataset: files of one name in before/, after/, mask/ and ref_gt/ are one row.
 
-    Folders may be nested. Up to three folders whose names begin with "source" give the sources, in the order of their names,
-    and each row has a file in all of them; masks (white = background to preserve) and ground truths may be missing.
+    Sources are in source, before, input or original, targets in target, after, output, edited or result; --source and --target
+    name other folders. Folders may be nested. Up to three folders give the sources (source_1, source_2, …), in the order of
+    their names, and each row has a file in all of them; masks (white = background to preserve) and ground truths may be missing.
     Pictures stay where they are. Each is decoded once, so that every row of the dataset can be used.
 
     Instructions come from the first of these that there is:
-    (1) --prompt or --templates, with the fields {stem} (the name without ending), {folder} (below target/) and {tag};
+    (1) --prompt or --templates, with the fields {stem} (the name without ending), {folder} (below the targets) and {tag};
     (2) caption/NAME.txt or caption/NAME.json;
     (3) such files beside the target, or else beside a source;
     (4) FOLDER/caption.txt, for all rows: templates as in (1), one a line.
@@ -50,7 +58,7 @@ def command(
     """
     folder = Path(os.path.abspath(folder))
     given = make_templates(prompt, templates, seed)
-    pairs = find_pairs(folder)
+    pairs = find_pairs(folder, source or (), target)
     make = MakePair(_templates_of_all(pairs, folder, given, seed))
     for remark in pairs.remarks():
         print(remark)

@@ -1,9 +1,10 @@
-"""The folders source*/ target/ mask/ ref_gt/ caption/ beside each other: which files in them belong together."""
+"""Folders of sources, targets, masks, ground truths and captions beside each other: which files in them belong together."""
 
+import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,17 @@ from data_prep.rows.folders import walk_files
 from data_prep.rows.images import RejectedImage, image_suffixes
 from data_prep.rows.rows import MAX_SOURCES, RejectedRow
 
+NAMES = {
+    "source": ("source", "before", "input", "original"),
+    "target": ("target", "after", "output", "edited", "result"),
+    "mask": ("mask", "back_mask"),
+    "ref_gt": ("ref_gt", "ground_truth"),
+    "caption": ("caption", "prompt"),
+}
+"""What a folder of each kind may be called, with an s too, in letters of any size; sources may be numbered: `before_2`."""
 LAYOUT = (
-    "it must hold the folders source/ (or source_1/, source_2/ …) and target/, and may hold mask/, ref_gt/ and caption/"
+    "it must hold folders of sources (source, before, input or original; several: source_1, source_2 …) and of targets "
+    "(target, after, output, edited or result), and may hold mask, ref_gt and caption; --source and --target name others"
 )
 
 
@@ -74,30 +84,69 @@ class PairFolders:
             yield from _orphans(files, files.captions, self.target)
 
 
-def find_pairs(folder: Path) -> PairFolders:
+def find_pairs(folder: Path, sources: Sequence[str] = (), target: str | None = None) -> PairFolders:
     """Lists the files.
 
     Args:
         folder: an absolute path.
+        sources, target: names of folders in it, in place of the usual ones.
 
     Raises:
         InputError: it is not such a folder, or a part of it is empty or matches nothing.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    sources = sorted(path for path in folder.iterdir() if path.name.startswith("source") and path.is_dir())
-    if not sources or not (folder / "target").is_dir():
+    for name in (*sources, *filter(None, [target])):
+        if not (folder / name).is_dir():
+            raise InputError(f"there is no folder {name} in {folder}")
+    of_sources = [folder / name for name in sources] or _called(folder, "source")
+    of_targets = [folder / target] if target else _called(folder, "target")
+    if not of_sources or not of_targets:
         raise InputError(f"there are no pairs in {folder}: {LAYOUT}")
-    if len(sources) > MAX_SOURCES:
-        raise InputError(f"{folder} has {len(sources)} folders source*, the model takes at most {MAX_SOURCES} sources")
-    target, *found = [_list(path) for path in (folder / "target", *sources)]
-    for files in [target, *found]:
+    if len(of_targets) > 1:
+        raise InputError(
+            f"several folders of {folder} may hold the targets ({_names(of_targets)}): choose with --target"
+        )
+    if len(of_sources) > MAX_SOURCES:
+        raise InputError(
+            f"{folder} has {len(of_sources)} folders of sources ({_names(of_sources)}), the model takes at most "
+            f"{MAX_SOURCES}: choose with --source"
+        )
+    targets, *found = [_list(path) for path in (*of_targets, *of_sources)]
+    for files in [targets, *found]:
         if not files.pictures:
             raise InputError(f"there is no image file in {files.path}")
-    mask, ref_gt = (_list_optional(folder / name, target) for name in ("mask", "ref_gt"))
-    captions = [_list(folder / "caption")] if (folder / "caption").is_dir() else [target, *found]
-    stems = sorted(set(target.pictures).union(*(files.pictures for files in found)))
-    return PairFolders(target, found, mask, ref_gt, captions, stems)
+    mask, ref_gt = (_list_optional(_only(folder, kind), targets) for kind in ("mask", "ref_gt"))
+    of_captions = _only(folder, "caption")
+    captions = [_list(of_captions)] if of_captions else [targets, *found]
+    stems = sorted(set(targets.pictures).union(*(files.pictures for files in found)))
+    return PairFolders(targets, found, mask, ref_gt, captions, stems)
+
+
+def _called(folder: Path, kind: str) -> list[Path]:
+    """The folders in it that are called so, by name; what `source` begins counts as sources, as in `source_left`."""
+    plain = re.compile(rf"({'|'.join(NAMES[kind])})s?" + (r"[_ -]?\d*" if kind == "source" else ""), re.IGNORECASE)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and (plain.fullmatch(path.name) or (kind == "source" and path.name.startswith("source")))
+    )
+
+
+def _only(folder: Path, kind: str) -> Path | None:
+    """The one folder that is called so, or None.
+
+    Raises:
+        InputError: there are several.
+    """
+    found = _called(folder, kind)
+    if len(found) > 1:
+        raise InputError(f"{folder} has several folders for {kind} ({_names(found)}): rename all but one")
+    return found[0] if found else None
+
+
+def _names(folders: list[Path]) -> str:
+    return ", ".join(path.name for path in folders)
 
 
 def pair_items(pairs: PairFolders) -> Iterator[Item | RejectedRow]:
@@ -109,8 +158,8 @@ def pair_items(pairs: PairFolders) -> Iterator[Item | RejectedRow]:
             yield RejectedRow(number, stem, str(error.path), error.reason)
 
 
-def _list_optional(folder: Path, target: Files) -> Files | None:
-    if not folder.is_dir():
+def _list_optional(folder: Path | None, target: Files) -> Files | None:
+    if folder is None:
         return None
     files = _list(folder)
     if files.pictures.keys().isdisjoint(target.pictures):

@@ -18,6 +18,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import VAE, PromptEncoder, load_prompt_encoder, load_vae
 from eval.qwen.weights.adapters import added_up, put_beside, read_file, remove_adapters
 from eval.qwen.weights.encoders import PlacedPromptEncoder, PlacedVAE
+from eval.qwen.weights.extra_weights import ExtraParts, read_all
 from eval.qwen.weights.fusing import FusedAdapters
 from eval.qwen.weights.waiting import WaitingWeights
 from eval.request.knobs import AdapterUse
@@ -60,6 +61,7 @@ class Components:
         self._in_use: Counter[PartName] = Counter()
         self._adapters: AdapterState | None = ()  # None where a switch has failed half-way
         self._fused: FusedAdapters | None = None  # while a denoiser of plain weights is there
+        self._extra: ExtraParts | None = None  # while a denoiser is there
         self._say_once = functools.cache(functools.partial(print, file=sys.stderr))
         self._files: Recent[Mapping[str, LowRank]] = Recent(ADAPTER_BYTES, _num_bytes)
 
@@ -94,8 +96,16 @@ class Components:
             yield denoiser
 
     def _switch(self, denoiser: Denoiser, adapters: Sequence[AdapterUse], state: AdapterState) -> None:
-        parts = added_up(denoiser.dit, adapters, self._read)  # what fails here has touched nothing
+        assert self._extra
+        parts, extras = added_up(denoiser.dit, adapters, self._read), read_all(adapters)
+        self._extra.check(extras)  # what fails until here has touched nothing
         self._adapters = None
+        self._extra.clear()  # first of all: what is fused lies over it
+        if self._fused:
+            self._fused.clear()
+        else:
+            remove_adapters(denoiser)
+        self._extra.use(extras)
         if self._fused:
             self._fused.use(parts)
         else:
@@ -138,7 +148,7 @@ class Components:
             self._waiting.pop(name, None)
             self._away.discard(name)
             if name == "denoiser":
-                self._adapters, self._fused = (), None
+                self._adapters, self._fused, self._extra = (), None, None
         gc.collect()  # modules refer to each other in circles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -167,6 +177,8 @@ class Components:
 
     def _set_aside(self, name: PartName) -> None:
         if name == "denoiser":
+            if self._extra:
+                self._extra.forget()
             if self._fused:
                 self._fused.forget()
             else:
@@ -204,6 +216,7 @@ class Components:
         denoiser = load_placed_denoiser(self.model, self.placement)
         if self.placement.weights == "full" and not self.placement.gguf:
             self._fused = FusedAdapters(denoiser, self._restore)
+        self._extra = ExtraParts(denoiser)
         return denoiser
 
 

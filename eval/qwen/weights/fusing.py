@@ -33,13 +33,18 @@ class FusedAdapters:
     @torch.no_grad()
     def use(self, parts: Mapping[str, LowRank]) -> None:
         """From now on the transformer computes with these adapters and no others."""
-        if self._changed:
-            self.restore(self._changed)
+        self.clear()
         self._changed = [name for name in parts if name in self._resident]
         for name in self._changed:
             self._fuse(self.linear[name], parts[name])
         if self.offload:
             self._change_what_comes({name: part for name, part in parts.items() if name not in self._resident})
+
+    def clear(self) -> None:
+        """The weights that do not wait are the base model's own again."""
+        if self._changed:
+            self.restore(self._changed)
+        self._changed = []
 
     def forget(self) -> None:
         """The weights are the base model's again, by another's doing."""

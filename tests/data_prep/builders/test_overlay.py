@@ -61,7 +61,12 @@ def good() -> dict[str, dict[str, str]]:
     rows = {name: {"overlay_text": f"texts/{name}.txt", "image_id": "busy.jpg"} for name in TEXTS}
     return rows | {
         "coco": {"image_id": "139", "text": "by number", "direction": "remove", "prompt": "clean it"},
-        "nested": {"image_id": "sub/deep", "text": "two\nlines", "direction": "both", "prompt_remove": "own words"},
+        "nested": {
+            "image_id": "sub/deep",
+            "text": "two\nlines",
+            "direction": "both",
+            "prompt_remove": "own {text} {word}",
+        },
         "template": {"image_id": "white", "text": "Hi {you}", "direction": "both", "prompt": "write it"},
         "logo": {"image_id": "grey", "overlay_image": "logo.png", "position": "bottom-right", "overlay_size": "0.5"},
         "faint": {"image_id": "grey", "overlay_image": "red.png", "position": "0.5,0.5", "opacity": "0.5"},
@@ -164,7 +169,7 @@ def test_directions_and_instructions(inputs, rows):
     assert rows["coco"] | {"prompt": "clean it", "image": photo, "tag": "remove-text"} == rows["coco"]
     assert rows["latin"]["edit_image"] == str(inputs / "photos/busy.jpg")
     assert rows["latin"]["tag"] == "add-text"
-    assert (rows["nested-add"]["prompt"], rows["nested-remove"]["prompt"]) == ("do nested", "own words")
+    assert (rows["nested-add"]["prompt"], rows["nested-remove"]["prompt"]) == ("do nested", "own two lines {word}")
     assert (rows["template-add"]["prompt"], rows["template-remove"]["prompt"]) == ("write it", 'Remove "Hi {you}"')
     assert rows["nested-add"]["image"] == rows["nested-remove"]["edit_image"]
     assert rows["nested-add"]["edit_image"] == rows["nested-remove"]["image"]

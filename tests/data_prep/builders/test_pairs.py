@@ -148,7 +148,26 @@ def test_any_text_can_be_a_template_or_fill_one(text, value):
     assert templates.fill("id", {"stem": value}) == text + value.strip()
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "folders"),
+    [
+        (("before", "after"), (), ("before", "after")),
+        (("Input 2", "input_1", "outputs", "masks"), (), ("Input 2", "input_1", "outputs")),
+        (("raw", "source", "final"), ("--source", "raw", "--target", "final"), ("raw", "final")),
+    ],
+)
+def test_folders_have_the_names_that_people_give_them(names, options, folders, tmp_path):
+    make_pairs(tmp_path, ["a"], names)
+    prepare("pairs", "--folder", tmp_path, "--prompt", "p", *options)
+    (row,) = dataset(tmp_path)
+    found = [*(row["edit_image"] if isinstance(row["edit_image"], list) else [row["edit_image"]]), row["image"]]
+    assert found == [f"{name}/a.png" for name in folders]
+    assert row.get("back_mask") == ("masks/a.png" if "masks" in names else None)
+
+
 WRONG = {
+    "several folders of": lambda folder: (folder / "Results").mkdir(),
+    "there is no folder raw in": lambda folder: ("--source", "raw"),
     "there are no instructions in": lambda folder: (),
     "unknown field {colour} in a prompt template: known here are {stem}, {folder}, {tag}": lambda folder: (
         "--prompt", "{colour}",
@@ -157,7 +176,7 @@ WRONG = {
     "give one of them": lambda folder: ("--prompt", "p", "--templates", folder / "x"),
     "cannot be read: No such file": lambda folder: ("--templates", folder / "x"),
     "--prompt is empty": lambda folder: ("--prompt", " "),
-    "has 4 folders source*, the model takes at most 3": lambda folder: [
+    "has 4 folders of sources (source, source_0, source_1, source_2), the model takes at most 3": lambda folder: [
         (folder / f"source_{number}").mkdir() for number in range(3)
     ],
     "there is no image file in": lambda folder: (folder / "source/a.png").unlink(),

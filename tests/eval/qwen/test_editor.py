@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import load_file, save_file
 
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import VAE, PromptEncoder
-from data_prep.model.geometry import Geometry, Size, fit
-from data_prep.rows.images import open_image
+from data_prep.model.geometry import Geometry, Size, fit, fit_mask
+from data_prep.rows.images import open_image, open_mask
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.editor import Editor
 from eval.qwen.encoding import RequestEncoder, join_edits
@@ -83,7 +83,15 @@ def test_it_encodes_as_the_cache_does(editor, tiny_model_dir, tmp_path):
             encoder = RequestEncoder(lambda encoders=encoders: encoders, GEOMETRY, torch.device("cpu"))
             size = GEOMETRY.target_size(Size.of(images[0]))
             negative = record.row["negative_prompt"] or EMPTY_PROMPT
-            edit = encoder.encode(images, record.row["prompt"], negative, size, white=True).edit
+            changed = ImageOps.invert(open_mask(back)) if (back := record.row["back_mask"]) else None
+            changed = changed and fit_mask(changed, size)
+            edit = encoder.encode(images, record.row["prompt"], negative, size, white=True, changed=changed).edit
+        scene = edit.condition.scene
+        assert scene is not None
+        assert scene.source_latents is edit.source_latents
+        assert scene.sub_noise is edit.sub_noise
+        assert (scene.mask is None) == (record.mask is None)
+        assert record.mask is None or torch.allclose(scene.mask[0], record.mask.float(), atol=1e-2)  # of bfloat16
         assert edit.sub_noise is not None
         assert torch.allclose(edit.source_latents[0], record.source_latents, atol=1e-5)
         assert torch.allclose(edit.sub_noise[0], record.sub_noise, atol=1e-5)

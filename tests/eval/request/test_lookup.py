@@ -97,8 +97,10 @@ def test_an_adapter_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("train.record.lookup.fetch", lambda *what: asked.append(what) or tmp_path / "hub")
     (tmp_path / "hub").mkdir()
-    for name in ("b.safetensors", "a.safetensors", "pytorch_lora_weights.safetensors"):
+    for name in ("extra_modules.safetensors", "b.safetensors", "a.safetensors", "pytorch_lora_weights.safetensors"):
         (tmp_path / "hub" / name).write_bytes(b"")
+        if name.startswith("extra"):  # it is no adapter
+            continue
         if name == "a.safetensors":
             with pytest.raises(InputError, match=r"2 safetensors files \(a.safetensors, b.safetensors\): download one"):
                 find_adapter("someone/lora")

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from losses.batch import Condition
-from tests.train.model.test_lora import SMALL, drawn, small
+from tests.train.model.layers.test_lora import SMALL, drawn, small
 from train.model.execution import RUNS, Compiled, Execution
 from train.plan.memory import LiveBytes
 

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
+from tests.train.model.layers.test_lora import SMALL, small
 from tests.train.model.test_adapter import inputs, trained
 from tests.train.model.test_execution import ONE, SEVERAL, said  # noqa: F401
-from tests.train.model.test_lora import SMALL, small
 from train.model import offload as module
 from train.model.denoiser import build_dit, load_denoiser
 from train.model.execution import RUNS, Compiled

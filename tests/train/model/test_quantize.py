@@ -7,8 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.errors import InputError
 from losses.batch import Condition
-from tests.train.model.test_execution import ONE, results, run_with, said  # noqa: F401
-from tests.train.model.test_lora import (
+from tests.train.model.layers.test_lora import (
     SMALL,
     condition_of,
     drawn,
@@ -18,11 +17,12 @@ from tests.train.model.test_lora import (
     small,
     worst,
 )
+from tests.train.model.test_execution import ONE, results, run_with, said  # noqa: F401
 from train.config import DEFAULT_TARGETS
 from train.model.adapter import Adapter, attach_lora
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import RUNS, Compiled, Execution
-from train.model.lora import linear
+from train.model.layers.lora import linear
 from train.model.quantize import (
     FEWEST_ROWS,
     LARGEST,

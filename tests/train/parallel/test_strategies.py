@@ -40,6 +40,11 @@ VARIANTS = {
     "bf16": ["model.dtype=bfloat16"],
     "validated": [*OPTIMS["prodigy"], "validate=tiny_lbm", "validate.num_rows=3", "train.validate_every=2"],
     "unvalidated": [*OPTIMS["prodigy"]],
+    "extra": [
+        "adapter=ste",
+        "adapter.modules.ste.hidden=16",
+        "adapter.train_modules=[norm_out,proj_out,img_mod,norm_q]",
+    ],
 }
 
 FROZEN = {
@@ -109,8 +114,18 @@ def runs(settings, tmp_path_factory) -> Path:
         if name not in ("compiled", "unvalidated"):  # compared with "released", and with each other's validated run
             add(1, f"single-{name}", 6, *overrides, *cut_settings((2, 1)))
         for strategy in ("zero3", "zero3_offload"):
-            released = RELEASED if name == "released" or strategy == "zero3_offload" else []
+            released = RELEASED if name in ("released", "extra") or strategy == "zero3_offload" else []
             add(2, f"{strategy}-{name}", 6, *overrides, *released, *cut_settings((1, 1)), f"parallel={strategy}")
+    for strategy in ("ddp", "zero2"):
+        add(
+            2,
+            f"{strategy}-extra",
+            6,
+            "train.group_size=2",
+            *VARIANTS["extra"],
+            *cut_settings((1, 1)),
+            f"parallel={strategy}",
+        )
     for name, (num_processes, strategy, weights, waiting) in FROZEN.items():
         overrides = [f"parallel={strategy}", f"model.weights={weights}", f"train.offload_blocks={waiting}"]
         cut = [*cut_settings((2 // num_processes, 1)), "train.group_size=2"]
@@ -130,8 +145,9 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def adapter(run_dir: Path, step: int) -> torch.Tensor:
-    """The exported weights as one vector."""
-    tensors = load_file(run_dir / "checkpoints" / f"step-{step:06d}" / "adapter_model.safetensors")
+    """The exported weights as one vector, with those that were trained beside LoRA."""
+    files = (run_dir / "checkpoints" / f"step-{step:06d}").glob("*_mod*.safetensors")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
@@ -202,6 +218,21 @@ class TestVariants:
             assert ours["num_rows"] == 3
             for method in ("source", *(name for name in theirs if name.startswith("steps_"))):
                 assert ours[method] == pytest.approx(theirs[method], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", "zero2", "ddp"])
+def test_what_is_trained_beside_lora_is_the_same_on_two_ranks(runs, strategy):
+    """Modules in full, around the blocks and in them, and an added one, which begins at zero: all of it has moved alike."""
+    run, reference = runs / f"{strategy}-extra", runs / "single-extra"
+    assert_same_training(run, reference, 6, rel=1e-6)
+    moved = []
+    for each in run, reference:
+        tensors = load_file(each / "checkpoints" / "step-000006" / "extra_modules.safetensors")
+        assert {"norm_out.linear.bias", "transformer_blocks.1.attn.norm_q.weight"} <= tensors.keys()
+        moved.append(tensors["modules.ste.leave.weight"].double())
+    assert (moved[0] - moved[1]).norm() < 1e-3 * moved[1].norm()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from train.config import DEFAULT_TARGETS, compose
 from train.model.adapter import attach_lora
 from train.model.denoiser import Denoiser, build_dit, load_denoiser
 from train.model.execution import Execution
+from train.model.extra.extras import attach_extras
 from train.optim import AdamW, Prodigy
 from train.plan.gpus import GPUS, find_gpu
 from train.plan.memory import LiveBytes, LoraSizes, Transformer, flash_attention, optimizer_bytes
@@ -214,14 +215,26 @@ def test_lora_shapes_are_those_of_the_adapter(tiny_model_dir, dora):
 
 @pytest.mark.parametrize("build", [AdamW, Prodigy])
 def test_optimizer_state_and_checkpoint_have_the_predicted_size(tiny_model_dir, tmp_path, build):
-    adapter = attach_lora(load_denoiser(ModelDirectory(tiny_model_dir)), 16, 16, DEFAULT_TARGETS)
+    """Of LoRA, of modules in full and of an added one, which the plan knows by their sizes."""
+    model, in_full = ModelDirectory(tiny_model_dir), ("norm_out", "proj_out", "norm_q")
+    nodes = {"ste": {"_target_": "train.model.extra.SpatialTemporalEncoder", "hidden": 32}}
+    denoiser = load_denoiser(model, train_modules=in_full)
+    adapter = attach_lora(denoiser, 16, 16, DEFAULT_TARGETS, train_modules=in_full)
+    adapter.extras = attach_extras(denoiser, in_full, nodes)
     optimizer = build(adapter.parameters())
     for parameter in adapter.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step(0)
     tensors = [t for state in optimizer.torch_optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    predicted = optimizer_bytes([tuple(p.shape) for p in adapter.parameters()], build)
-    assert predicted == sum(tensor.nbytes for tensor in tensors)
+    lora = LoraSizes(16, tuple(DEFAULT_TARGETS), train_modules=in_full, modules=json.dumps(nodes))
+    transformer = Transformer(model.config("transformer"), torch.bfloat16, True)
+    extra, shapes = transformer.extra_shapes(lora), transformer.lora_shapes(lora)
+    assert extra == {name: tuple(each.shape) for name, each in adapter.extras.parameters.items()}
+    predicted = optimizer_bytes([shape for some in shapes.values() for shape in some], build, [*extra.values()])
+    assert predicted == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=1e-3)
+    around, inside = transformer.replaced_bytes("bf16", lora)
+    in_model = sum(each.numel() for name, each in adapter.extras.parameters.items() if "ste." not in name)
+    assert around + inside == 2 * in_model
 
     folder = Checkpoints(tmp_path, 1, {}, "", torch.bfloat16).save(1, adapter, optimizer, {})
     on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -13,7 +13,7 @@ from losses.patches import patchify, unpatchify
 from train.config import DEFAULT_TARGETS
 from train.model.adapter import Adapter, attach_lora
 from train.model.denoiser import Denoiser, build_dit
-from train.model.lora import LoraLinear, linear, low_rank_linear
+from train.model.layers.lora import LoraLinear, linear, low_rank_linear
 
 SCALES = [1.0, 0.5, 2.0]
 PLAIN = [None] * 3
@@ -274,7 +274,7 @@ def test_layers_without_lora_beside_those_with(monkeypatch):
     denoiser, _ = small(torch.float32)
     attn = denoiser.dit.transformer_blocks[0].attn
     x = drawn(1, 3, 128, seed=1, dtype=torch.float32)
-    monkeypatch.setattr("train.model.lora._beside", None)
+    monkeypatch.setattr("train.model.layers.lora._beside", None)
     with_lora, without, _ = linear(x, attn.to_q, attn.to_k.base_layer, attn.to_v)
     assert torch.equal(without, attn.to_k.base_layer(x))
     assert torch.equal(with_lora, linear(x, attn.to_q)[0])

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.train.model.test_lora import drawn
+from tests.train.model.layers.test_lora import drawn
 from train.model import quantize
 
 
@@ -15,9 +15,9 @@ def kernels(monkeypatch):
     """The module as it is where TRITON_INTERPRET is set."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "train.model.kernels", raising=False)
-    yield importlib.import_module("train.model.kernels")
-    sys.modules.pop("train.model.kernels", None)
+    monkeypatch.delitem(sys.modules, "train.model.layers.kernels", raising=False)
+    yield importlib.import_module("train.model.layers.kernels")
+    sys.modules.pop("train.model.layers.kernels", None)
 
 
 @pytest.mark.parametrize("sums_type", [torch.int32, torch.bfloat16])
