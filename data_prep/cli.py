@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from data_prep.errors import InputError, exit_codes
-from data_prep.jobs.engines import EngineName
+from data_prep.jobs import EngineName
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Cores that this process may use."""

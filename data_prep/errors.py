@@ -16,6 +16,17 @@ class BadPrompt(InputError):
     """An instruction that the text encoder cannot take; the other rows are not concerned."""
 
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+"""What torch says when the CPU's allocator fails, on Linux and elsewhere, and when pinned memory cannot be had."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device or of the machine has run out; torch has no exception of its own for the latter."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Ends the process with code 2 and a plain message on `InputError`, with its traceback and code 1 on anything else.
@@ -33,7 +44,7 @@ def exit_codes() -> Iterator[None]:
         print(f"{f'rank {rank}: ' if several else ''}error: {error}", file=sys.stderr, flush=True)
         _leave(2, several)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             error.add_note(
                 "The same command with phases=[plan] says what needs how much, and which settings need less."
             )

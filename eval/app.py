@@ -18,35 +18,18 @@ import typer
 
 from data_prep.cli import run_command
 from data_prep.files import make_folder
-from eval.bases.auto import open_editor
 from eval.page.limits import Limits, check_exposure, check_port, parse_auth
-from eval.request.options import (
-    DEVICE,
-    DTYPE,
-    Compile,
-    DepthModel,
-    Device,
-    Dtype,
-    EncoderDevice,
-    Gguf,
-    MaxPixels,
-    Model,
-    Offload,
-    VaeTiling,
-    VisionPixels,
-    Weights,
-)
-from eval.request.placement import make_placement
-from eval.request.request import AdapterUse
-from eval.request.sizes import SizeLimits
-from train.record.lookup import checkpoint_folder
+from eval.request.knobs import AdapterUse
+from eval.request.options import ModelOptions, PlaceOptions, with_options
 
 PORT = 7999
 
 
+@with_options(ModelOptions, PlaceOptions)
 def app(
+    model: ModelOptions,
+    place: PlaceOptions,
     *,
-    model: Model,
     runs: Annotated[
         Path | None, typer.Option(help="Folder with runs and adapters.", show_default="$CHECKPOINT_DIR, or runs")
     ] = None,
@@ -78,17 +61,6 @@ def app(
     max_upload_mb: Annotated[int, typer.Option(help="Largest file, in megabytes.")] = Limits.max_upload_mb,
     max_image_pixels: Annotated[int, typer.Option(help="Most pixels of an upload.")] = Limits.max_image_pixels,
     max_count: Annotated[int, typer.Option(help="Most pictures of one edit.")] = Limits.max_count,
-    max_pixels: MaxPixels = None,
-    vision_pixels: VisionPixels = None,
-    device: Device = DEVICE,
-    dtype: Dtype = DTYPE,
-    encoder_device: EncoderDevice = None,
-    offload: Offload = "none",
-    weights: Weights = "full",
-    gguf: Gguf = None,
-    vae_tiling: VaeTiling = False,
-    compile: Compile = False,
-    depth_model: DepthModel = None,
     preload: Annotated[
         bool, typer.Option("--preload", help="Load the model, and the chosen adapter, before the page opens.")
     ] = False,
@@ -102,18 +74,19 @@ def app(
     check_exposure(host, share, login)
     check_port(host, port)
     make_folder(out)
-    placement = make_placement(device, dtype, encoder_device, offload, weights, gguf, vae_tiling, compile)
-    sizes = SizeLimits(max_pixels, vision_pixels)
+    from eval.bases.auto import open_model
     from eval.page.server import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
+    from train.record.lookup import checkpoint_folder
 
-    editor = open_editor(model, placement, None, depth_model, sizes)
-    title = f"{editor.abilities.base} ({Path(model).name}) on {placement.device}, {dtype}"
+    placement = place.place()
+    editor, name = open_model(model, placement), Path(model.model or "").name
+    title = f"{editor.abilities.base} ({name}) on {placement.device}, {placement.numbers['dtype']}"
     studio = make_studio(editor, title, out.resolve(), runs or checkpoint_folder(), limits, adapter)
     studio.examples = read_examples(examples, examples_root) if examples else []
     if preload:
         start = time.perf_counter()
         editor.preload([AdapterUse(each.path) for each in studio.adapters() if each.name == adapter])
-        print(f"loaded {Path(model).name} in {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"loaded {name} in {time.perf_counter() - start:.1f} s", flush=True)
     serve(studio, Address(host, port, share, login))
 
 

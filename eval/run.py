@@ -1,9 +1,14 @@
-"""Scores adapters on a dataset file and writes `report.json`, `report.html` and every picture.
+"""Scores pictures beside their ground truth, and writes `report.json`, `report.html` and every picture.
 
     python eval/run.py --model models/tiny --adapter runs/lbm --adapter runs/flow --base \
         --dataset pairs.json --root photos --steps 1,4 --out runs/scores
 
-Without `--adapter` the base model is scored. docs/evaluation.md says what is measured and how it is read.
+    python eval/run.py --pictures others/made --dataset pairs.json --root photos --out runs/scores
+
+    python eval/run.py --runs runs/lbm --runs runs/flow --out runs/compared
+
+The first edits a dataset's rows as a table, continued by the same command; the second scores pictures of any tool, without
+a model; the third compares the last validations of runs. docs/evaluation.md says what is measured and how it is read.
 """
 
 import sys
@@ -12,70 +17,38 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 __import__("data_prep")  # without the environment, it says how to enter it
 
-import itertools
-import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from data_prep.cache.encoding import Encoders
-from data_prep.cache.reader import CacheReader
-from data_prep.cache.writer import build_cache
 from data_prep.cli import OnErrorName, run_command
 from data_prep.errors import InputError
-from data_prep.files import write_text
-from data_prep.model.directory import ModelDirectory
-from data_prep.model.geometry import Geometry
-from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
-from eval.qwen.modes import SamplerChoice, choose_sampler
-from eval.qwen.weights.components import Components
-from eval.reports.card import BASE, CardRequest, check_card, write_card
-from eval.reports.evaluation_page import print_report, write_page
-from eval.reports.publishing import check_push, push
-from eval.reports.runs_report import OBJECTIVES
-from eval.reports.summary import Report, build_report, unmeasured
-from eval.reports.wandb_table import log_wandb
-from eval.request.lookup import find_model
-from eval.request.metadata import describe_adapters, read_metadata, trained_geometry
-from eval.request.options import (
-    DEVICE,
-    DTYPE,
-    CfgScale,
-    Compile,
-    Device,
-    Dtype,
-    MaxPixels,
-    Model,
-    Seed,
-    VisionPixels,
-    option,
-    parse_adapter,
-)
-from eval.request.placement import Placement, make_placement
-from eval.request.request import AdapterUse
-from eval.request.sizes import SizeLimits
-from eval.scores.metrics.catalog import ALL, METRICS, load_battery
-from eval.scores.metrics.metric import check_names
-from eval.scores.metrics.sources import CLIP, DINO, Places
-from eval.scores.recorder import Recorder
-from eval.scores.splits import EVERY, HELD_OUT, rows_of_split
-from eval.scores.validation import Validation, choose_rows
-from train.record.loggers import Picture
+from eval.request.knobs import AdapterUse
+from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, option, with_options
+from eval.request.request import MAX_STEPS
+from eval.scores.metrics.metric import ALL, CLIP, DINO, METRICS, check_names
+from eval.scores.splits import EVERY, HELD_OUT, ScoredRows, chosen_rows, rows_of_split
+from eval.tables.command import WINDOW, BatchSize, Window
 
-ENCODERS = ("vae", "text_encoder", "processor")
+if TYPE_CHECKING:  # with torch, after the command line has been checked
+    from torch import device as Device
+
+    from eval.report.publishing import Publication
+    from eval.scores.methods import Method
+    from eval.scores.metrics.catalog import Battery
+
+EDITS = "edits"
+"""Folder of the table that edits are made as, below `--out`."""
 
 
 def parse_steps(text: str) -> list[int]:
     """`1,2,4`."""
     counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError(f"must look like 1,2,4, each 1 or more, got {text!r}")
+    if not 1 <= min(counts) <= max(counts) <= MAX_STEPS:
+        raise ValueError(f"must look like 1,2,4, each 1 or more and at most {MAX_STEPS}, got {text!r}")
     return counts
 
 
@@ -87,58 +60,80 @@ def parse_metrics(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An adapter, or the base model, and how it is sampled."""
+class RowOptions:
+    """Which rows are scored."""
 
-    name: str
-    use: AdapterUse | None
-    geometry: Geometry
-    choice: SamplerChoice
-
-    @property
-    def objective(self) -> str:
-        """In words."""
-        name = type(self.choice.sampler).__name__
-        return OBJECTIVES.get(name, name)
-
-
-def score(
-    *,
-    model: Model,
-    adapter: Annotated[
-        list[AdapterUse] | None,
-        typer.Option(
-            parser=option(parse_adapter),
-            metavar="PATH[:WEIGHT]",
-            help="Run, checkpoint or safetensors file; repeatable, each is scored by itself.",
-            show_default="the base model",
-        ),
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Score the model without an adapter too.")] = False,
-    dataset: Annotated[str, typer.Option(help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset.", show_default="required")
+    ] = None
     root: Annotated[
         str | None, typer.Option(help="Folder that the rows' paths are relative to.", show_default="the dataset's own")
-    ] = None,
+    ] = None
+    sources: Annotated[Path | None, typer.Option(help="With --targets, instead of --dataset: a folder.")] = None
+    targets: Annotated[
+        Path | None, typer.Option(help="Folder of what the pictures should be; names are those of --sources.")
+    ] = None
     split: Annotated[
         str,
         typer.Option(
             help=f"Score the rows of this split, or “{EVERY}”. A dataset without a column split is scored whole. Figures of "
             "rows that are not known to be held out are marked as such, and a card does not publish them as an evaluation."
         ),
-    ] = HELD_OUT,
-    steps: Annotated[
-        list | None,
-        typer.Option(
-            parser=option(parse_steps),
-            metavar="N,N",
-            help="Step counts.",
-            show_default="1,2,4 for a bridge, 4,20 for flow",
-        ),
-    ] = None,
+    ] = HELD_OUT
     num_rows: Annotated[
         int | None, typer.Option(help="Score so many rows, chosen by the seed.", min=1, show_default="all")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of one size sampled together.", min=1)] = 1,
+    ] = None
+    on_error: Annotated[OnErrorName, typer.Option(help="What an unusable row does.")] = "raise"
+
+    def read(self, seed: int) -> tuple[list[Row], str | None]:
+        """The rows, as far as they are wanted, and what is to be said of rows that may not be held out.
+
+        Raises:
+            InputError: there are none, or some cannot be used and that is no reason to go on.
+        """
+        from eval.scores.methods import rows_of_folders, usable
+
+        if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
+            raise InputError("name the ground truth by --dataset, or by --sources and --targets, two folders")
+        if self.sources and self.targets:
+            found = ScoredRows(rows_of_folders(self.sources, self.targets), None)
+        else:
+            assert self.dataset
+            found = rows_of_split(self.dataset, self.root, self.split)
+        rows = [usable(row) for row in chosen_rows(found.rows, self.num_rows, seed)]
+        return self.good(rows), found.caution
+
+    def good(self, rows: Sequence[Row | RejectedRow]) -> list[Row]:
+        """The usable ones; the others are said.
+
+        Raises:
+            InputError: there are none, or others, and that is no reason to go on.
+        """
+        rejected = [row for row in rows if isinstance(row, RejectedRow)]
+        for row in rejected:
+            print(row, file=sys.stderr)
+        if rejected and (self.on_error == "raise" or len(rejected) == len(rows)):
+            raise InputError(f"{len(rejected)} of {len(rows)} rows cannot be scored, the first is {rejected[0]}")
+        return [row for row in rows if isinstance(row, Row)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        from data_prep.rows.images import file_digest
+
+        dataset = self.dataset or str(self.targets)
+        digest = file_digest(dataset) if Path(dataset).is_file() else None
+        sources = {"sources": str(self.sources)} if self.sources else {}
+        return {
+            **{"dataset": dataset, "dataset_digest": digest, "root": self.root, **sources},
+            **{"split": self.split if self.dataset else EVERY, "num_rows": self.num_rows},
+        }
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """What is measured, and where its weights are."""
+
     metrics: Annotated[
         list | None,
         typer.Option(
@@ -147,247 +142,248 @@ def score(
             help=f"What to measure, fetching weights: {', '.join(METRICS)}.",
             show_default="those whose weights are here",
         ),
-    ] = None,
-    rank_by: Annotated[
-        str, typer.Option(help="The metric that best, median and worst pictures are chosen by.")
-    ] = "psnr",
-    clip: Annotated[str, typer.Option(help="Folder or hub id of a CLIP.")] = CLIP,
-    dino: Annotated[str, typer.Option(help="Folder or hub id of a DINO or DINOv2.")] = DINO,
+    ] = None
+    rank_by: Annotated[str, typer.Option(help="The metric that best, median and worst pictures are chosen by.")] = (
+        "psnr"
+    )
+    clip: Annotated[str, typer.Option(help="Folder or hub id of a CLIP.")] = CLIP
+    dino: Annotated[str, typer.Option(help="Folder or hub id of a DINO or DINOv2.")] = DINO
     torch_hub: Annotated[
         Path | None,
         typer.Option(
             help="Torch's hub folder, with checkpoints/ of AlexNet, SqueezeNet, VGG16.", show_default="torch's own"
         ),
-    ] = None,
+    ] = None
     face: Annotated[
         Path | None, typer.Option(help="Folder of dlib's face models.", show_default="the extra “identity”")
-    ] = None,
+    ] = None
     fid: Annotated[
         Path | None,
         typer.Option(help="Inception's weights (.pth), or features by torch.export (.pt2).", show_default="no"),
-    ] = None,
-    seed: Seed = 0,
-    cfg_scale: CfgScale = None,
-    max_pixels: MaxPixels = None,
-    vision_pixels: VisionPixels = None,
-    on_error: Annotated[OnErrorName, typer.Option(help="What an unusable row does.")] = "raise",
-    device: Device = DEVICE,
-    dtype: Dtype = DTYPE,
-    compile: Compile = False,
-    title: Annotated[str, typer.Option(help="Of the report.")] = "Evaluation",
+    ] = None
+
+    def battery(self, device: "Device") -> "Battery":
+        """The metrics, loaded.
+
+        Raises:
+            InputError: there is no such metric, or the one to rank by is not measured.
+        """
+        from eval.scores.metrics.catalog import load_battery
+        from eval.scores.metrics.sources import Places
+
+        places = Places(self.clip, self.dino, self.torch_hub, self.face, self.fid, device, self.metrics is not None)
+        battery = load_battery(self.metrics, places)
+        if self.rank_by in battery.unavailable or self.rank_by not in battery.chosen:
+            reason = battery.unavailable.get(self.rank_by, "name it in --metrics")
+            raise InputError(f"--rank-by {self.rank_by} is not measured: {reason}")
+        return battery
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        return {"clip": self.clip, "dino": self.dino, "fid": self.fid and str(self.fid), "rank_by": self.rank_by}
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How rows are edited before they are scored."""
+
+    adapter: Annotated[
+        list[AdapterUse] | None,
+        typer.Option(
+            parser=option(AdapterUse.parse),
+            metavar="PATH[:WEIGHT]",
+            help="Run, checkpoint or safetensors file; repeatable, each is scored by itself.",
+            show_default="the base model",
+        ),
+    ] = None
+    base: Annotated[bool, typer.Option("--base", help="Score the model without an adapter too.")] = False
+    steps: Annotated[
+        list | None,
+        typer.Option(
+            parser=option(parse_steps),
+            metavar="N,N",
+            help="Step counts.",
+            show_default="1,2,4 for a bridge, 4,20 for flow",
+        ),
+    ] = None
+    batch_size: BatchSize = 1
+    window: Window = WINDOW
+
+
+EditKnobs = knob_options("mode", "sampler", "cfg_scale", "strength", "negative_prompt")
+"""Knobs that all edits have: the mode is one that needs no mask and no map."""
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """Where the figures go besides the report."""
+
+    title: Annotated[str, typer.Option(help="Of the report.")] = "Evaluation"
     wandb: Annotated[
         str | None, typer.Option(metavar="PROJECT", help="Log numbers, rows and pictures to W&B.", show_default="no")
-    ] = None,
+    ] = None
     publish_card: Annotated[
         bool, typer.Option("--publish-card", help="Write a model card beside the (first) adapter; needs --license.")
-    ] = False,
+    ] = False
     license: Annotated[
         str | None, typer.Option(help="Of the adapter, as the hub names it: apache-2.0.", show_default="the card's")
-    ] = None,
+    ] = None
     base_model: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="In the card.", show_default="the adapter's, if it is a hub id"),
-    ] = None,
+    ] = None
     push_to: Annotated[
         str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload adapter and card.", show_default="no")
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False
+
+    def check(self, adapters: Sequence[AdapterUse]) -> "Publication":
+        """Finds what would prevent it, before anything is computed.
+
+        Raises:
+            InputError: no adapter, no licence, another's card, or no hub.
+        """
+        card, published = None, self.publish_card or self.push_to
+        if published and not adapters:
+            raise InputError("--publish-card and --push describe an adapter: give one with --adapter")
+        from eval.report.card import CardRequest, check_card
+        from eval.report.publishing import Publication, check_push
+
+        if published:
+            card = check_card(CardRequest(adapters[0].path, self.license, self.base_model, self.push_to))
+        if self.push_to:
+            check_push(self.push_to)
+        return Publication(card, self.push_to, self.private, self.wandb)
+
+
+@with_options(EditOptions, EditKnobs, RowOptions, MetricOptions, PublishOptions, ModelOptions, PlaceOptions)
+def score(
+    edit: EditOptions,
+    knobs: Any,
+    rows: RowOptions,
+    metrics: MetricOptions,
+    publish: PublishOptions,
+    model: ModelOptions,
+    place: PlaceOptions,
+    *,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Score these pictures, called as the rows or their targets, without a model; repeatable.",
+        ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN_DIR", help="Compare the last validations of these runs of train/run.py; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise, and of the choice of rows.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Scores adapters, or the base model, on a dataset file's held-out rows, beside the source unchanged.
+    """Scores adapters, the base model, or pictures that are there on a dataset file's held-out rows, beside the source unchanged.
 
     The ground truth is ref_gt, or image where a row has none; with back_mask also inside and outside. A metric whose weights
     cannot be had is reported as such, and the rest goes on.
     """
-    check_names([rank_by], list(METRICS))
-    placement = make_placement(device, dtype, compile=compile)
-    subjects = list(choose_subjects(adapter or [], base, cfg_scale, SizeLimits(max_pixels, vision_pixels)))
-    card = None
-    if publish_card or push_to:
-        if not adapter:
-            raise InputError("--publish-card and --push describe an adapter: give one with --adapter")
-        card = check_card(CardRequest(adapter[0].path, license, base_model, push_to))
-    if push_to:
-        check_push(push_to)
-    places = Places(clip, dino, torch_hub, face, fid, placement.device, download=metrics is not None)
-    battery = load_battery(metrics, places)
-    if rank_by in battery.unavailable or rank_by not in battery.chosen:
+    if sum(map(bool, (model.model, pictures, runs))) != 1:
         raise InputError(
-            f"--rank-by {rank_by} is not measured: {battery.unavailable.get(rank_by, 'name it in --metrics')}"
+            "name one of --model, whose edits are scored, --pictures that are there, and --runs to compare"
         )
-
-    directory = ModelDirectory.resolve(find_model(model))
-    scored = rows_of_split(dataset, root, split)
-    rows = chosen_rows(scored.rows, num_rows, seed)
-    readers = cache_rows(subjects, rows, directory, placement, out, on_error)
-    components, recorder, pictures = Components(directory, placement), Recorder(battery, out), {}
-    for subject in subjects:
-        recorder.begin(subject.name, subject.objective, subject.geometry)
-        reader, counts = readers[subject.geometry], steps or subject.choice.compared
-        pictures[subject.name] = sample(subject, components, reader, recorder, out, counts, batch_size, seed)
-    settings = {
-        "model": model,
-        "adapters": {each.name: describe_adapters([each.use])[0] for each in subjects if each.use},
-        "dataset": dataset,
-        "dataset_digest": file_digest(dataset) if Path(dataset).is_file() else None,
-        "root": root,
-        "split": split,
-        "caution": scored.caution,
-        "num_rows": num_rows,
-        "batch_size": batch_size,
-        "seed": seed,
-        "cfg_scale": cfg_scale,
-        "sizes": {each.name: each.geometry.max_pixels for each in subjects},
-        "device": device_name(placement.device),
-        "dtype": dtype,
-        "compile": compile,
-        "clip": clip,
-        "dino": dino,
-        "fid": str(fid) if fid else None,
-        "rank_by": rank_by,
-    }
-    methods = list(recorder.methods.values())
-    missing = unmeasured(battery.chosen, methods, battery.unavailable)
-    report = build_report(title, methods, recorder.prompts, missing, settings, seed)
-    write_reports(report, recorder, out, rank_by)
-    if card:
-        print(write_card(card, report, pictures[subjects[0].name]))
-    try:
-        if push_to and card:
-            print(push(card.folder, card.files, push_to, private))
-    finally:  # neither server keeps the other from its part
-        if wandb:
-            log_wandb(wandb, report, recorder.picture, out)
+    check_names([metrics.rank_by], list(METRICS))
+    if runs:
+        compare(runs, publish, out)
+        return
+    publication = publish.check(edit.adapter or [])
+    if pictures:
+        found = score_pictures(pictures, rows, metrics, place, seed)
+    else:
+        found = score_edits(edit, given_knobs(knobs), rows, metrics, model, place, seed, out / EDITS)
+    if found:
+        report(found, rows, metrics, publish, publication, seed, out)
 
 
-def choose_subjects(
-    adapters: Sequence[AdapterUse],
-    base: bool,
-    cfg_scale: float | None,
-    limits: SizeLimits,
-) -> Iterator[Subject]:
-    """What is to be scored. The base model beside adapters is shown pictures of the first one's size.
+def compare(runs: list[Path], publish: PublishOptions, out: Path) -> None:
+    """The last validations of training runs beside each other."""
+    from eval.report.publishing import Publication
+    from eval.report.run_history import compare_runs, read_runs
 
-    Raises:
-        InputError: an adapter's header cannot be read, or it cannot be sampled as wanted.
-    """
-    headers = [read_metadata(each.path) for each in adapters]
-    for (name, use), header in zip(named_adapters(adapters), headers, strict=True):
-        yield Subject(name, use, limits.applied_to(trained_geometry(header)), choose_sampler(header, cfg_scale))
-    if base or not adapters:
-        first = headers[0] if headers else {}
-        yield Subject(BASE, None, limits.applied_to(trained_geometry(first)), choose_sampler({}, cfg_scale))
+    found = read_runs(runs)
+    Publication().publish(compare_runs(publish.title, found), out, runs=found)
 
 
-def chosen_rows(rows: Sequence[Row | RejectedRow], num_rows: int | None, seed: int) -> list[Row | RejectedRow]:
-    """So many of the usable rows (None: all), in order, and the rejected ones, which are to be reported."""
-    good = [row for row in rows if isinstance(row, Row)]
-    if num_rows is None:
-        return list(rows)
-    chosen = choose_rows(len(good), num_rows, seed)
-    return [*(good[index] for index in chosen), *(row for row in rows if isinstance(row, RejectedRow))]
+@dataclass(frozen=True)
+class Found:
+    """Pictures that are there, and the rows that they are of."""
+
+    methods: "list[Method]"
+    rows: list[Row]
+    battery: "Battery"
+    settings: dict[str, Any]
+    """How they were made."""
 
 
-def cache_rows(
-    subjects: Sequence[Subject],
-    rows: Sequence[Row | RejectedRow],
-    model: ModelDirectory,
-    placement: Placement,
-    out: Path,
-    on_error: OnErrorName,
-) -> dict[Geometry, CacheReader]:
-    """The rows' records by geometry, in `out/cache`, built where they are not there; the encoders are gone afterwards."""
-    fingerprint, components = model.fingerprint(*ENCODERS), Components(model, placement)
-    readers = {}
-    for geometry in dict.fromkeys(subject.geometry for subject in subjects):
-        with ExitStack() as in_use:
+def score_pictures(
+    pictures: list[Path], rows: RowOptions, metrics: MetricOptions, place: PlaceOptions, seed: int
+) -> Found:
+    """Those of folders."""
+    from eval.scores.methods import found_methods
 
-            def load_encoders(in_use: ExitStack = in_use) -> Encoders:
-                return Encoders(*in_use.enter_context(components.encoders()))
-
-            summary = build_cache(
-                rows,
-                geometry,
-                load_encoders,
-                out / "cache",
-                fingerprint=fingerprint,
-                rejected_path=out / "rejected.jsonl",
-                dtype=placement.dtype,
-                negative=True,
-                on_error=on_error,
-            )
-        print(summary, file=sys.stderr, flush=True)
-        readers[geometry] = CacheReader(
-            out / "cache",
-            summary.dataset,
-            fingerprint=fingerprint,
-            geometry=geometry,
-            negative=True,
-            encoder_dtype=str(placement.dtype).removeprefix("torch."),
-        )
-    return readers
+    placement = place.place()
+    battery, (wanted, caution) = metrics.battery(placement.device), rows.read(seed)
+    methods = found_methods(pictures, wanted)
+    names = {method.subject: str(folder) for method, folder in zip(methods, pictures, strict=True)}
+    return Found(methods, wanted, battery, {"caution": caution, **placement.shown, "pictures": names})
 
 
-def sample(
-    subject: Subject,
-    components: Components,
-    reader: CacheReader,
-    recorder: Recorder,
-    out: Path,
-    steps: Sequence[int],
-    batch_size: int,
+def score_edits(
+    edit: EditOptions,
+    knobs: dict[str, Any],
+    rows: RowOptions,
+    metrics: MetricOptions,
+    model: ModelOptions,
+    place: PlaceOptions,
     seed: int,
-) -> list[Picture]:
-    """Makes a subject's pictures and shows them to the recorder; writes `metrics.json` and the grid in `out/NAME`.
+    folder: Path,
+) -> Found | None:
+    """Those that a table of edits gives; None on other processes than the first."""
+    from eval.scores.methods import Contest, edited_methods
+    from eval.tables.engine import Engine, check_done
 
-    Returns:
-        The rows that were written by themselves, from the first on.
-    """
-    adapters = [subject.use] if subject.use else []
-    folder = out / subject.name
-    with components.denoiser(adapters) as denoiser, components.vae() as vae:
-        try:
-            validation = Validation(
-                *(reader, vae.decode, out, subject.choice.sampler, steps, len(reader), batch_size, seed),
-                show_progress=True,
-                scorer=recorder,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        written = validation.write(denoiser, folder)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    recorder.finish(metrics["seconds_per_edit"])
-    return [picture for name, picture in written.images.items() if name.startswith("validation/row-")]
+    engine = Engine.start(model, place, edit.window)
+    battery = metrics.battery(engine.placement.device) if engine.is_main else None
+    wanted, caution = rows.read(seed)
+    contest = Contest(engine.editor, edit.adapter or [], edit.base, knobs, edit.steps or (), seed)
+    summary = engine.edit(contest.jobs(wanted), folder, edit.batch_size)
+    if not summary or not battery:
+        return None
+    check_done(summary, folder, rows.on_error)
+    own = {"caution": caution, **engine.placement.shown, "model": model.model, "batch_size": edit.batch_size}
+    return Found(edited_methods(summary.done, folder), wanted, battery, {**own, **contest.settings})
 
 
-def write_reports(report: Report, recorder: Recorder, out: Path, rank_by: str) -> None:
-    """Writes `report.json` and `report.html`, and prints the tables."""
-    write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_page(out / "report.html", report, recorder.picture, rank_by)
-    print_report(report)
-    print(out / "report.html")
+def report(
+    found: Found,
+    rows: RowOptions,
+    metrics: MetricOptions,
+    publish: PublishOptions,
+    publication: "Publication",
+    seed: int,
+    out: Path,
+) -> None:
+    """Measures the pictures, and publishes what comes out."""
+    from eval.report.summary import build_report, unmeasured
+    from eval.scores.methods import with_all
+    from eval.scores.recorder import Recorder
 
-
-def device_name(device: torch.device) -> str:
-    """What people call it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def named_adapters(adapters: Sequence[AdapterUse]) -> Iterator[tuple[str, AdapterUse]]:
-    """Names for folders and tables: the run's (`lbm` of `runs/lbm/checkpoints/step-000400`), numbered if they repeat."""
-    taken = {"cache", "pictures", "wandb", BASE}
-    for use in adapters:
-        wanted = run_name(use.path)
-        candidates = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))
-        name = next(candidate for candidate in candidates if candidate not in taken)
-        taken.add(name)
-        yield name, use
-
-
-def run_name(path: Path) -> str:
-    """The innermost part of an adapter's path that says what it is."""
-    parts = [part for part in path.resolve().parts if not re.fullmatch(r"checkpoints|step-\d+|adapter_model.*|/", part)]
-    return Path(parts[-1]).stem if parts else "adapter"
+    recorder = Recorder(found.battery, out)
+    rows.good(recorder.measure(rows.good(list(with_all(found.rows, found.methods))), found.methods))
+    usual = {"model": None, "adapters": {}, "cfg_scale": None, "batch_size": None, "sizes": {}}
+    settings = {**usual, **found.settings, **rows.settings, "seed": seed, **metrics.settings}
+    measured = list(recorder.methods.values())
+    missing = unmeasured(found.battery.chosen, measured, found.battery.unavailable)
+    made = build_report(publish.title, measured, recorder.prompts, missing, settings, seed)
+    publication.publish(made, out, recorder.picture, recorder.write(found.methods), metrics.rank_by)
 
 
 if __name__ == "__main__":

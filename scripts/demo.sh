@@ -50,5 +50,5 @@ done
 
 python eval/run.py --title "The demo's held-out photographs" --model "$MODEL" "${runs[@]/#/--adapter=}" --base \
   --dataset "$DIR/data/validation.json" --steps 1,2,4,20 --cfg-scale 1 --batch-size 8 --out "$DIR/evaluation"
-python eval/report.py --title "Latent Bridge Matching beside flow matching" --out "$DIR/report.html" "${runs[@]}"
+python eval/run.py --title "Latent Bridge Matching beside flow matching" "${runs[@]/#/--runs=}" --out "$DIR"
 python scripts/demo_table.py --evaluation "$DIR/evaluation" --model "$MODEL"

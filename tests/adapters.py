@@ -11,7 +11,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from eval.qwen.weights.adapters import added_up, put_beside
 from eval.qwen.weights.fusing import FusedAdapters
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from train.model.adapter import attach_lora
 from train.model.denoiser import Denoiser, load_denoiser
 

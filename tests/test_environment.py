@@ -8,7 +8,7 @@ import pytest
 from tests.children import ROOT, run
 
 COMMANDS = ["train/run.py", "data_prep/run.py", "scripts/make_tiny_model.py", "scripts/make_demo_data.py"]
-COMMANDS += [f"eval/{name}.py" for name in ("edit", "run", "app", "report")]
+COMMANDS += [f"eval/{name}.py" for name in ("edit", "run", "app")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -197,7 +197,7 @@ def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
     target, *references = sizes
     if target is None or None in references:
         return None
-    words = -(-len(row.prompt.encode()) // BYTES_PER_TOKEN)
+    words = estimated_tokens(row.prompt)
     sizes = [size for size in references if size]
     if row.augmentation:  # where its crop lies depends on the mask, which is not read
         target = _cropped(target, row.augmentation.side)
@@ -210,6 +210,11 @@ def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
 
 def _cropped(size: Size, side: float) -> Size:
     return Size(max(1, round(size.height * side)), max(1, round(size.width * side)))
+
+
+def estimated_tokens(text: str) -> int:
+    """Of an instruction, where no tokenizer is at hand."""
+    return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
 def text_length(words: int, references: Iterable[Size], geometry: Geometry, vision_side: int = 28) -> int:

@@ -2,3 +2,8 @@
 
 Imports data_prep/rows.
 """
+
+from typing import Literal
+
+EngineName = Literal["local", "ray"]
+"""Who does the work; here, so that a command line needs no more for its options."""

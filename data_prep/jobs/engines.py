@@ -12,13 +12,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.jobs import EngineName
 from data_prep.jobs.items import Engine, Part
 from data_prep.jobs.prefetch import ahead
 
-EngineName = Literal["local", "ray"]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

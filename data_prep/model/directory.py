@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data_prep.errors import InputError
+from data_prep.model.hub_files import HUB_ID, fetch
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "processor")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN = {f"Qwen/{folder.name}": folder for folder in (Path(__file__).parent / "known").iterdir()}
 """Hub id of a published model -> its `config.json` files, in their folders. They say its sizes, and ship with the project."""
 SAMPLES, SAMPLE_BYTES = 256, 4096
@@ -170,19 +168,6 @@ def download(hub_id: str, weights: bool = True) -> Path:
         )
     files = "*" if weights else "*.json"
     return fetch(hub_id, ["model_index.json", *(f"{name}/{files}" for name in COMPONENTS)])
-
-
-def fetch(hub_id: str, patterns: list[str]) -> Path:
-    """The folder of a hub repository's files of these patterns, downloaded or found in the hub's cache.
-
-    Raises:
-        InputError: the hub does not have it or cannot be reached.
-    """
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no folder {hub_id}, and downloading it from the hub failed: {reason}") from error
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -7,13 +7,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
-from torch.nn import functional
+
+if TYPE_CHECKING:  # sizes are asked for by command lines that answer before torch is there
+    from torch import Tensor
 
 MULTIPLE = 32
 LATENT_CELL = 8
@@ -138,12 +138,15 @@ def fit_mask(mask: Image.Image, size: Size) -> Image.Image:
 
     A one-pixel line survives any reduction, where an average would dissolve it.
     """
+    import torch
+    from torch.nn.functional import adaptive_max_pool2d
+
     crop_width = min(mask.width, mask.height * size.width / size.height)
     crop_height = min(mask.height, mask.width * size.height / size.width)
     left, top = math.floor((mask.width - crop_width) / 2), math.floor((mask.height - crop_height) / 2)
     cropped = mask.crop((left, top, mask.width - left, mask.height - top))
     values = torch.from_numpy(np.array(cropped, dtype=np.float32))
-    pooled = functional.adaptive_max_pool2d(values[None], (size.height, size.width))[0]
+    pooled = adaptive_max_pool2d(values[None], (size.height, size.width))[0]
     return Image.fromarray(pooled.to(torch.uint8).numpy())
 
 
@@ -157,28 +160,35 @@ def stretch(image: Image.Image, size: Size) -> Image.Image:
     return image.resize((size.width, size.height), Image.Resampling.BICUBIC)
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> "Tensor":
     """An RGB image as float32 (3, H, W) in [-1, 1]."""
+    import torch
+
     values = torch.from_numpy(np.array(image, dtype=np.uint8))
     return values.permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def to_image(pixels: Tensor) -> Image.Image:
+def to_image(pixels: "Tensor") -> Image.Image:
     """Pixels (3, H, W) in [-1, 1], clamped, as an 8-bit RGB image: the inverse of `to_pixels`."""
+    import torch
+
     values = ((pixels.detach().float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
 
 
-def mask_to_latent(mask: Image.Image) -> Tensor:
+def mask_to_latent(mask: Image.Image) -> "Tensor":
     """A mask (mode L, 255 = where the edit may go, sides multiples of 8) on the latent grid: float32 (1, H/8, W/8) in [0, 1].
 
     Max-pooled: a latent cell of which any pixel may be edited may be edited.
     """
+    import torch
+    from torch.nn.functional import max_pool2d
+
     values = torch.from_numpy(np.array(mask, dtype=np.float32)) / 255.0
-    return functional.max_pool2d(values[None], LATENT_CELL)
+    return max_pool2d(values[None], LATENT_CELL)
 
 
-def background_cells(mask: Image.Image) -> Tensor:
+def background_cells(mask: Image.Image) -> "Tensor":
     """A `back_mask` (mode L, 255 = background, sides multiples of 8) on the latent grid: float32 (1, H/8, W/8) in [0, 1].
 
     A cell is background as far as all of its pixels are: an edit is kept whole, in a loss that weighs background down.

@@ -158,6 +158,11 @@ def image_size_text(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
 
 
+def linear_light(values: np.ndarray) -> np.ndarray:
+    """sRGB values in [0, 1] as linear light in [0, 1]: IEC 61966-2-1."""
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
 def _open(path: Path) -> BufferedReader:
     try:
         if path.stat().st_size == 0:

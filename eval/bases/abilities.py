@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from data_prep.model.geometry import Geometry
-from eval.request.request import Abilities, ModeName
+from eval.request.knobs import ModeName
+from eval.request.request import Abilities
 
 GENERAL: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus")
 MASKED_ONLY: tuple[ModeName, ...] = ("inpaint", "focus")

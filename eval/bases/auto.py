@@ -6,14 +6,13 @@ An editor's libraries are imported when it is opened: those of one base cost sec
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
+from data_prep.model.hub_files import fetch
 from eval.request.base import BaseEditor
 from eval.request.lookup import find_model
+from eval.request.options import ModelOptions
 from eval.request.placement import Placement
 from eval.request.sizes import NO_LIMITS, SizeLimits
 
@@ -68,6 +67,17 @@ def open_editor(
     return StableDiffusionEditor(model, base, placement, geometry, limits)
 
 
+def open_model(options: ModelOptions, placement: Placement) -> BaseEditor:
+    """The editor for the base model that a command line names.
+
+    Raises:
+        InputError: it names none, or as `open_editor`.
+    """
+    if options.model is None:
+        raise InputError("--model is missing: name the base model's folder or hub id")
+    return open_editor(options.model, placement, None, options.depth_model, options.limits)
+
+
 def base_of(model: str) -> str:
     """The base's name, from `model_index.json` alone; a folder without one must have Qwen-Image-Edit's layout.
 
@@ -78,7 +88,7 @@ def base_of(model: str) -> str:
         InputError: there is no such model, or it is of another kind.
     """
     path = Path(model).expanduser()
-    file = path / INDEX if path.is_dir() else _download_index(model)
+    file = fetch(model, [INDEX]) / INDEX
     if not file.is_file():
         ModelDirectory.resolve(path)
         return QWEN
@@ -90,11 +100,3 @@ def base_of(model: str) -> str:
     if name not in CLASSES:
         raise InputError(f"{model} is a {name}, which cannot be used here; those that can are {', '.join(CLASSES)}")
     return CLASSES[name]
-
-
-def _download_index(model: str) -> Path:
-    try:
-        return Path(hf_hub_download(model, INDEX))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no folder {model}, and asking the hub for its {INDEX} failed: {reason}") from error

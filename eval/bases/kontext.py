@@ -38,12 +38,12 @@ class KontextEditor(PipelineEditor):
         super().check(request)
 
     def _call(self, request: EditRequest) -> Call:
-        size = result_size(request, self.geometry)
+        size = result_size(request, self.sizes(request))
         source = request.images[0]
         negative = request.negative_prompt if request.negative_prompt.strip() else None
         scale = request.cfg_scale or self.base.cfg_scale
         arguments = {
-            "image": fit(source, self.geometry.reference_size(Size.of(source))),
+            "image": fit(source, self.sizes(request).reference_size(Size.of(source))),
             "prompt": request.prompt,
             "num_inference_steps": request.steps or self.base.steps,
             "height": size.height,

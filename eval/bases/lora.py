@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import InputError
 from eval.bases.loading import first_line
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import read_metadata
-from eval.request.request import AdapterUse
 from train.model.adapter_files import adapter_file
 
 ONE_PER_MODULE = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")

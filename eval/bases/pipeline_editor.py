@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from eval.bases.lora import check_adapter, use_adapters
 from eval.qwen.masks import paste_back
 from eval.qwen.modes import check_request, result_size
 from eval.request.base import BaseEditor
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import AdapterState, adapter_state, describe_adapters
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
@@ -64,16 +65,32 @@ class PipelineEditor(BaseEditor):
     def __init__(self, model: str, base: Base, placement: Placement, geometry: Geometry | None, limits: SizeLimits):
         check_placement(placement, base.name)
         self.model, self.base, self.placement = model, base, placement
-        self.abilities, self.geometry = base.abilities, limits.applied_to(geometry or base.geometry)
+        self.abilities, self.geometry, self.limits = (
+            base.abilities,
+            limits.applied_to(geometry or base.geometry),
+            limits,
+        )
         self._pipeline: Any = None
         self._adapters: AdapterState | None = ()
 
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
         super().check(request)
-        check_request(request, result_size(request, self.geometry))
+        check_request(request, result_size(request, self.sizes(request)))
         for use in request.adapters:
             check_adapter(use.path, self.base.name)
+
+    def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
+        """The base's, whatever the adapters."""
+        return self.geometry
+
+    def sizes(self, request: EditRequest) -> Geometry:
+        """Of the request's images."""
+        return self.limits.applied_to(request.geometry) if request.geometry else self.geometry
+
+    def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
+        """The base's own count."""
+        return (self.base.steps,)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:
         """One call of the pipeline after the other: what a seed gives does not depend on the others."""
@@ -151,7 +168,7 @@ class PipelineEditor(BaseEditor):
             **{name: value for name, value in own.items() if value is not None},
             "steps": call.arguments["num_inference_steps"],
             "sampler": {"name": type(self._pipeline.scheduler).__name__, **call.sampled},
-            "geometry": asdict(self.geometry),
+            "geometry": asdict(self.sizes(request)),
             "image_digests": [pixel_digest(each) for each in request.images],
             **self.placement.numbers,
             "versions": versions("torch", "diffusers", "transformers"),

@@ -63,7 +63,7 @@ class StableDiffusionEditor(PipelineEditor):
         return request.steps or self.base.steps
 
     def _call(self, request: EditRequest) -> Call:
-        size = result_size(request, self.geometry)
+        size = result_size(request, self.sizes(request))
         source, mask = fit(request.images[0], size), edit_mask(request, size)
         negative = request.negative_prompt if request.negative_prompt.strip() else None
         guides = bool(request.prompt.strip() or negative)  # else there is nothing to lead to or away from

@@ -1,4 +1,4 @@
 """The web page: `layout.build_page` puts it together, `eval/app.py` serves it. Importing starts nothing.
 
-Imports eval/reports, eval/qwen and eval/request.
+Imports eval/report, eval/qwen and eval/request.
 """

@@ -10,7 +10,7 @@ from typing import Literal
 
 import gradio as gr
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, is_out_of_memory
 from eval.request.request import OnProgress
 
 MAX_WAITING = 64
@@ -151,6 +151,6 @@ def errors_in_words(doing: str) -> Iterator[None]:
 
 
 def _in_words(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "there is not enough memory on the device. A smaller result, fewer references or a count of 1 need less."
     return f"{type(error).__name__}. The log of the program says more."

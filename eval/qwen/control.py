@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.qwen.depth import DepthModel
 from eval.qwen.samplers import Velocity
-from eval.request.request import Control
+from eval.request.knobs import Control
 from losses.batch import Condition
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
 
 from data_prep.errors import InputError
+from data_prep.model.hub_files import fetch
 from data_prep.rows.images import file_digest
 from eval.request.lookup import find_model
 
@@ -127,9 +126,9 @@ def find_depth_model(path: str) -> DepthFiles:
     """
     path = find_model(path)
     try:
-        folder = _folder(path)
+        folder = fetch(path, FILES, needed=["config.json", "*.safetensors"])
         kind = AutoConfig.from_pretrained(folder).model_type
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(path) from error
     if kind != "depth_anything":
         raise InputError(
@@ -163,19 +162,6 @@ def read_depth_model(files: DepthFiles) -> DepthModel:
     if report["missing_keys"]:  # transformers would leave them random
         raise _unreadable(files.path)
     return DepthModel(model.requires_grad_(False).eval(), processor)
-
-
-def _folder(path: str) -> Path:
-    """A hub id's files are asked of the network only if the cache lacks them."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        folder = Path(snapshot_download(path, allow_patterns=FILES, local_files_only=True))
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-    except LocalEntryNotFoundError:
-        pass  # never downloaded
-    return Path(snapshot_download(path, allow_patterns=FILES))
 
 
 def _unreadable(path: str) -> InputError:

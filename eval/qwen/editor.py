@@ -33,10 +33,11 @@ from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, make_p
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
+from eval.request.knobs import MODES, AdapterUse, SamplerName
 from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import MASKED, MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress, SamplerName
+from eval.request.request import MASKED, Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.model.adapter_files import extra_file
@@ -166,13 +167,22 @@ class Editor(BaseEditor):
         if len({header.get("objective", "flow") for header in headers}) > 1:
             raise InputError("the adapters were trained for different objectives, lbm and flow: use them one at a time")
         first = headers[0] if headers else {}
-        geometry = self.limits.applied_to(self.geometry or trained_geometry(first))
+        geometry = self.limits.applied_to(request.geometry or self.geometry or trained_geometry(first))
         size = result_size(request, geometry)
         check_request(request, size)
         sees_scene = any(
             list(map(extra_file, [use.path for use in request.adapters if use.weight != 0]))
         )  # all are found
         return Job(request, make_plan(request, first), geometry, size, sees_scene)
+
+    def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
+        """The first adapter's own, from its header."""
+        first = next((read_metadata(use.path) for use in adapters if use.weight != 0), {})
+        return self.limits.applied_to(self.geometry or trained_geometry(first))
+
+    def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
+        """Those of its plan."""
+        return self.prepare(request).plan.compared
 
     def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:
         """As `BaseEditor.preload`; parts that the placement lets wait in CPU memory do so afterwards."""
@@ -196,7 +206,7 @@ class Editor(BaseEditor):
         job = self.prepare(request)
         if request.controls or request.count > 1:
             return None
-        references = tuple(reference_sizes(request.images, job.size, job.geometry))
+        references = tuple(reference_sizes(request.images, job.size, job.geometry, request.bridge_image))
         return job.plan, tuple(request.adapters), job.size, references, _is_masked(request)
 
     def edit_together(
@@ -218,15 +228,17 @@ class Editor(BaseEditor):
     @torch.no_grad()
     def _make(self, tasks: Sequence[Task], on_progress: OnProgress | None = None) -> list[list[EditResult]]:
         """The pictures of each task, in the order of its groups."""
-        clock = _Clock(self.placement.device)
-        self.spent = clock.spent
+        clocks = [_Clock(self.placement.device) for _ in tasks]
         maps = [[self._maps(job) for job in task.jobs] for task in tasks]
-        encoded = self._encode(tasks, maps, clock)
-        latents = self._sample_all(tasks, encoded, clock, _report(on_progress, sum(task.num_calls for task in tasks)))
-        with self.components.vae() as vae, clock.part("decode"):
-            images = [[image for some in each for image in _decode(vae, some)] for each in latents]
-        seconds = sum(clock.spent.values()) / sum(map(len, images))
-        return [self._results(*each, seconds=seconds) for each in zip(tasks, encoded, maps, images, strict=True)]
+        encoded = self._encode(tasks, maps, clocks)
+        latents = self._sample_all(tasks, encoded, clocks, _report(on_progress, sum(task.num_calls for task in tasks)))
+        images = []
+        with self.components.vae() as vae:
+            for each, clock in zip(latents, clocks, strict=True):
+                with clock.part("decode"):
+                    images.append([image for some in each for image in _decode(vae, some)])
+        self.spent = {part: sum(clock.spent[part] for clock in clocks) for part in clocks[0].spent}
+        return [self._results(*each) for each in zip(tasks, encoded, maps, images, clocks, strict=True)]
 
     def _results(
         self,
@@ -234,22 +246,23 @@ class Editor(BaseEditor):
         encoded: Sequence[Encoded],
         maps: Sequence[list[Image.Image]],
         images: Sequence[Image.Image],
-        seconds: float,
+        clock: "_Clock",
     ) -> list[EditResult]:
         adapters, results = describe_adapters(task.adapters), []
+        seconds, encoding = (each / len(images) for each in (sum(clock.spent.values()), clock.spent["encode"]))
         pictures = [picture for group in task.groups for picture in group]
         for (number, seed), image in zip(pictures, images, strict=True):
             mask = encoded[number].mask
             shown = paste_back(image, encoded[number].source, mask) if mask else image
             settings = self._settings(task.jobs[number], adapters, seed, shown)
-            results.append(EditResult(shown, seed, seconds, settings, maps[number]))
+            results.append(EditResult(shown, seed, seconds, settings, maps[number], encoding))
         return results
 
     def _encode(
-        self, tasks: Sequence[Task], maps: Sequence[Sequence[list[Image.Image]]], clock: "_Clock"
+        self, tasks: Sequence[Task], maps: Sequence[Sequence[list[Image.Image]]], clocks: Sequence["_Clock"]
     ) -> list[list[Encoded]]:
         """The encoders are loaded, or brought to their device, for what was not encoded lately."""
-        with ExitStack() as in_use, clock.part("encode"):
+        with ExitStack() as in_use:
 
             @functools.cache
             def encoders() -> Encoders:
@@ -260,17 +273,23 @@ class Editor(BaseEditor):
                 kept = self._embeddings
                 return _encode(RequestEncoder(encoders, job.geometry, self.placement.device, kept), job, some)
 
-            return [list(map(encode, task.jobs, some)) for task, some in zip(tasks, maps, strict=True)]
+            encoded = []
+            for task, some, clock in zip(tasks, maps, clocks, strict=True):
+                with clock.part("encode"):
+                    encoded.append(list(map(encode, task.jobs, some)))
+            return encoded
 
     def _sample_all(
-        self, tasks: Sequence[Task], encoded: Sequence[Sequence[Encoded]], clock: "_Clock", report: OnStep
+        self, tasks: Sequence[Task], encoded: Sequence[Sequence[Encoded]], clocks: Sequence["_Clock"], report: OnStep
     ) -> list[list[Tensor]]:
         """Latents of each task's groups; tasks with the same adapters one after the other."""
         latents: dict[int, list[Tensor]] = {}
         for adapters in dict.fromkeys(task.adapters for task in tasks):
-            with self.components.denoiser(adapters) as denoiser, clock.part("sample"):
+            with self.components.denoiser(adapters) as denoiser:
                 for number, task in enumerate(tasks):
-                    if task.adapters == adapters:
+                    if task.adapters != adapters:
+                        continue
+                    with clocks[number].part("sample"):
                         latents[number] = [
                             self._sample(denoiser, task.plan, encoded[number], group, report) for group in task.groups
                         ]
@@ -314,6 +333,7 @@ class Editor(BaseEditor):
             "focus": asdict(request.focus) if request.focus else None,
             "controls": [asdict(control) for control in request.controls] or None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
+            "bridge_image": request.bridge_image or None,
             "depth_model": self._depth_settings() if _sees_depth(request) else None,
         }
         return {
@@ -354,6 +374,7 @@ def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> E
         empty=request.mode == "invert",
         white=job.sees_scene or (isinstance(sampler, BridgeSampler) and sampler.start == "white"),
         changed=changed_part(request, job.size),
+        bridge_image=request.bridge_image,
     )
 
 

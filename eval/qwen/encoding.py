@@ -94,6 +94,7 @@ class RequestEncoder:
         strengths: Sequence[float] = (),
         empty: bool = False,
         white: bool = False,
+        bridge_image: int = 0,
         changed: Image.Image | None = None,
     ) -> Encoded:
         """Encodes one request.
@@ -107,14 +108,15 @@ class RequestEncoder:
             strengths: of the maps, 1 as they are.
             empty: also encode the condition without an instruction.
             white: also encode a white canvas, from which the sub stream starts.
+            bridge_image: the source's place among the images.
             changed: the mask as a dataset would have it, at the result's size, 255 where the edit is: for modules beside the
                 transformer, as the mask of a training row.
         """
         pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
-        sizes = reference_sizes(images, size, self.geometry)
+        sizes = reference_sizes(images, size, self.geometry, bridge_image)
         own = [(each, self._image(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
         extra = [(each, self._image(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras]
-        source_latents = self._image(pictures[0], size)
+        source_latents = self._image(pictures[bridge_image], size)
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
@@ -127,7 +129,7 @@ class RequestEncoder:
         )
         return Encoded(
             edit=Edit(source_latents, canvas, conditions[0], conditions[1] if conditions[1:] else None, ["edit"]),
-            source=fit(images[0], size),
+            source=fit(images[bridge_image], size),
             keep=None if mask is None else Keep(source_latents, mask_to_latent(mask)[None].to(self.device)),
             mask=mask,
             empty=self._condition(EMPTY_PROMPT, references, scene) if empty else None,
@@ -158,10 +160,12 @@ class RequestEncoder:
         return pad_condition([prompt_emb], [latents for _, latents in references], scene).to(self.device)
 
 
-def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry) -> list[Size]:
-    """The sizes at which references are given to the VAE: the first, the source, at the result's size as in training."""
+def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry, bridge_image: int = 0) -> list[Size]:
+    """The sizes at which references are given to the VAE: the source, `bridge_image`, at the result's size as in training."""
     sizes = [geometry.reference_size(Size.of(image)) for image in images]
-    return [size, *sizes[1:]] if geometry.source_follows(Size.of(images[0]), size) else sizes
+    if geometry.source_follows(Size.of(images[bridge_image]), size):
+        sizes[bridge_image] = size
+    return sizes
 
 
 def join_edits(edits: Sequence[Edit]) -> Edit:

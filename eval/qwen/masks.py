@@ -7,7 +7,7 @@ from skimage.measure import label as connected_parts
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
-from eval.request.request import Focus
+from eval.request.knobs import Focus
 
 
 def soft_mask(mask: Image.Image, feather: float) -> Image.Image:

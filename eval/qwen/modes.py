@@ -12,14 +12,18 @@ from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
 from eval.qwen.inversion import InversionSampler
 from eval.qwen.masks import check_mask, focus_mask, soft_mask
 from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, linear_sigmas, walked_steps
+from eval.request.knobs import Focus, SamplerName
 from eval.request.metadata import trained_bridge, trained_sigmas
-from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest, Focus, SamplerName
+from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest
 
 FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 """As Qwen-Image-Edit is meant to be sampled."""
 BRIDGE_STEPS = 4
 LIGHTNING_STEPS = 4
 INVERSION_STEPS = 20
+COMPARED: dict[SamplerName, tuple[int, ...]] = {"flow": (4, 20), "lightning": (LIGHTNING_STEPS,)}
+"""Step counts of an evaluation; those of a bridge are BRIDGES_COMPARED."""
+BRIDGES_COMPARED = (1, 2, 4)
 MAX_SUGGESTED_STEPS = 16
 FROM_NOISE = ("img2img", "variation", "invert")
 """Modes that need the way from noise."""
@@ -27,13 +31,11 @@ FROM_NOISE = ("img2img", "variation", "invert")
 
 @dataclass(frozen=True)
 class SamplerChoice:
-    """A sampler and the step counts that suit it."""
+    """A sampler and the steps that suit it."""
 
     sampler: Sampler
     steps: int
     """For one good image."""
-    compared: tuple[int, ...]
-    """For an evaluation."""
 
 
 def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) -> SamplerChoice:
@@ -48,7 +50,7 @@ def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) 
     """
     objective = metadata.get("objective", "flow")
     if objective == "flow":
-        return SamplerChoice(FlowSampler(FLOW_CFG_SCALE if cfg_scale is None else cfg_scale), FLOW_STEPS, (4, 20))
+        return SamplerChoice(FlowSampler(FLOW_CFG_SCALE if cfg_scale is None else cfg_scale), FLOW_STEPS)
     if objective != "lbm":
         raise InputError(f"the adapter's objective is {objective!r}; this version samples 'lbm' and 'flow'")
     if cfg_scale not in (None, 1.0):
@@ -59,7 +61,7 @@ def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) 
         bridge_noise=loss.get("bridge_noise", 0.0),
         prediction=loss.get("prediction", "displacement"),
     )
-    return SamplerChoice(sampler, BRIDGE_STEPS, (1, 2, 4))
+    return SamplerChoice(sampler, BRIDGE_STEPS)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Plan:
     steps: int
     notes: tuple[str, ...] = ()
     """What the user should know of it."""
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        """The step counts that an evaluation tries."""
+        return COMPARED.get(self.name, BRIDGES_COMPARED)
 
 
 def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:

@@ -5,7 +5,9 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
-from eval.request.request import Abilities, AdapterUse, EditRequest, EditResult, OnProgress
+from data_prep.model.geometry import Geometry
+from eval.request.knobs import AdapterUse
+from eval.request.request import Abilities, EditRequest, EditResult, OnProgress
 
 
 class BaseEditor(ABC):
@@ -38,6 +40,22 @@ class BaseEditor(ABC):
     def notes(self, request: EditRequest) -> Sequence[str]:
         """What the user should know of how a request that passed `check` will be served."""
         return ()
+
+    @abstractmethod
+    def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
+        """The sizes of images of a request with these adapters that names none.
+
+        Raises:
+            InputError: an adapter's header cannot be read.
+        """
+
+    @abstractmethod
+    def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
+        """The step counts that an evaluation tries where none are named.
+
+        Raises:
+            InputError: as `check`.
+        """
 
     def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:
         """Loads what the first edit would, so that it does not wait for it.

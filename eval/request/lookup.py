@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.model.directory import HUB_ID
+from data_prep.model.hub_files import HUB_ID
 from train.record.lookup import listed, nearest
 
 MODEL_DIR = "MODEL_DIR"

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from train.model.adapter_files import adapter_file, extra_file, read_header
 
 AdapterState = tuple[tuple[Path, int, int, float], ...]

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from data_prep.errors import InputError
 from eval.request.metadata import stored_digest
+from eval.request.options import OffloadName, WeightsName
 from train.model.quantize import STORED, Weights, check_weights, has_products
 
-OffloadName = Literal["none", "model", "layer"]
-WeightsName = Literal["full", "int8", "fp8", "nf4"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CPU = torch.device("cpu")
 GGUF_MAGIC = b"GGUF"
@@ -77,6 +76,13 @@ class Placement:
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), **given}
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """The same for a report, with the device as people call it."""
+        is_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_gpu else str(self.device)
+        return {"compile": False, **self.numbers, "device": name}
+
+    @property
     def _in_8_bits(self) -> bool:
         """Whether products are computed in the format of the weights."""
         return self.weights != "full" and has_products(self.device, STORED[self.weights], self.dtype)
@@ -103,8 +109,8 @@ class Placement:
 
 
 def make_placement(
-    device: str,
-    dtype: str,
+    device: str | None = None,
+    dtype: str | None = None,
     encoder_device: str | None = None,
     offload: OffloadName = "none",
     weights: WeightsName = "full",
@@ -115,12 +121,14 @@ def make_placement(
     """A placement from the words of a command line.
 
     Args:
-        device, encoder_device: `cpu`, `cuda`, `cuda:1`, …
-        dtype: `bfloat16`, `float16` or `float32`.
+        device, encoder_device: `cpu`, `cuda`, `cuda:1`, …; by default a GPU if there is one.
+        dtype: `bfloat16`, `float16` or `float32`; by default bfloat16 on a GPU.
 
     Raises:
         InputError: a word has no meaning, or this machine cannot serve it.
     """
+    has_gpu = torch.cuda.is_available()
+    device, dtype = device or ("cuda" if has_gpu else "cpu"), dtype or ("bfloat16" if has_gpu else "float32")
     if dtype not in DTYPES:
         raise InputError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
     encoders = _device(encoder_device) if encoder_device else None

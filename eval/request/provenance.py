@@ -82,3 +82,9 @@ def read_png(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"{path} does not say how it was made: it was not written here, or saved by another program")
     return settings
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """`result.png`, or `result-1.png`, `result-2.png`, … of several pictures."""
+    stem, _, suffix = name.rpartition(".")
+    return [f"{stem}-{number}.{suffix}" for number in range(1, count + 1)] if count > 1 else [name]

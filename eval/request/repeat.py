@@ -1,7 +1,7 @@
 """Making a picture again, or with one setting changed, from what its file says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,11 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
+from eval.request.knobs import AdapterUse, Control, Focus, ModeName
 from eval.request.metadata import extra_digest, read_metadata, stored_digest
-from eval.request.placement import WeightsName
+from eval.request.options import ModelOptions, PlaceOptions
 from eval.request.provenance import pixel_digest, read_png
-from eval.request.request import (
-    BRIDGES,
-    CONTROLLED,
-    DEFAULT_STRENGTHS,
-    MASKED,
-    WITH_STRENGTH,
-    AdapterUse,
-    Control,
-    Focus,
-    ModeName,
-)
+from eval.request.request import BRIDGES, DEFAULT_STRENGTHS, KNOBS, MASKED, WITH_STRENGTH
 from train.model.adapter_files import adapter_file
 from train.record.lookup import find_adapter
 
@@ -37,24 +28,24 @@ class Repeat:
     """Fields of `EditRequest`."""
 
     @property
-    def model(self) -> str:
-        """The base model's place."""
-        return self.settings["model"]
+    def depth_model(self) -> str | None:
+        """The place of the one that the picture's depth map was made by, if it had any."""
+        return self.settings["depth_model"]["path"] if "depth_model" in self.settings else None
 
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes of images."""
-        return Geometry(**self.settings["geometry"])
+    def completed(self, model: ModelOptions, place: PlaceOptions) -> tuple[ModelOptions, PlaceOptions]:
+        """Options, where they say nothing as the picture was made.
 
-    @property
-    def dtype(self) -> str:
-        """Of the weights."""
-        return self.settings["dtype"]
-
-    @property
-    def weights(self) -> WeightsName:
-        """How the transformer's were rounded."""
-        return self.settings.get("weights", "full")
+        Raises:
+            InputError: another GGUF file than the one that its transformer was read from.
+        """
+        self.check_gguf(place.gguf)
+        settings = self.settings
+        model = replace(
+            model, model=model.model or settings["model"], depth_model=model.depth_model or self.depth_model
+        )
+        words: dict[str, Any] = {name: getattr(place, name) or settings.get(name) for name in ("dtype", "weights")}
+        flags = {name: getattr(place, name) or settings.get(name, False) for name in ("vae_tiling", "compile")}
+        return model, replace(place, **words, **flags)
 
     def check_gguf(self, gguf: Path | None) -> None:
         """Refuses another GGUF file than the one that the transformer was read from.
@@ -64,21 +55,6 @@ class Repeat:
         """
         if (stored_digest(gguf) if gguf else None) != self.settings.get("gguf"):
             raise InputError(f"{self.path} was made with another --gguf, or none: give the same")
-
-    @property
-    def vae_tiling(self) -> bool:
-        """Whether it was encoded and decoded in tiles."""
-        return self.settings.get("vae_tiling", False)
-
-    @property
-    def compile(self) -> bool:
-        """Whether its transformer's block was compiled."""
-        return self.settings.get("compile", False)
-
-    @property
-    def depth_model(self) -> str | None:
-        """The place of the one that the picture's depth map was made by, if it had any."""
-        return self.settings["depth_model"]["path"] if "depth_model" in self.settings else None
 
     def check_images(self, images: Sequence[Image.Image], mask: Image.Image | None) -> None:
         """Refuses other images than those that the picture was made of; a mask is new where the mode is.
@@ -134,7 +110,7 @@ def read_repeat(path: Path, changes: Mapping[str, Any]) -> Repeat:
         if "adapters" not in changes:
             knobs["adapters"] = tuple(_adapter(path, each) for each in settings["adapters"])
         made = Repeat(path, settings, knobs)
-        _ = made.model, made.geometry, made.dtype, settings["image_digests"], settings["model_fingerprint"]
+        _ = [settings[name] for name in ("model", "dtype", "image_digests", "model_fingerprint")]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} was written by another version, its settings lack {error}") from None
     return made
@@ -153,19 +129,16 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
-    return {"mode": mode, "prompt": "", **knobs, **changes}
+    return {"mode": mode, "prompt": "", "geometry": Geometry(**settings["geometry"]), **knobs, **changes}
 
 
 def _left_by_mode(before: ModeName, mode: ModeName) -> set[str]:
     """Settings of one mode that another does not take, or takes for something else."""
-    taken = {
-        "prompt": mode != "variation",
-        "feather": mode in MASKED,
-        "focus": mode == "focus",
-        "controls": mode in CONTROLLED,
-        "strength": mode in WITH_STRENGTH and DEFAULT_STRENGTHS.get(mode) == DEFAULT_STRENGTHS.get(before),
-    }
-    left = {name for name, is_taken in taken.items() if not is_taken}
+    left = {each.field for each in KNOBS if mode not in each.knob.modes}
+    if mode == "variation":
+        left.add("prompt")
+    if DEFAULT_STRENGTHS.get(mode) != DEFAULT_STRENGTHS.get(before):
+        left.add("strength")
     if mode != before and {mode, before} & {"turbo", "invert"}:
         left |= {"steps", "sampler", "cfg_scale"}  # theirs are of another kind
     return left if mode != before else set()

@@ -1,33 +1,36 @@
 """What an edit is asked for and what comes back: the same record for every base model, command and page."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import MULTIPLE, Size
+from data_prep.model.geometry import MULTIPLE, Geometry, Size
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
+from eval.request.knobs import (
+    MODES,
+    AdapterUse,
+    AspectName,
+    Control,
+    Focus,
+    Knob,
+    ModeName,
+    SamplerName,
+    declared,
+    parse_size,
+)
 
-ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
-MODES: tuple[ModeName, ...] = get_args(ModeName)
-SamplerName = Literal["flow", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
-ControlName = Literal["canny", "lines", "depth"]
-ASPECTS = {"1:1": 1.0, "16:9": 16 / 9, "9:16": 9 / 16, "2.4:1": 2.4, "3:4": 3 / 4, "4:3": 4 / 3}
+ASPECTS = {name: float(name.partition(":")[0]) / float(name.partition(":")[2]) for name in get_args(AspectName)}
 """Width over height."""
-AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
-
-MASKED = ("inpaint", "control-inpaint")
-CONTROLLED = ("control", "control-inpaint")
-WITH_STRENGTH = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
+MASKED: tuple[ModeName, ...] = ("inpaint", "control-inpaint")
+CONTROLLED: tuple[ModeName, ...] = ("control", "control-inpaint")
+WITH_STRENGTH: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
 """Of the modes that begin at the source; the others walk the whole way."""
 BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
-MAX_COUNT = 64
-MAX_CFG_SCALE = 100
+MAX_STEPS, MAX_COUNT, MAX_CFG_SCALE, MAX_PROMPT = 1000, 64, 100, 10_000
 MAX_PIXELS = 4096 * 4096
 """Of a result: no base was trained beyond a quarter of it."""
 FEATHER, MAX_FEATHER = 8.0, 1024
@@ -38,95 +41,95 @@ ends the edit: that is how one is cancelled."""
 
 
 @dataclass(frozen=True)
-class AdapterUse:
-    """An adapter, and how much of it."""
-
-    path: Path
-    """A checkpoint folder or a safetensors file."""
-    weight: float = 1.0
-    """Multiplies its contribution; 0 is as if it were not there."""
-
-    def __post_init__(self):
-        if not math.isfinite(self.weight):
-            raise InputError(f"the weight of {self.path} must be a number, got {self.weight}")
-
-
-@dataclass(frozen=True)
-class Focus:
-    """A disc that an edit is limited to, with a soft rim. In shares of the picture: x of its width, y of its height, radius of
-    its shorter side."""
-
-    x: float = 0.5
-    y: float = 0.5
-    radius: float = 0.25
-
-    def __post_init__(self):
-        for name in ("x", "y", "radius"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"focus {name} must be in [0, 1], got {getattr(self, name)}")
-        if self.radius == 0:
-            raise InputError("focus radius must be more than 0")
-
-
-@dataclass(frozen=True)
-class Control:
-    """A map made of the first image and given as a further reference."""
-
-    kind: ControlName
-    """Edges by Canny, lines as a drawing would have them, or depth."""
-    strength: float = 1.0
-    """0: as if it were not there, 1: as the model takes it; between and beyond by extrapolation, in [0, 2]. Where all of several
-    are 1, the model sees them together; else each by itself, and their effects are added."""
-
-    def __post_init__(self):
-        if self.kind not in get_args(ControlName):
-            raise InputError(f"a control is one of {', '.join(get_args(ControlName))}, got {self.kind!r}")
-        if not 0 <= self.strength <= 2:
-            raise InputError(f"the strength of {self.kind} must be in [0, 2], got {self.strength}")
-
-
-@dataclass(frozen=True)
 class EditRequest:
-    """What is wanted.
+    """What is wanted. A field with a `Knob` is an option of the command line, a column of tables and a setting of pictures too.
 
     Raises:
         InputError: a value is out of its range, or is not one that the mode takes.
     """
 
-    prompt: str
+    prompt: Annotated[str, Knob("The instruction.", most=MAX_PROMPT)]
     """The instruction; `variation` takes none."""
     images: Sequence[Image.Image]
     """One to three RGB images; the first is the one that is edited, and the result has its shape."""
-    mode: ModeName = "edit"
-    adapters: Sequence[AdapterUse] = ()
+    mode: Annotated[ModeName, Knob("What is done; docs/editing.md explains each.", "edit")] = "edit"
+    adapters: Annotated[
+        Sequence[AdapterUse],
+        Knob(
+            "Run, checkpoint or safetensors file, as named or below $CHECKPOINT_DIR; repeatable, added up.",
+            *("the base model",),
+            parse=AdapterUse.parse,
+            metavar="PATH[:WEIGHT]",
+            option="adapter",
+        ),
+    ] = ()
     """Added up. The first says how it must be sampled, and at which sizes it was trained."""
-    negative_prompt: str = EMPTY_PROMPT
+    negative_prompt: Annotated[str, Knob("What guidance leads away from.", "nothing", most=MAX_PROMPT)] = EMPTY_PROMPT
     """Read only with classifier-free guidance."""
     mask: Image.Image | None = None
     """Mode L, of the first image's shape: 255 where the edit may go, 0 where every pixel is kept. (A dataset's `back_mask` is
     the other way round.) For `inpaint` and `control-inpaint`."""
-    feather: float | None = None
+    feather: Annotated[
+        float | None,
+        Knob(
+            *("Width of the mask's soft rim, pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
+            modes=MASKED,
+        ),
+    ] = None
     """Width of the mask's soft rim, pixels of the result; by default FEATHER."""
-    focus: Focus | None = None
+    focus: Annotated[
+        Focus | None,
+        Knob(
+            "For mode focus: where the edit may go, in shares of the picture.",
+            "0.5,0.5,0.25",
+            modes=("focus",),
+            parse=Focus.parse,
+            metavar="X,Y,R",
+        ),
+    ] = None
     """For `focus`; the middle by default."""
-    controls: Sequence[Control] = ()
+    controls: Annotated[
+        Sequence[Control],
+        Knob(
+            "For mode control: a map of the image (canny, lines, depth) as a reference; repeatable.",
+            modes=CONTROLLED,
+            needed=True,
+            parse=Control.parse,
+            metavar="KIND[:STRENGTH]",
+            option="control",
+        ),
+    ] = ()
     """For `control` and `control-inpaint`; with the images they are at most three."""
-    steps: int | None = None
+    steps: Annotated[int | None, Knob("Of the sampler.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)] = None
     """Calls of the sampler; by default what suits it."""
-    cfg_scale: float | None = None
+    cfg_scale: Annotated[
+        float | None, Knob("Guidance of flow matching, 1 for none.", "4 for flow matching", 1, MAX_CFG_SCALE)
+    ] = None
     """Classifier-free guidance where the sampler has it: 1 is without; by default what suits the base."""
-    strength: float | None = None
+    strength: Annotated[
+        float | None,
+        Knob(
+            *("How far from the source, over 0 to 1, in modes that have it.", "by the mode", 0, 1, True),
+            modes=WITH_STRENGTH,
+        ),
+    ] = None
     """How far from the source, in (0, 1]: the share of the way that `img2img`, `variation` (and `inpaint`, if given) walk again,
     and the share of inverted steps that `invert` walks back with the instruction."""
-    sampler: SamplerName | None = None
+    sampler: Annotated[SamplerName | None, Knob(default="as the adapter was trained")] = None
     """By default as the first adapter was trained."""
-    seed: int = 0
-    count: int = 1
+    seed: Annotated[int, Knob("Of the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
+    count: Annotated[int, Knob("Pictures, with the seeds seed, seed + 1, …", "1", 1, MAX_COUNT)] = 1
     """Pictures; picture i has the seed `seed + i`, and is the one that this seed gives alone."""
-    size: Size | None = None
+    size: Annotated[Size | None, Knob("In multiples of 32.", "as the first image", parse=parse_size, metavar="WxH")] = (
+        None
+    )
     """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
-    aspect: AspectName | None = None
+    aspect: Annotated[AspectName | None, Knob("Shape of the result.", "as the first image")] = None
     """The result's shape instead of its size: as many pixels as the source would have."""
+    bridge_image: int = 0
+    """Which of the images an edit begins at, as in a dataset file."""
+    geometry: Geometry | None = None
+    """Sizes of images; by default what suits the base and the first adapter."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -134,22 +137,14 @@ class EditRequest:
         if not 1 <= len(self.images) + len(self.controls) <= MAX_SOURCES or not self.images:
             with_maps = f" and {len(self.controls)} control maps" if self.controls else ""
             raise InputError(f"an edit takes 1 to {MAX_SOURCES} images, got {len(self.images)}{with_maps}")
-        self._check_numbers()
+        if not 0 <= self.bridge_image < len(self.images):
+            raise InputError(f"bridge_image={self.bridge_image} of {len(self.images)} image(s), counted from 0")
+        for each in KNOBS:
+            each.knob.check(each.field, getattr(self, each.field))
+        self._check_size()
         self._check_mode()
 
-    def _check_numbers(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps must be positive, got {self.steps}")
-        if self.cfg_scale is not None and not 1 <= self.cfg_scale <= MAX_CFG_SCALE:
-            raise InputError(f"cfg_scale must be in [1, {MAX_CFG_SCALE}] (1 is without guidance), got {self.cfg_scale}")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise InputError(f"strength must be in (0, 1], got {self.strength}")
-        if not 1 <= self.count <= MAX_COUNT:
-            raise InputError(f"count must be 1 to {MAX_COUNT}, got {self.count}")
-        if not 0 <= self.seed < 2**63 - MAX_COUNT:
-            raise InputError(f"seed must be 0 or more, and below 2^63, got {self.seed}")
-        if self.feather is not None and not 0 <= self.feather <= MAX_FEATHER:
-            raise InputError(f"feather must be in [0, {MAX_FEATHER}], got {self.feather}")
+    def _check_size(self) -> None:
         if self.size and (min(self.size) < MULTIPLE or any(side % MULTIPLE for side in self.size)):
             raise InputError(f"size must be in multiples of {MULTIPLE}, got {self.size.width}x{self.size.height}")
         if self.size and self.size.height * self.size.width > MAX_PIXELS:
@@ -160,27 +155,16 @@ class EditRequest:
             raise InputError(f"size and aspect both say how large the result is: leave out aspect={self.aspect}")
 
     def _check_mode(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            try:
-                getattr(self, name).encode()
-            except UnicodeEncodeError:
-                raise InputError(f"{name} is not UTF-8 text") from None
         if self.mode == "variation" and self.prompt.strip():
             raise InputError("variation takes no instruction: leave the prompt empty, or use mode=img2img")
         if self.mode != "variation" and not self.prompt.strip():
             raise InputError(f"mode={self.mode} needs an instruction; mode=variation does without")
-        needs = {"mask": (self.mask is not None, MASKED), "controls": (bool(self.controls), CONTROLLED)}
-        for name, (given, modes) in needs.items():
+        for name, modes, needed in (("mask", MASKED, True), *((k.field, k.knob.modes, k.knob.needed) for k in KNOBS)):
+            given = getattr(self, name) not in (None, (), [])
             if given and self.mode not in modes:
                 raise InputError(f"{name} is given, but mode={self.mode} takes none: use mode={' or '.join(modes)}")
-            if not given and self.mode in modes:
+            if needed and not given and self.mode in modes:
                 raise InputError(f"mode={self.mode} needs {'a mask' if name == 'mask' else 'at least one control'}")
-        if self.feather is not None and self.mode not in MASKED:
-            raise InputError(f"feather is given, but mode={self.mode} has no mask: use mode={' or '.join(MASKED)}")
-        if self.focus and self.mode != "focus":
-            raise InputError(f"focus is given, but mode={self.mode} takes none: use mode=focus")
-        if self.strength is not None and self.mode not in WITH_STRENGTH:
-            raise InputError(f"strength is given, but mode={self.mode} takes none: use mode={', '.join(WITH_STRENGTH)}")
 
     @property
     def rim(self) -> float:
@@ -191,6 +175,10 @@ class EditRequest:
     def seeds(self) -> range:
         """One for each picture."""
         return range(self.seed, self.seed + self.count)
+
+
+KNOBS = tuple(declared(EditRequest))
+"""In the order of the fields."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +193,8 @@ class EditResult:
     """Everything but the images that is needed to make it again, and what made it; values that JSON knows."""
     maps: Sequence[Image.Image] = field(default=())
     """The control maps that the model was shown."""
+    encoding: float = 0.0
+    """The seconds of it before the first step; 0 where nobody knows."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is measured: the validation during training, what an evaluation records of each picture, how sure a mean is.
+"""What is measured: the validation during training, what an evaluation edits and records, how sure a mean is.
 
-Imports eval/qwen and eval/request.
+Imports eval/tables, eval/qwen and eval/request.
 """

@@ -1,5 +1,6 @@
 """Which rows of a dataset file are scored, and whether the figures say anything of pictures that training has not seen."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,3 +50,21 @@ def rows_of_split(dataset: str, root: str | None, split: str) -> ScoredRows:
         f"{trained} of the {len(chosen)} rows are training rows (split={TRAINED}), not held out." if trained else None
     )
     return ScoredRows([row for row in rows if isinstance(row, RejectedRow) or row.number in numbers], caution)
+
+
+def chosen_rows(rows: Sequence[Row | RejectedRow], num_rows: int | None, seed: int) -> list[Row | RejectedRow]:
+    """So many of the usable rows (None: all), in order, and the rejected ones, which are to be reported."""
+    good = [row for row in rows if isinstance(row, Row)]
+    if num_rows is None:
+        return list(rows)
+    chosen = choose_rows(len(good), num_rows, seed)
+    return [*(good[index] for index in chosen), *(row for row in rows if isinstance(row, RejectedRow))]
+
+
+def choose_rows(available: int, num_rows: int, seed: int) -> list[int]:
+    """`num_rows` of the indices below `available`, in order; random, since neighbours in a file are often alike."""
+
+    def draw(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{index}/validation".encode(), digest_size=8).digest()
+
+    return sorted(sorted(range(available), key=draw)[:num_rows])

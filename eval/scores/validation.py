@@ -1,40 +1,31 @@
 """Scores a denoiser on held-out rows: what it makes of each source, beside the target and beside doing nothing."""
 
-import hashlib
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from data_prep.cache.batches import collate
 from data_prep.cache.reader import CacheReader, Record
 from data_prep.errors import InputError
-from data_prep.files import atomic_file, write_text
 from data_prep.jobs.progress import progress
-from data_prep.model.geometry import LATENT_CELL, Size, fit, fit_back_mask, to_image, to_pixels
-from data_prep.rows.images import open_image, open_mask
+from data_prep.model.geometry import LATENT_CELL, Size
 from eval.qwen.samplers import Sampler, describe_sampler
-from eval.scores.fidelity import compare, mean_scores
-from eval.scores.grid import GridRow, draw_grid, side_by_side
+from eval.scores.fidelity import compare
 from eval.scores.metrics.metric import Example, Scores
+from eval.scores.row_results import SOURCE, TARGET, RowResult, Truth, read_truth, unit_image, write_results
+from eval.scores.splits import choose_rows
 from losses.randomness import SampleRandom
 from train.loop import ValidationFailed
 from train.parallel.processes import Processes
 from train.record.loggers import Picture
-
-SOURCE = "source"
-"""The baseline's name among the methods: the source image, returned unchanged."""
-TARGET = "target"
 
 Scorer = Callable[[Example], Scores]
 """Numbers of one picture, by metric."""
@@ -53,17 +44,6 @@ class ValidationResult:
     """`source/psnr`, `steps_4/ssim`, `steps_4/seconds_per_edit`, `white/steps_4/psnr`, …"""
     images: dict[str, Picture]
     """`validation/grid`: the picture grid; `validation/row-0` and on: source, edit with most steps, and target of a row."""
-
-
-@dataclass
-class RowResult:
-    """One row: its scores by method (`source`, `steps_1`, …) and, if it is shown, its pictures at the target's size."""
-
-    id: str
-    prompt: str
-    scores: dict[str, Scores] = field(default_factory=dict)
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
-    """By method, and the `target`."""
 
 
 class Validation:
@@ -138,40 +118,15 @@ class Validation:
             rows, seconds = self._score(denoiser)
         if self.processes and not self.processes.is_main:
             return ValidationResult({}, {})
+        results = [rows[index] for index in self.rows]
+        shown = [rows[index] for index in self.rows if index in self.shown]
         try:
-            return self._write(rows, seconds, folder)
+            metrics, pictures = write_results(folder, results, shown, seconds, describe_sampler(self.sampler))
         except OSError as error:  # the other ranks have done their part
             raise ValidationFailed(f"{type(error).__name__}: {error}") from error
-
-    def _write(self, rows: dict[int, RowResult], seconds: dict[str, list[float]], folder: Path) -> ValidationResult:
-        """The files, and what the loggers get."""
-        results = [rows[index] for index in self.rows]
-        metrics = summarise(results, seconds) | {"sampler": describe_sampler(self.sampler)}
-        pictures = self._pictures(folder, [rows[index] for index in self.rows if index in self.shown])
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-        methods = [SOURCE, *self._methods()]
-        numbers = {f"{method}/{name}": value for method in methods for name, value in metrics[method].items()}
+        numbers = {f"{method}/{name}": value for method in results[0].scores for name, value in metrics[method].items()}
         numbers |= {f"{method}/seconds_per_edit": value for method, value in metrics["seconds_per_edit"].items()}
-        return ValidationResult(numbers, pictures)
-
-    def _pictures(self, folder: Path, rows: list[RowResult]) -> dict[str, Picture]:
-        """Writes the grid, and every shown row by itself in full size."""
-        with atomic_file(folder / "grid.png") as temporary:
-            self._draw(rows).save(temporary, format="png")
-        pictures = {"validation/grid": Picture(folder / "grid.png")}
-        last = f"steps_{self.steps[-1]}"
-        for number, row in enumerate(rows):
-            file = folder / f"row-{number}.jpg"
-            with atomic_file(file) as temporary:
-                strip = side_by_side([row.pictures[name] for name in (SOURCE, last, TARGET)])
-                strip.save(temporary, format="jpeg", quality=92)
-            pictures[f"validation/row-{number}"] = Picture(
-                file, f"{row.prompt} · {row.scores[last]['psnr']:.1f} dB ({row.id}: source, {last}, target)"
-            )
-        written = {picture.path for picture in pictures.values()}
-        for old in set(folder.glob("row-*.jpg")) - written:  # of an earlier run with more rows
-            old.unlink()
-        return pictures
+        return ValidationResult(numbers, {f"validation/{name}": picture for name, picture in pictures.items()})
 
     def _methods(self) -> dict[str, tuple[Sampler, int]]:
         """`steps_4` -> the sampler and 4; `white/steps_4` -> the one from white and 4."""
@@ -213,7 +168,7 @@ class Validation:
                     seconds[method].append((time.perf_counter() - start) / len(indices))
                     with noting(failures, world_size):
                         for each, prediction in zip(files, pixels, strict=bool(files)):
-                            each.score(method, prediction)
+                            each.score(method, (prediction.clamp(-1, 1) + 1) / 2)
                 advance(len(indices))
         part = rows, seconds, failures
         parts = self.processes.gather(part) if self.processes else [part]
@@ -229,15 +184,6 @@ class Validation:
             for start in range(0, len(chosen), self.batch_size):
                 yield chosen[start : start + self.batch_size]
 
-    def _draw(self, rows: list[RowResult]) -> Image.Image:
-        steps = {method: method_label(method) for method in self._methods()}
-        lines = []
-        for row in rows:
-            pictures = [row.pictures[name] for name in (SOURCE, *steps, TARGET)]
-            captions = [f"{row.scores[method]['psnr']:.1f} dB" for method in (SOURCE, *steps)]
-            lines.append(GridRow(row.prompt, pictures, [*captions, ""]))
-        return draw_grid(["source", *steps.values(), "target"], lines)
-
 
 @contextmanager
 def noting(failures: list[str], world_size: int) -> Iterator[None]:
@@ -248,27 +194,6 @@ def noting(failures: list[str], world_size: int) -> Iterator[None]:
         if world_size == 1:
             raise
         failures.append(f"{type(error).__name__}: {error}")
-
-
-def method_label(method: str) -> str:
-    """`4 steps` for `steps_4`, `white, 4 steps` for `white/steps_4`."""
-    start, _, steps = method.rpartition("/")
-    label = steps_label(int(steps.removeprefix("steps_")))
-    return f"{start}, {label}" if start else label
-
-
-def steps_label(steps: int) -> str:
-    """`4 steps`."""
-    return f"{steps} step{'s' * (steps > 1)}"
-
-
-def choose_rows(available: int, num_rows: int, seed: int) -> list[int]:
-    """`num_rows` of the indices below `available`, in order; random, since neighbours in a file are often alike."""
-
-    def draw(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{index}/validation".encode(), digest_size=8).digest()
-
-    return sorted(sorted(range(available), key=draw)[:num_rows])
 
 
 @contextmanager
@@ -283,77 +208,41 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
-def summarise(rows: Sequence[RowResult], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """The content of `metrics.json`: means by method, over all rows and per instruction, and every row's scores.
-
-    `seconds_per_edit` is the median over batches of sampling and decoding.
-    """
-    by_prompt: dict[str, list[RowResult]] = {}
-    for row in rows:
-        by_prompt.setdefault(row.prompt, []).append(row)
-    return {
-        "num_rows": len(rows),
-        **_means(rows),
-        "seconds_per_edit": {method: statistics.median(values) for method, values in seconds.items()},
-        "by_prompt": {prompt: {"num_rows": len(some), **_means(some)} for prompt, some in by_prompt.items()},
-        "per_row": [{"id": row.id, "prompt": row.prompt, **row.scores} for row in rows],
-    }
-
-
-def _means(rows: Sequence[RowResult]) -> dict[str, Scores]:
-    return {method: mean_scores([row.scores[method] for row in rows]) for method in rows[0].scores}
-
-
 @dataclass
 class _Files:
     """What a row's files say, and the row's result so far."""
 
     result: RowResult
     scorer: Scorer
-    target: Tensor
-    source: Tensor
-    background: Tensor | None
+    truth: Truth
     keep: bool
     """Keep the pictures, to show them."""
 
-    def score(self, method: str, prediction: Tensor) -> None:
-        """Scores pixels (3, H, W) in about [-1, 1]."""
-        unit = (prediction.clamp(-1, 1) + 1) / 2
-        row = self.result
-        example = Example(row.id, row.prompt, method, unit, self.target, self.source, self.background)
-        row.scores[method] = self.scorer(example)
+    def score(self, method: str, unit: Tensor) -> None:
+        """Scores pixels (3, H, W) in [0, 1]."""
+        self.result.scores[method] = self.scorer(self.truth.example(self.result.id, self.result.prompt, method, unit))
         if self.keep:
-            self.result.pictures[method] = to_image(prediction)
+            self.result.pictures[method] = unit_image(unit)
 
 
 def _read_files(record: Record, scorer: Scorer, keep: bool) -> _Files:
     """Reads target, source and mask at the size of the record's target, and scores the source."""
     row, size = record.row, Size(*(side * LATENT_CELL for side in record.target_latents.shape[-2:]))
-    target = fit(open_image(_truth(row)), size)
-    source = fit(open_image(_start(row)), size)
-    background = None
-    if row["back_mask"]:
-        background = torch.from_numpy(np.array(fit_back_mask(open_mask(row["back_mask"]), size)) >= 128)
-    before, truth = (to_pixels(image) for image in (source, target))
-    files = _Files(RowResult(record.id, row["prompt"]), scorer, (truth + 1) / 2, (before + 1) / 2, background, keep)
-    files.score(SOURCE, before)
+    truth = read_truth(*_paths(row), size)
+    files = _Files(RowResult(record.id, row["prompt"]), scorer, truth, keep)
+    files.score(SOURCE, truth.source)
     if keep:
-        files.result.pictures[TARGET] = target
+        files.result.pictures[TARGET] = unit_image(truth.target)
     return files
 
 
-def _truth(row: dict[str, Any]) -> str:
-    """The file that the prediction is compared with."""
-    return row["ref_gt"] or row["image"]
-
-
-def _start(row: dict[str, Any]) -> str:
-    """The file of the bridge's source."""
-    return row["edit_image"][row["bridge_image"]]
+def _paths(row: dict[str, Any]) -> tuple[str, str, str | None]:
+    """The files of the ground truth, of the bridge's source, and of the mask if there is one."""
+    return row["ref_gt"] or row["image"], row["edit_image"][row["bridge_image"]], row["back_mask"] or None
 
 
 def _check_files(row: dict[str, Any]) -> None:
     """Finds a missing file before the training, and not when it is first needed."""
-    for path in filter(None, (_truth(row), _start(row), row["back_mask"])):
+    for path in filter(None, _paths(row)):
         if not Path(path).is_file():
             raise InputError(f"validation row {row['id']!r} names {path}, which is gone: restore it or remove the row")

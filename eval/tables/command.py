@@ -1,71 +1,61 @@
-"""The command line's part that edits tables: everything is checked, then done by as many processes as were launched."""
+"""The command line's part that edits tables: everything is checked, then done."""
 
 import os
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 import typer
 
-from data_prep.builders.coco.annotations import image_names
-from data_prep.builders.overlay.overlay_table import Photographs
-from data_prep.builders.overlay.typography import DEFAULT_FONT
 from data_prep.cli import OnErrorName
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry
-from eval.bases.auto import open_editor
-from eval.request.base import BaseEditor
-from eval.request.metadata import stored_digest
-from eval.request.placement import Placement, make_placement
-from eval.request.sizes import SizeLimits
-from eval.tables.job_files import JobFiles
-from eval.tables.runner import run_jobs
-from eval.tables.table import check_knobs, read_jobs
-from train.parallel.processes import Processes
+from eval.request.options import ModelOptions, PlaceOptions
 
 WINDOW = 16
 """Rows for which each part of an offloaded model comes to the device once: their embeddings take about 0.3 GB there."""
+BatchSize = Annotated[int, typer.Option(help="Rows of one size that are sampled together.", min=1, max=1024)]
+Window = Annotated[
+    int,
+    typer.Option(help="With --offload model, rows that are encoded, then sampled, then decoded.", min=1, max=10_000),
+]
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base model as the command line names it."""
+class TableOptions:
+    """A table of edits, and how its rows are done."""
 
-    model: str
-    depth_model: str | None
-    limits: SizeLimits
-    geometry: Geometry | None = None
-    """By default what suits each request's adapter."""
+    csv: Annotated[Path | None, typer.Option(help="Edit every row of a table: CSV, TSV, JSON, JSONL or Parquet.")] = (
+        None
+    )
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that the table's paths start from.", show_default="the table's")
+    ] = None
+    coco: Annotated[
+        Path | None, typer.Option(help="COCO file whose ids image_id holds; not needed for 123 -> 000000000123.jpg.")
+    ] = None
+    font: Annotated[
+        list[Path] | None, typer.Option(help="Of overlay_text; repeatable.", show_default="DejaVu Sans")
+    ] = None
+    ignore_columns: Annotated[bool, typer.Option("--ignore-columns", help="Do without unknown columns.")] = False
+    batch_size: BatchSize = 1
+    window: Window = WINDOW
+    on_error: Annotated[
+        OnErrorName, typer.Option(help="With unusable input, keep the rest and end with code 2, or with code 0.")
+    ] = "raise"
 
-    def open(self, placement: Placement) -> BaseEditor:
-        """Its editor, which has loaded nothing yet."""
-        return open_editor(self.model, placement, self.geometry, self.depth_model, self.limits)
+    def check_unused(self) -> None:
+        """Without a table.
+
+        Raises:
+            InputError: an option is for one.
+        """
+        names = [each.name for each in fields(self) if each.name != "on_error"]
+        if any((getattr(self, name) or None) != (getattr(TableOptions, name) or None) for name in names):
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in names[1:])
+            raise InputError(f"{given} are for tables: give --csv")
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of edits as the command line names it."""
-
-    path: Path
-    root: Path | None
-    coco: Path | None
-    fonts: tuple[Path, ...]
-    ignore_columns: bool
-
-
-def edit_table(
-    table: Table,
-    knobs: dict[str, Any],
-    base: Base,
-    device: str,
-    placed: dict[str, Any],
-    batch_size: int,
-    window: int,
-    on_error: OnErrorName,
-    out: Path,
-) -> None:
+def edit_table(table: TableOptions, knobs: dict[str, Any], model: ModelOptions, place: PlaceOptions, out: Path) -> None:
     """Edits every row of a table; under `accelerate launch` each process takes its share, on a device of its own.
 
     Raises:
@@ -73,47 +63,22 @@ def edit_table(
             done.
         typer.Exit: with code 1, some rows failed by a mistake of the program, whatever `on_error` says.
     """
+    from data_prep.builders.coco.annotations import image_names
+    from data_prep.builders.overlay.overlay_table import Photographs
+    from eval.tables.table import check_knobs, read_jobs
+
+    assert table.csv
     check_knobs(knobs)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: with --csv it is the folder of results")
     names = image_names(table.coco) if table.coco else {}
-    root = Path(os.path.abspath(table.root or table.path.parent))
+    root = Path(os.path.abspath(table.root or table.csv.parent))
     if not root.is_dir():
         raise InputError(f"--root {root} is not a folder")
-    jobs = read_jobs(table.path, root, Photographs(root, names), knobs, table.ignore_columns)
-    processes = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.device(device).index is not None:
-            raise InputError(f"several processes have a device each: use --device {torch.device(device).type}")
-        processes = Processes.start(device)
-        device = str(processes.device)
-    placement = make_placement(device, **placed)
-    editor = base.open(placement)
-    numbers = common(base.limits, placement)
-    files = JobFiles(lambda request: numbers | editor.identity(request), table.fonts or (DEFAULT_FONT,))
-    together = window if placement.offload == "model" else 1  # else nothing is moved for a row
-    summary = run_jobs(jobs, files, editor, out, batch_size, processes, together)
-    if processes:
-        processes.stop()
-        if not processes.is_main:
-            return
-    done = summary.num_rows - len(summary.failures)
-    print(f"{out / 'results.csv'}: {done} of {summary.num_rows} rows, {summary.num_edited} edited now")
-    failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / 'failed.csv'} says why"
-    if summary.bugs:
-        print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
-        raise typer.Exit(1)
-    if summary.failures and on_error == "raise":
-        raise InputError(f"{failed}: the same command does those again, and no others")
+    jobs = read_jobs(table.csv, root, Photographs(root, names), knobs, table.ignore_columns)
+    from eval.tables.engine import Engine, check_done  # torch, after all that
 
-
-def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:
-    """What all pictures of a table depend on besides rows and models. Where parts of a model wait changes none."""
-    return {
-        "limits": asdict(limits),
-        "dtype": str(placement.dtype),
-        "weights": placement.weights,
-        "gguf": placement.gguf and stored_digest(placement.gguf),
-        "vae_tiling": placement.vae_tiling,
-        **({"compile": True} if placement.compile else {}),
-    }
+    engine = Engine.start(model, place, table.window)
+    summary = engine.edit(jobs, out, table.batch_size, tuple(table.font or ()))
+    if summary:
+        check_done(summary, out, table.on_error)

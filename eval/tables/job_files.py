@@ -16,7 +16,9 @@ from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
 from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
 from data_prep.jobs.items import Item
 from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask
-from eval.request.request import AdapterUse, EditRequest
+from eval.request.knobs import AdapterUse
+from eval.request.provenance import numbered
+from eval.request.request import EditRequest
 from eval.tables.table import Job, describe
 from train.model.adapter_files import adapter_file, extra_file
 
@@ -120,9 +122,3 @@ class JobFiles:
     def _overlays(self) -> MakeOverlay:
         style = Style(**parse_style(DEFAULT_STYLE))
         return MakeOverlay(style, self.fonts, tuple(map(self.digest, self.fonts)), "add", None, None, seed=0)
-
-
-def numbered(name: str, count: int) -> list[str]:
-    """`result.png`, or `result-1.png`, `result-2.png`, … of several pictures."""
-    stem, _, suffix = name.rpartition(".")
-    return [f"{stem}-{number}.{suffix}" for number in range(1, count + 1)] if count > 1 else [name]

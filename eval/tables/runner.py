@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from data_prep.cli import CORES
-from data_prep.errors import InputError
+from data_prep.errors import InputError, is_out_of_memory
 from data_prep.files import make_folder
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
@@ -32,9 +32,6 @@ READERS = min(4, CORES)
 """Threads that read ahead."""
 WAITING = 4
 """Batches' worth of opened images that may wait for others of their kind."""
-NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
-"""What torch says when the CPU's allocator fails, on Linux and elsewhere, and when pinned memory cannot be had."""
-
 Answer = TypeVar("Answer")
 Entry = Job | RejectedRow
 
@@ -101,10 +98,10 @@ def run_jobs(
         failed |= share
     last = [_last(answer, failed) for answer in answers]
     summary = Summary(len(entries), len(todo) - len(failed), [each.row for each in last if isinstance(each, Failed)])
+    done = [each for each in last if isinstance(each, KeyedJob)]
     if rank == 0:
-        done = [each for each in last if isinstance(each, KeyedJob)]
         write_reports(out, done, summary.failures)
-    return replace(summary, bugs=sum(isinstance(each, Failed) and each.bug for each in last))
+    return replace(summary, bugs=sum(isinstance(each, Failed) and each.bug for each in last), done=done)
 
 
 def _last(answer: KeyedJob | Failed, failed: dict[tuple[str, ...], Failed]) -> KeyedJob | Failed:
@@ -258,17 +255,10 @@ def _halves(groups: list[list[Loaded]]) -> list[list[list[Loaded]]]:
 
 def _write(keyed: KeyedJob, results: list[EditResult], files: JobFiles, out: Path, rank: int) -> None:
     """The times first: a picture that is there is taken for done."""
-    add_seconds(out, rank, keyed.key, [result.seconds for result in results])
+    add_seconds(out, rank, keyed.key, results)
     laid = files.overlay_settings(keyed.job)
     for name, result in zip(keyed.outputs, results, strict=True):
         write_png(replace(result, settings=result.settings | laid), files.sources(keyed.job), out / name)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory of the device or of the machine has run out; torch has no exception of its own for the latter."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _attempt(function: Callable[[Any], Answer], argument: Any, job: Job, quiet: bool = False) -> Answer | Failed:

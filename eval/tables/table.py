@@ -1,12 +1,12 @@
 """A table of edits -> jobs: which images, what is asked of them, and which rows cannot be used.
 
 Columns: `image` (with `image_2` and `image_3`, or a JSON list) or `image_id`; `overlay_text` or `overlay_image`, laid over the
-first image before it is edited; `mask`; `id`; and those of KNOBS, each of which overrides the option of its name.
+first image before it is edited; `mask`; `id`; and the knobs of an edit, each of which overrides the option of its name.
 """
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,37 +19,15 @@ from data_prep.builders.overlay.style import parse_style
 from data_prep.errors import InputError
 from data_prep.rows.rows import RejectedRow, is_absent, plain_text, resolve_path
 from data_prep.rows.tables import BadRow, read_file
-from eval.request.options import parse_adapter, parse_control, parse_focus, parse_size
-from eval.request.request import CONTROLLED, MASKED, Control, EditRequest
+from eval.request.knobs import Control, Declared, cell_texts
+from eval.request.request import CONTROLLED, KNOBS, MASKED, EditRequest
 
 IMAGES = ("image", "image_2", "image_3")
 OVERLAYS = ("overlay_text", "overlay_image")
 
 
-def _each(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """For a cell that holds one text or a JSON list of them."""
-    return lambda text: tuple(parse(each) for each in _texts(text))
-
-
-KNOBS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "prompt": ("prompt", str),
-    "negative_prompt": ("negative_prompt", str),
-    "mode": ("mode", str),
-    "adapter": ("adapters", _each(parse_adapter)),
-    "control": ("controls", _each(parse_control)),
-    "focus": ("focus", parse_focus),
-    "feather": ("feather", float),
-    "steps": ("steps", int),
-    "cfg_scale": ("cfg_scale", float),
-    "strength": ("strength", float),
-    "sampler": ("sampler", str),
-    "seed": ("seed", int),
-    "count": ("count", int),
-    "size": ("size", parse_size),
-    "aspect": ("aspect", str),
-}
-"""Column -> the request's field, and what reads a cell."""
-COLUMNS = ("id", *IMAGES, "image_id", *OVERLAYS, "mask", *KNOBS, *STYLE)
+KNOB_COLUMNS = {each.name: each for each in KNOBS}
+COLUMNS = ("id", *IMAGES, "image_id", *OVERLAYS, "mask", *KNOB_COLUMNS, *STYLE)
 
 
 @dataclass(frozen=True)
@@ -112,6 +90,9 @@ def describe(request: EditRequest) -> dict[str, Any]:
     values = {each.name: getattr(request, each.name) for each in fields(request)}
     for name in ("images", "mask", "adapters"):
         values.pop(name)
+    for name in ("bridge_image", "geometry"):  # no column: a table's keys are as they were before these
+        if not values[name]:
+            values.pop(name)
     return json.loads(json.dumps(values, default=asdict))  # a Size is a list; Focus and Control are dataclasses
 
 
@@ -170,7 +151,9 @@ def read_jobs(
 
 def _job(number: int, texts: dict[str, str], root: Path, photographs: Photographs, options: Mapping[str, Any]) -> Job:
     images, shown = _images(texts, root, photographs)
-    knobs = dict(options) | {KNOBS[name][0]: _parsed(name, texts[name]) for name in KNOBS if name in texts}
+    knobs = dict(options) | {
+        knob.field: _parsed(knob, texts[name]) for name, knob in KNOB_COLUMNS.items() if name in texts
+    }
     if "size" in texts or "aspect" in texts:  # either takes the place of both options
         knobs |= {name: None for name in ("size", "aspect") if name not in texts}
     if knobs.get("mode") == "variation" and "prompt" not in texts:
@@ -188,7 +171,7 @@ def _images(texts: Mapping[str, str], root: Path, photographs: Photographs) -> t
     if "image_id" in texts:
         first = [photographs.find(texts["image_id"])]
     else:
-        first = [resolve_path(text, "image", root) for text in _texts(texts["image"])]
+        first = [resolve_path(text, "image", root) for text in _image_texts(texts["image"])]
     more = [resolve_path(text, name, root) for name in IMAGES[1:] for text in [texts.get(name)] if text]
     if not first:
         raise BadRow("image is an empty list")
@@ -208,25 +191,21 @@ def _overlay(texts: Mapping[str, str], root: Path) -> Overlay | None:
     return Overlay(filled[0], resolve_path(texts[filled[0]], filled[0], root), style) if filled else None
 
 
-def _parsed(name: str, text: str) -> Any:
+def _parsed(knob: Declared, text: str) -> Any:
     try:
-        return KNOBS[name][1](text)
+        return knob.parse_cell(text)
     except (BadRow, InputError):
         raise
     except ValueError as error:
-        reason = str(error) if str(error).startswith("must") else f"must be a number, got {text!r}"
-        raise BadRow(f"{name} {reason}") from None
+        reason = str(error) if "must" in str(error) or "looks like" in str(error) else f"must be a number, got {text!r}"
+        raise BadRow(f"{knob.name} {reason}") from None
 
 
-def _texts(text: str) -> list[str]:
-    """One text, or those of a JSON list."""
-    if not text.startswith("["):
-        return [text]
+def _image_texts(text: str) -> list[str]:
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"{text!r} looks like a JSON list but is not one: {error}") from None
-    return [_cell("", each) for each in values]
+        return cell_texts(text)
+    except ValueError as error:
+        raise BadRow(f"image {error}") from None
 
 
 def _known(cells: Mapping[str, Any]) -> dict[str, str]:

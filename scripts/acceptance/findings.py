@@ -138,7 +138,7 @@ def table(results: Sequence[Findings]) -> str:
 
 def write_page(out: Path, title: str, facts: Sequence[tuple[str, Any]], results: Sequence[Findings]) -> Path:
     """OUT/accept.html, with all pictures inside."""
-    templates = [Path(__file__).parent, ROOT / "eval/reports/templates"]
+    templates = [Path(__file__).parent, ROOT / "eval/report/templates"]
     environment = Environment(
         loader=FileSystemLoader(templates),
         autoescape=True,

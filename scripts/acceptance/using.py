@@ -12,9 +12,10 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import open_image
 from eval.qwen.editor import Editor
+from eval.request.knobs import AdapterUse
 from eval.request.placement import make_placement
 from eval.request.provenance import write_png
-from eval.request.request import AdapterUse, EditRequest, EditResult
+from eval.request.request import EditRequest, EditResult
 from scripts.acceptance.findings import ROOT, Findings, Options
 from scripts.acceptance.training import train, write_data
 

@@ -35,9 +35,11 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from eval.qwen.editor import Editor
 from eval.qwen.weights.adapters import added_up, put_beside, remove_adapters
+from eval.request.knobs import AdapterUse
 from eval.request.lookup import find_model
-from eval.request.placement import OffloadName, make_placement
-from eval.request.request import AdapterUse, EditRequest
+from eval.request.options import OffloadName
+from eval.request.placement import make_placement
+from eval.request.request import EditRequest
 from losses.batch import Condition
 from scripts.bench.report import Report, environment
 from scripts.gpu_smoke import RandomModel, write_model

@@ -29,8 +29,7 @@ COMMANDS = {
     "train/run.py": "train.phases",
     "data_prep/run.py": "data_prep.check.check",
     "eval/edit.py": "eval.qwen.editor",
-    "eval/run.py": "eval.scores.validation",
-    "eval/report.py": "eval.reports.runs_report",
+    "eval/run.py": "eval.scores.recorder",
     "eval/app.py": "eval.page.server",
 }
 """Command -> what it imports to do its work."""

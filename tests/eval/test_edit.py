@@ -18,9 +18,10 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.edit import edit
 from eval.qwen.editor import Editor
+from eval.request.knobs import AdapterUse, Control
 from eval.request.provenance import read_png, write_png
 from eval.request.repeat import read_repeat
-from eval.request.request import AdapterUse, Control, EditRequest, EditResult
+from eval.request.request import EditRequest, EditResult
 from eval.tables.table import COLUMNS
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
@@ -313,7 +314,10 @@ def test_settings_that_json_cannot_hold_are_not_written(tmp_path):
         (["--mode", "control", "--control", "cany"], "a control is one of canny, lines, depth, got 'cany'"),
         (["--adapter", "mine", "--cfg-scale", "3"], r"without guidance: leave out cfg_scale=3\.0"),
         (["--size", "64x65"], "multiples of 32, got 64x65"),
-        (["--steps", "0"], "steps must be positive, got 0"),
+        (["--steps", "1000000000"], r"steps must be in \[1, 1000\], got 1000000000"),
+        (["--prompt", "x" * 10_001], "prompt has 10,001 characters, at most 10,000 are taken"),
+        (["--max-pixels", "99999999"], "max_pixels must be at most 16,777,216, got 99,999,999"),
+        (["--steps", "0"], r"steps must be in \[1, 1000\], got 0"),
         (["--prompt", " "], "mode=edit needs an instruction"),
         (["--device", "gpu"], "there is no device 'gpu'"),
         (["--out", "result.jpg"], "--out must end in .png"),

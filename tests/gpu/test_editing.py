@@ -23,8 +23,9 @@ from eval.page.studio import Studio
 from eval.page.tabs.edit_tab import connect_edit
 from eval.page.tabs.form import AS_SOURCE, BY_DEFAULT
 from eval.qwen.editor import Editor
+from eval.request.knobs import MODES, AdapterUse, Control, Focus
 from eval.request.placement import Placement
-from eval.request.request import MODES, AdapterUse, Control, EditRequest, Focus
+from eval.request.request import EditRequest
 from scripts.bench.memory import write_gguf
 from tests.adapters import write_adapter
 from tests.caching import write_image

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from eval.qwen.weights.components import load_placed_denoiser
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import read_metadata
 from eval.request.placement import Placement
-from eval.request.request import AdapterUse
 from tests import children
 from tests.adapters import use_adapters
 from tests.children import started, wait_until

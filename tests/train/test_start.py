@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import left_out, read_metadata
-from eval.request.request import AdapterUse
 from tests.commands import run_script
 from train.builders import check_adapters
 from train.config import compose

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.model.directory import HUB_ID, fetch
+from data_prep.model.hub_files import HUB_ID, fetch
 from train.model.adapter_files import CONFIG_FILE, EXTRA_FILE, WEIGHTS_FILE
 from train.record.run_files import CHECKPOINTS, LATEST
 

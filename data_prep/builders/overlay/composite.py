@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data_prep.builders.overlay.style import ANCHORS, RGB, Style
 from data_prep.builders.overlay.typography import MIN_FONT_SIZE, TextBlock, lay_out
+from data_prep.rows.images import linear_light
 from data_prep.rows.tables import BadRow
 
 ENOUGH_CONTRAST = 4.5
@@ -104,8 +105,7 @@ def contrast(colour: RGB, region: Image.Image, opacity: float = 1.0) -> float:
 def _luminance(colours: np.ndarray) -> np.ndarray:
     """Of sRGB values 0 to 255, shape (..., 3): 0 black, 1 white. https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
     values = np.asarray(colours, dtype=np.float64) / 255
-    linear = np.where(values <= 0.03928, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    return linear @ np.array([0.2126, 0.7152, 0.0722])
+    return linear_light(values) @ np.array([0.2126, 0.7152, 0.0722])
 
 
 def _colours(region: Image.Image, style: Style, rng: random.Random) -> tuple[RGB, str]:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_prep.rows.images import linear_light
+
 Picture = NDArray[np.uint8]
 """sRGB, shape (height, width, 3)."""
 Plane = NDArray[np.floating]
@@ -147,9 +149,4 @@ def luminance(light: NDArray[np.floating]) -> Plane:
     return light @ np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 
-def _linear_table() -> NDArray[np.float32]:
-    values = np.arange(256) / 255
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
-_LINEAR = _linear_table()
+_LINEAR = linear_light(np.arange(256) / 255).astype(np.float32)

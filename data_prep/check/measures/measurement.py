@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps
 from tokenizers import Tokenizer
 
+from data_prep.cache.sizes import estimated_tokens
 from data_prep.check.measures.drift import measure_drift
 from data_prep.jobs.items import Item, Result
 from data_prep.model.geometry import Geometry, Size, background_cells, fit_back_mask
@@ -18,8 +19,6 @@ from data_prep.rows.duplicates import HASH_BYTES, image_hash
 from data_prep.rows.images import OpenedImage, check_mask_shape, inspect_image, inspect_mask
 from data_prep.rows.rows import Row
 
-BYTES_PER_TOKEN = 3
-"""UTF-8 bytes of a prompt per token, where no tokenizer is at hand (English has about 4, Chinese 3 to 5)."""
 COMPARED_SIDE = 256
 """Pixels of the longest side at which a mask is laid on the difference of source and target."""
 CHANGED = 16
@@ -102,7 +101,7 @@ class Measure:
 
     def _tokens(self, prompt: str) -> int:
         if self.tokenizer is None:
-            return -(-len(prompt.encode()) // BYTES_PER_TOKEN)
+            return estimated_tokens(prompt)
         return len(_tokenizer(self.tokenizer).encode(prompt, add_special_tokens=False).ids)
 
 

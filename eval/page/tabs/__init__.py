@@ -1,4 +1,4 @@
 """The page's tabs, and what each of them is made of.
 
-Imports eval/page/studio, jobs and limits, eval/reports, eval/qwen and eval/request.
+Imports eval/page/studio, jobs and limits, eval/report, eval/qwen and eval/request.
 """

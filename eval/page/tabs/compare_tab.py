@@ -15,6 +15,7 @@ from eval.page.tabs.blind_pair import DRAWN, Pair, draw_example, make_pair
 from eval.page.tabs.fields import adapter_names
 from eval.page.tabs.form import BASE_MODEL
 from eval.page.tabs.votes import Choice, Contestant, Standing, append_vote, read_votes, standings
+from eval.request.request import MAX_PROMPT
 
 TAB = "compare"
 MAKING = "Making both"
@@ -71,7 +72,9 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
                 second = names[2] if len(names) > 2 else BASE_MODEL
                 fields["second"] = gr.Dropdown(names, value=second, label="The other", elem_id="second", min_width=260)
             fields["source"] = picture_input("Source", 240, "compare-source")
-            fields["prompt"] = gr.Textbox(label="Instruction", lines=2, max_length=4000, elem_id="compare-instruction")
+            fields["prompt"] = gr.Textbox(
+                label="Instruction", lines=2, max_length=MAX_PROMPT, elem_id="compare-instruction"
+            )
             draw = gr.Button(
                 f"Draw one of {len(studio.examples)} examples", visible=bool(studio.examples), elem_id="draw"
             )

@@ -20,7 +20,8 @@ from eval.page.tabs.form import (
     SHAPES,
     STRENGTHS,
 )
-from eval.request.request import CONTROLLED, MASKED, ModeName
+from eval.request.knobs import ModeName
+from eval.request.request import CONTROLLED, MASKED, MAX_CFG_SCALE, MAX_PROMPT, MAX_STEPS
 
 MAX_SEED = 2**31 - 1
 """Of a drawn one; any may be typed."""
@@ -68,7 +69,7 @@ def build_form(studio: Studio) -> tuple[Fields, Buttons]:
         label="Instruction",
         lines=2,
         max_lines=6,
-        max_length=4000,
+        max_length=MAX_PROMPT,
         placeholder="Remove the sticker from the photograph.",
         elem_id="instruction",
     )
@@ -179,13 +180,18 @@ def _build_advanced(studio: Studio, fields: Fields) -> None:
         with gr.Row():
             # Gradio sends 0 for a field that nobody filled in, so 0 has to be what stands for nothing.
             unset: dict[str, Any] = {"value": 0, "info": "0: what suits.", "min_width": 140}
-            fields["steps"] = gr.Number(label="Steps", precision=0, elem_id="steps", **unset)
-            fields["cfg_scale"] = gr.Number(label="Guidance", step=0.5, elem_id="cfg-scale", **unset)
+            fields["steps"] = gr.Number(label="Steps", precision=0, maximum=MAX_STEPS, elem_id="steps", **unset)
+            fields["cfg_scale"] = gr.Number(
+                label="Guidance", step=0.5, maximum=MAX_CFG_SCALE, elem_id="cfg-scale", **unset
+            )
         fields["sampler"] = gr.Dropdown(
             [BY_DEFAULT, *samplers], value=BY_DEFAULT, label="Sampler", elem_id="sampler", visible=bool(samplers)
         )
         fields["negative_prompt"] = gr.Textbox(
-            label="Negative instruction", info="What guidance leads away from.", max_length=4000, elem_id="negative"
+            label="Negative instruction",
+            info="What guidance leads away from.",
+            max_length=MAX_PROMPT,
+            elem_id="negative",
         )
     fields["shape"].change(
         lambda shape: [gr.Number(visible=shape == EXACT)] * 2,

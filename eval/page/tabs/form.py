@@ -12,19 +12,8 @@ from data_prep.model.geometry import Size
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.page.limits import Limits, read_picture
-from eval.request.request import (
-    ASPECTS,
-    CONTROLLED,
-    DEFAULT_STRENGTHS,
-    MASKED,
-    WITH_STRENGTH,
-    AdapterUse,
-    Control,
-    ControlName,
-    EditRequest,
-    Focus,
-    ModeName,
-)
+from eval.request.knobs import AdapterUse, Control, ControlName, Focus, ModeName
+from eval.request.request import ASPECTS, CONTROLLED, DEFAULT_STRENGTHS, MASKED, WITH_STRENGTH, EditRequest
 from train.record.lookup import FoundAdapter
 
 MODE_NAMES: dict[ModeName, str] = {

@@ -10,7 +10,11 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from data_prep.errors import InputError
-from eval.reports.runs_report import RunSummary, curves, table_cells, table_columns, table_lines
+from eval.report.evaluation_page import score_cell
+from eval.report.run_history import RunSummary, curves
+from eval.scores.metrics.metric import METRICS
+from eval.scores.recorder import label
+from eval.scores.row_results import SOURCE
 
 HISTORY = "metrics.jsonl"
 NOT_YET = "No numbers yet: they come with the first logged step."
@@ -102,13 +106,13 @@ def summary_html(history: Sequence[Mapping[str, float]], num_checkpoints: int) -
     for line in history:
         latest |= line
     shown = {"step": f"{int(latest['step']):,}", "checkpoints": str(num_checkpoints)}
-    for name, label, form in (
+    for name, title, form in (
         ("loss", "loss", ".4g"),
         ("lr", "learning rate", ".3g"),
         ("grad_norm", "gradient norm", ".3g"),
     ):
         if name in latest:
-            shown[label] = format(latest[name], form)
+            shown[title] = format(latest[name], form)
     if "seconds/step" in latest:
         shown["seconds a step"] = f"{latest['seconds/step']:.3g}"
     if "memory_peak_gib" in latest:
@@ -121,19 +125,20 @@ def scores_html(name: str, validation: Validation) -> Markup:
     """The table of one validation."""
     if validation.metrics is None or "seconds_per_edit" not in validation.metrics:
         return Markup('<p class="quiet">This validation has no metrics.json, or it is being written.</p>')
-    lines = table_lines([RunSummary(name, validation.metrics)])
-    head = Markup("").join(Markup("<th>{}</th>").format(each) for each in table_columns(lines).values())
-    rows = Markup("").join(
-        Markup("<tr><td>{}</td>{}</tr>").format(
-            label,
-            Markup("").join(Markup("<td>{} <small>{}</small></td>").format(each.text, each.gain) for each in cells),
-        )
-        for label, cells in table_cells(lines)
-    )
+    scores, seconds = validation.metrics, validation.metrics["seconds_per_edit"]
+    methods = [SOURCE, *RunSummary(name, scores).methods]
+    metrics = [metric for metric in METRICS.values() if any(metric.name in scores[method] for method in methods)]
+    head = Markup("").join(Markup("<th>{}</th>").format(each.label) for each in metrics)
+    rows = Markup("")
+    for method in methods:
+        cells = [score_cell(metric, scores[method], scores[SOURCE] if method != SOURCE else None) for metric in metrics]
+        shown = Markup("").join(Markup("<td>{} <small>{}</small></td>").format(each.text, each.gain) for each in cells)
+        took = f"{seconds[method]:.3f}" if method in seconds else "–"
+        rows += Markup("<tr><td>{}</td>{}<td>{}</td></tr>").format(label(method), shown, took)
     rows_text = escape(validation.metrics.get("num_rows", "?"))
     note = Markup('<p class="quiet">{} held-out rows; small numbers: the difference to the source.</p>').format(
         rows_text
     )
-    return Markup('<table class="scores"><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table>{}').format(
-        head, rows, note
-    )
+    return Markup(
+        '<table class="scores"><thead><tr><th></th>{}<th>s per edit</th></tr></thead><tbody>{}</tbody></table>{}'
+    ).format(head, rows, note)

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from data_prep.errors import InputError
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from train.model.adapter import inject
 from train.model.adapter_files import adapter_file
 from train.model.adapter_reader import LowRank, linear_modules, low_rank_sum, read_adapter

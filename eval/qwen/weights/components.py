@@ -21,10 +21,10 @@ from eval.qwen.weights.encoders import PlacedPromptEncoder, PlacedVAE
 from eval.qwen.weights.extra_weights import ExtraParts, read_all
 from eval.qwen.weights.fusing import FusedAdapters
 from eval.qwen.weights.waiting import WaitingWeights
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import AdapterState, adapter_state
 from eval.request.placement import Placement
 from eval.request.recent import Recent
-from eval.request.request import AdapterUse
 from train.model.adapter_reader import LowRank
 from train.model.denoiser import Denoiser, build_dit, load_denoiser, resolve_zero_cond_t
 from train.model.execution import Execution

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from losses.batch import Scene
 from train.model.denoiser import Denoiser
 from train.model.extra import ExtraModule

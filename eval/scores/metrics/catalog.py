@@ -1,29 +1,25 @@
-"""All metrics there are, and those of them that can be had here."""
+"""The metrics that can be had here, of all that there are."""
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.scores.metrics.clip import Clip
-from eval.scores.metrics.dino import Dino
-from eval.scores.metrics.fid import Fid
-from eval.scores.metrics.identity import Identity
-from eval.scores.metrics.metric import Example, Family, Metric, Scores, SetFamily, Unavailable, check_names
-from eval.scores.metrics.perceptual import Dists, Lpips, LpipsPie
-from eval.scores.metrics.pixels import Pixels
-from eval.scores.metrics.registration import Registration
+from eval.scores.metrics.metric import (
+    ALL,
+    CAPTION,
+    METRICS,
+    Example,
+    Family,
+    Scores,
+    SetFamily,
+    Unavailable,
+    check_names,
+)
 from eval.scores.metrics.sources import Places
 
-WEIGHTLESS: tuple[type[Any], ...] = (Pixels, Registration)
-WEIGHED: tuple[type[Any], ...] = (Lpips, LpipsPie, Dists, Clip, Dino, Identity)
-"""Made from `Places`; they raise `Unavailable`."""
-METRICS: dict[str, Metric] = {
-    metric.name: metric for family in (*WEIGHTLESS, *WEIGHED, Fid) for metric in family.metrics
-}
-"""By name, in the order of tables."""
-ALL = "all"
-CAPTION = "psnr"
-"""Always measured: it stands under every picture."""
+WITHOUT_WEIGHTS = ("pixels.Pixels", "registration.Registration")
+"""The others are made from `Places`, and raise `Unavailable`."""
 
 
 @dataclass
@@ -31,28 +27,31 @@ class Battery:
     """The metrics of one evaluation."""
 
     families: list[Family] = field(default_factory=list)
-    sets: list[SetFamily] = field(default_factory=list)
+    sets: list[tuple[str, SetFamily]] = field(default_factory=list)
+    """With their names among the families."""
     chosen: frozenset[str] = frozenset(METRICS)
     unavailable: dict[str, str] = field(default_factory=dict)
     """Metric's name -> why it is not measured."""
 
     def __call__(self, example: Example) -> Scores:
         """The scores of a picture, which is taken into its method's set too."""
-        for family in self.sets:
+        for _, family in self.sets:
             family.add(example)
         scores: Scores = {}
         for family in self.families:
             scores |= family(example)
+        if not example.prompt.strip():  # a picture without an instruction
+            scores = {name: value for name, value in scores.items() if METRICS[name].against != "instruction"}
         return {name: scores[name] for name in METRICS if name in scores and name in self.chosen}
 
     def of_sets(self, method: str) -> Scores:
         """The scores of a method's whole set; why there are none is added to `unavailable`."""
         scores: Scores = {}
-        for family in self.sets:
+        for name, family in self.sets:
             try:
                 scores |= family.result(method)
             except Unavailable as error:
-                self.unavailable |= {metric.name: str(error) for metric in family.metrics}
+                self.unavailable |= dict.fromkeys(_of_family(name), str(error))
         return scores
 
 
@@ -67,21 +66,20 @@ def load_battery(names: Sequence[str] | None, places: Places) -> Battery:
     wanted = list(METRICS) if names is None or ALL in names else [CAPTION, *names]
     check_names(wanted, list(METRICS))
     battery = Battery(chosen=frozenset(wanted))
-    for family in (family() for family in WEIGHTLESS):
-        if _wanted(family, wanted):
-            battery.families.append(family)
-    for load in (*WEIGHED, Fid):
-        if not _wanted(load, wanted):
-            continue
+    for family in dict.fromkeys(METRICS[name].family for name in METRICS if name in wanted):
+        module, _, name = family.partition(".")
+        make: Any = getattr(importlib.import_module(f"eval.scores.metrics.{module}"), name)
         try:
-            loaded: Any = load(places)
+            loaded: Any = make() if family in WITHOUT_WEIGHTS else make(places)
         except Unavailable as error:
-            battery.unavailable |= {name: str(error) for name in _wanted(load, wanted)}
+            names = _of_family(family)
+            battery.unavailable |= {each: str(error) for each in names if each in wanted}
         else:
-            kept: list[Any] = battery.sets if isinstance(loaded, Fid) else battery.families
-            kept.append(loaded)
+            kept: list[Any] = battery.sets if hasattr(loaded, "result") else battery.families
+            kept.append((family, loaded) if kept is battery.sets else loaded)
     return battery
 
 
-def _wanted(family: Any, names: Sequence[str]) -> list[str]:
-    return [metric.name for metric in family.metrics if metric.name in names]
+def _of_family(family: str) -> list[str]:
+    """The names of the metrics that a class measures."""
+    return [metric.name for metric in METRICS.values() if metric.family == family]

@@ -9,11 +9,8 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from eval.scores.metrics.features import Features, cosine
-from eval.scores.metrics.metric import Example, Metric, Scores
+from eval.scores.metrics.metric import NEUTRAL, Example, Scores
 from eval.scores.metrics.sources import Places
-
-NEUTRAL = "a photo"
-"""What StyleGAN-NADA starts its direction at: a dataset's row has no caption of its source."""
 
 
 class Clip:
@@ -22,26 +19,6 @@ class Clip:
     A row has an instruction and no captions. CLIPScore therefore holds the picture against the instruction; the direction of the
     text is that from `NEUTRAL` to the instruction. The direction from source to target needs no text at all.
     """
-
-    metrics = (
-        Metric(
-            *("clip_score", "CLIPScore", "higher", "instruction"),
-            "100·max(cos(image, instruction), 0); Hessel et al. 2021, arXiv 2104.08718",
-            digits=2,
-        ),
-        Metric(
-            *("clip_direction", "CLIP direction, text", "higher", "instruction"),
-            f"cos(picture − source, instruction − “{NEUTRAL}”); Gal et al. 2021, arXiv 2108.00946",
-        ),
-        Metric(
-            *("clip_direction_target", "CLIP direction, target", "higher", "target"),
-            "cos(picture − source, target − source); as Nguyen et al. 2023, arXiv 2307.14331",
-        ),
-        Metric(
-            *("clip_i", "CLIP-I", "higher", "target"),
-            "cos(picture, target); Ruiz et al. 2022, arXiv 2208.12242",
-        ),
-    )
 
     def __init__(self, places: Places):
         self.device = places.device

@@ -7,8 +7,7 @@ from torch.nn.functional import mse_loss, normalize
 from transformers import AutoImageProcessor, AutoModel
 
 from eval.scores.metrics.features import Features, cosine
-from eval.scores.metrics.metric import Example, Metric, Scores, Unavailable
-from eval.scores.metrics.pixels import PIE_SOURCE
+from eval.scores.metrics.metric import Example, Scores, Unavailable
 from eval.scores.metrics.sources import Places
 
 KEYS = ("k_proj", "key")
@@ -21,11 +20,6 @@ class Dino:
     Structure distance: the mean square difference of the cosine similarities of all tokens' keys with each other, in the last
     attention layer (Tumanyan et al. 2022, Splicing ViT Features, arXiv 2201.00424), times 1000.
     """
-
-    metrics = (
-        Metric("dino", "DINO", "higher", "target", "cos(picture, target); Ruiz et al. 2022, arXiv 2208.12242"),
-        Metric(*("structure", "structure ×10³", "lower", "source"), f"Tumanyan et al. 2022; {PIE_SOURCE}", "10⁻³", 2),
-    )
 
     def __init__(self, places: Places):
         self.device = places.device

@@ -12,7 +12,7 @@ from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
 from data_prep.model.geometry import Size, stretch
 from eval.scores.metrics.features import Features
-from eval.scores.metrics.metric import Example, Metric, Scores, Unavailable, first_line
+from eval.scores.metrics.metric import Example, Scores, Unavailable, first_line
 from eval.scores.metrics.sources import Places
 
 INCEPTION_SIZE = Size(299, 299)
@@ -42,8 +42,6 @@ class Fid:
     The features are Inception's if the file is its weights (`.pth`, as torch-fidelity has them), or what a program of
     `torch.export` makes (`.pt2`). With no more pictures than features the covariance has no full rank, and there is no figure.
     """
-
-    metrics = (Metric("fid", "FID", "lower", "target", "Heusel et al. 2017, arXiv 1706.08500", digits=2),)
 
     def __init__(self, places: Places):
         if places.fid is None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.scores.metrics.features import Features
-from eval.scores.metrics.metric import Example, Metric, Scores, Unavailable, first_line
+from eval.scores.metrics.metric import Example, Scores, Unavailable, first_line
 from eval.scores.metrics.sources import Places
 
 LANDMARKS, EMBEDDING = "shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat"
@@ -20,7 +20,6 @@ EMBEDDED = 128
 """Numbers of a face."""
 SIDE = 512
 """Smaller pictures are enlarged to it: the detector looks for faces of 80 pixels and more."""
-_SOURCE = "King 2017, dlib's ResNet face embedding"
 
 
 class Identity:
@@ -28,11 +27,6 @@ class Identity:
 
     A row whose source shows no face has no score; one whose face is not found again counts in `face_kept` alone.
     """
-
-    metrics = (
-        Metric("identity", "face distance", "lower", "source", _SOURCE),
-        Metric("face_kept", "face found", "higher", "source", _SOURCE, "share", 2),
-    )
 
     def __init__(self, places: Places):
         folder = places.face or _package_folder()

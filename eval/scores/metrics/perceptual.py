@@ -9,11 +9,8 @@ from torchmetrics.functional.image.dists import DISTSNetwork
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
-from eval.scores.metrics.metric import Example, Metric, Scores
-from eval.scores.metrics.pixels import PIE_SOURCE
+from eval.scores.metrics.metric import Example, Scores
 from eval.scores.metrics.sources import Places
-
-LPIPS_SOURCE = "Zhang et al. 2018, arXiv 1801.03924"
 
 
 def _file(weights: AlexNet_Weights | SqueezeNet1_1_Weights | VGG16_Weights) -> str:
@@ -22,8 +19,6 @@ def _file(weights: AlexNet_Weights | SqueezeNet1_1_Weights | VGG16_Weights) -> s
 
 class Lpips:
     """LPIPS with AlexNet, against the target."""
-
-    metrics = (Metric("lpips", "LPIPS", "lower", "target", f"{LPIPS_SOURCE}, AlexNet"),)
 
     def __init__(self, places: Places):
         with places.hub_checkpoint(_file(AlexNet_Weights.DEFAULT)):
@@ -35,8 +30,6 @@ class Lpips:
 
 class LpipsPie:
     """PIE-Bench's LPIPS of the background: SqueezeNet, both pictures blackened outside it, against the source."""
-
-    metrics = (Metric("lpips_background_pie", "LPIPS background, PIE", "lower", "source", f"{PIE_SOURCE}, SqueezeNet"),)
 
     def __init__(self, places: Places):
         with places.hub_checkpoint(_file(SqueezeNet1_1_Weights.DEFAULT)):
@@ -51,8 +44,6 @@ class LpipsPie:
 
 class Dists:
     """DISTS, against the target."""
-
-    metrics = (Metric("dists", "DISTS", "lower", "target", "Ding et al. 2020, arXiv 2004.07728, VGG16"),)
 
     def __init__(self, places: Places):
         with places.hub_checkpoint(_file(VGG16_Weights.DEFAULT)):

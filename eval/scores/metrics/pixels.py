@@ -5,35 +5,12 @@ PnP Inversion, arXiv 2310.01506): both pictures are blackened outside the part, 
 the part, the better the number, and the background is held against the *source*.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable
 
 from torch import Tensor
 
 from eval.scores.fidelity import mse, psnr, ssim, ssim_map
-from eval.scores.metrics.metric import Example, Metric, Scores
-
-SSIM_SOURCE = "Wang et al. 2004, doi:10.1109/TIP.2003.819861"
-PIE_SOURCE = "Ju et al. 2023, arXiv 2310.01506"
-_KINDS: dict[str, tuple[str, Literal["higher", "lower"], str, int, str]] = {
-    "psnr": ("PSNR", "higher", "dB", 2, "10·log10(1 / MSE)"),
-    "ssim": ("SSIM", "higher", "", 3, SSIM_SOURCE),
-    "mse": ("MSE ×10³", "lower", "10⁻³", 2, "mean square of the difference of values in [0, 1], times 1000"),
-}
-_PARTS = {"": "", "_edited": " edited", "_background": " background"}
-
-
-def _metrics() -> Iterator[Metric]:
-    for pie in ("", "_pie"):
-        for part, words in _PARTS.items():
-            if pie and not part:
-                continue
-            for name, (label, better, unit, digits, citation) in _KINDS.items():
-                against = "source" if pie and part == "_background" else "target"
-                shown = f"{label}{words}{', PIE' if pie else ''}"
-                yield Metric(
-                    f"{name}{part}{pie}", shown, better, against, PIE_SOURCE if pie else citation, unit, digits
-                )
+from eval.scores.metrics.metric import Example, Scores
 
 
 def _mse(prediction: Tensor, target: Tensor) -> float:
@@ -45,8 +22,6 @@ _FUNCTIONS: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim"
 
 class Pixels:
     """PSNR, SSIM and MSE. They need no weights."""
-
-    metrics = tuple(_metrics())
 
     def __call__(self, example: Example) -> Scores:
         prediction, target, background = example.prediction, example.target, example.background

@@ -9,22 +9,11 @@ from torch import Tensor
 
 from data_prep.check.measures.drift import Drift, measure_drift
 from data_prep.model.geometry import to_image
-from eval.scores.metrics.metric import Example, Metric, Scores
-
-SHIFT, ZOOM = 1.0, 0.003
-"""Pixels, and share of the size: a picture beyond one of them has drifted."""
-_SOURCE = "windowed phase correlation, data_prep/check/measures/drift.py"
+from eval.scores.metrics.metric import SHIFT, ZOOM, Example, Scores
 
 
 class Registration:
     """Shift and zoom of the background (of everything, in a row without a mask) against the source."""
-
-    metrics = (
-        Metric("drift_shift", "shift", "lower", "source", _SOURCE, "px", 2),
-        Metric("drift_zoom", "zoom", "lower", "source", _SOURCE, "%", 2),
-        Metric("drifted", "drifted", "lower", "source", f"beyond {SHIFT:g} px or {100 * ZOOM:g} %", "share", 2),
-        Metric("drift_unknown", "not comparable", "lower", "source", _SOURCE, "share", 2),
-    )
 
     def __call__(self, example: Example) -> Scores:
         return registration_scores(example.source, example.prediction, example.background)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
-from eval.scores.metrics.metric import Unavailable, first_line
+from data_prep.model.hub_files import NotCached, fetch
+from eval.scores.metrics.metric import CLIP, DINO, Unavailable, first_line
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vitb8"
 FILES = ["*.json", "*.txt", "*.safetensors"]
 SECONDS = 20.0
 """That a server may take to answer."""
@@ -76,13 +75,10 @@ class Places:
         """
         named = place not in (CLIP, DINO) and not constants.HF_HUB_OFFLINE
         try:
-            if not Path(place).is_dir():  # the folder first: classes look for more files than they say, and on the hub
-                place = snapshot_download(place, local_files_only=not (named or self.online), allow_patterns=FILES)
-            return load(place, local_files_only=True)
-        except LocalEntryNotFoundError as error:
-            fetch = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "name the metric in --metrics"
-            if self.online or named:
-                fetch = "look at the network"
-            raise Unavailable(f"{place} is not in the hub's cache: {fetch}, or give a folder with {option}") from error
+            # the folder first: classes look for more files than they say, and on the hub
+            return load(str(fetch(place, FILES, download=named or self.online)), local_files_only=True)
+        except NotCached as error:
+            way = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "name the metric in --metrics"
+            raise Unavailable(f"{error}: {way}, or give a folder with {option}") from error
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise Unavailable(f"{place} cannot be loaded: {first_line(error)}") from error

@@ -27,8 +27,9 @@ from data_prep.model.geometry import Geometry, Size, fit
 from eval.bases.abilities import BASES
 from eval.bases.auto import base_of, open_editor
 from eval.request.base import BaseEditor
+from eval.request.knobs import AdapterUse, Focus
 from eval.request.placement import Placement
-from eval.request.request import AdapterUse, EditRequest, Focus
+from eval.request.request import EditRequest
 from eval.request.sizes import SizeLimits
 from tests.pictures import picture
 from tests.tiny_pipelines import WRITERS, write_sd
@@ -335,7 +336,7 @@ def test_which_base_a_folder_holds(tmp_path, folders, monkeypatch):
 def test_a_hub_id_is_found_in_the_cache_and_refused_with_the_index_alone(tmp_path, folders, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"no folder acme/tiny, and asking the hub for its model_index.json failed"):
+    with pytest.raises(InputError, match=r"no folder acme/tiny, and downloading it from the hub failed"):
         open_editor("acme/tiny", EXACT)
     cached = tmp_path / "models--acme--tiny"
     (cached / "refs").mkdir(parents=True)

@@ -36,9 +36,10 @@ from eval.page.tabs.runs import (
     summary_html,
 )
 from eval.page.tabs.runs_tab import show_run
-from eval.reports.chart import line_chart
+from eval.report.chart import line_chart
+from eval.request.knobs import AdapterUse, Control, Focus
 from eval.request.placement import Placement
-from eval.request.request import AdapterUse, Control, EditRequest, Focus
+from eval.request.request import EditRequest
 from tests.adapters import write_adapter
 from tests.children import PATIENCE, wait_until
 from tests.pictures import picture, save
@@ -153,8 +154,8 @@ def test_a_form_makes_the_picture_that_its_request_makes(form, studio, tmp_path,
         ({"count": 9}, "at most 3 pictures at once, got 9"),
         ({"shape": EXACT}, "give the width and the height"),
         ({"shape": EXACT, "width": 33, "height": 32}, "multiples of 32, got 33x32"),
-        ({"seed": -4}, "seed must be 0 or more"),
-        ({"steps": -1}, "steps must be positive"),
+        ({"seed": -4}, r"seed must be in \[0, "),
+        ({"steps": -1}, r"steps must be in \[1, 1000\], got -1"),
         ({"adapter": "../../etc"}, r"the adapter \.\./\.\./etc is not there any more"),
     ],
 )

@@ -16,7 +16,8 @@ from data_prep.model.geometry import Geometry, Size, fit
 from eval.qwen.control import Strengthened, make_map
 from eval.qwen.depth import DepthModel, DepthSource
 from eval.qwen.editor import Editor
-from eval.request.request import Control, EditRequest
+from eval.request.knobs import Control
+from eval.request.request import EditRequest
 from losses.batch import Condition
 from scripts import photographs
 from tests.tiny_depth import write_depth

@@ -19,9 +19,10 @@ from eval.qwen.editor import Editor
 from eval.qwen.encoding import RequestEncoder, join_edits
 from eval.qwen.modes import choose_sampler
 from eval.qwen.samplers import BridgeSampler, FlowSampler
+from eval.request.knobs import AdapterUse, Control, Focus
 from eval.request.metadata import DEFAULT_GEOMETRY, trained_geometry
 from eval.request.placement import Placement
-from eval.request.request import AdapterUse, Control, EditRequest, Focus
+from eval.request.request import EditRequest
 from tests.adapters import write_adapter
 from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_image, write_rows
 

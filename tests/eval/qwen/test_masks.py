@@ -9,7 +9,7 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
 from eval.qwen.masks import check_mask, focus_mask, paste_back, soft_mask
-from eval.request.request import Focus
+from eval.request.knobs import Focus
 from tests.pictures import picture
 
 

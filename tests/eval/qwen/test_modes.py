@@ -12,7 +12,8 @@ from data_prep.model.geometry import Geometry, Size
 from eval.qwen.inversion import InversionSampler
 from eval.qwen.modes import check_request, make_plan, result_size
 from eval.qwen.samplers import BridgeSampler, FlowSampler
-from eval.request.request import ASPECTS, AdapterUse, Control, EditRequest, Focus
+from eval.request.knobs import AdapterUse, Control, Focus
+from eval.request.request import ASPECTS, EditRequest
 
 PHOTO = Image.new("RGB", (640, 480))
 MASK = Image.new("L", (640, 480), 255)
@@ -112,18 +113,18 @@ def test_what_an_adapter_cannot_do_is_refused(values, metadata, message):
         ({"images": [PHOTO] * 4}, "1 to 3 images, got 4"),
         ({"images": [PHOTO] * 3, "mode": "control", "controls": (Control("canny"),)}, "got 3 and 1 control map"),
         ({"mode": "paint"}, "mode must be one of edit, img2img"),
-        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": 0}, r"steps must be in \[1, 1000\], got 0"),
         ({"cfg_scale": 0.5}, r"cfg_scale must be in \[1, 100\]"),
         ({"cfg_scale": math.nan}, "cfg_scale must be"),
         ({"cfg_scale": math.inf}, "cfg_scale must be"),
         ({"feather": math.nan, "mode": "inpaint", "mask": MASK}, "feather must be"),
-        ({"feather": 8.0}, "feather is given, but mode=edit has no mask"),
+        ({"feather": 8.0}, "feather is given, but mode=edit takes none: use mode=inpaint or control-inpaint"),
         ({"size": Size(99968, 99968)}, "size 99968x99968 is more than 16,777,216 pixels"),
         ({"prompt": "\udcff"}, "prompt is not UTF-8 text"),
         ({"strength": 0.0, "mode": "img2img"}, r"strength must be in \(0, 1\]"),
         ({"strength": 0.5}, "strength is given, but mode=edit takes none"),
-        ({"count": 0}, "count must be 1 to 64"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"count": 0}, r"count must be in \[1, 64\]"),
+        ({"seed": -1}, r"seed must be in \[0, "),
         ({"size": Size(0, 32)}, "size must be in multiples of 32, got 32x0"),
         ({"size": Size(32, 32), "aspect": "1:1"}, "leave out aspect=1:1"),
         ({"aspect": "5:4"}, "aspect must be one of 1:1, 16:9"),

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
+from eval.request.knobs import AdapterUse
 from eval.request.lookup import find_model
-from eval.request.options import parse_adapter
-from eval.request.request import AdapterUse
 from train.model.adapter_files import WEIGHTS_FILE
 from train.record.lookup import find_adapter, found_adapters
 
@@ -38,12 +37,12 @@ def test_a_run_means_its_latest_checkpoint(runs):
     assert find_adapter("demo/lbm").name == "step-000050"  # as the file says, not the highest number
     file = newest / WEIGHTS_FILE
     assert find_adapter(str(file)) == file
-    assert parse_adapter("mine:0.5") == AdapterUse(newest, 0.5)
-    assert parse_adapter("mine") == AdapterUse(newest, 1.0)
+    assert AdapterUse.parse("mine:0.5") == AdapterUse(newest, 0.5)
+    assert AdapterUse.parse("mine") == AdapterUse(newest, 1.0)
     for text, weight in {"1e-1": 0.1, "-2.": -2.0, ".5E0": 0.5, "+1": 1.0}.items():
-        assert parse_adapter(f"mine:{text}") == AdapterUse(newest, weight)
+        assert AdapterUse.parse(f"mine:{text}") == AdapterUse(newest, weight)
     with pytest.raises(InputError, match="no adapter at mine:nan"):
-        parse_adapter("mine:nan")
+        AdapterUse.parse("mine:nan")
 
 
 def test_a_path_comes_before_the_folder_of_runs(runs, tmp_path, monkeypatch):

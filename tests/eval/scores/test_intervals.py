@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from eval.reports.evaluation_page import unmeasured_groups
-from eval.reports.summary import best_methods, build_report, ranked_rows, unmeasured
+from eval.report.evaluation_page import unmeasured_groups
+from eval.report.summary import best_methods, build_report, ranked_rows, unmeasured
 from eval.scores.intervals import compare_methods, holm, mean_interval, paired_p
-from eval.scores.metrics.catalog import METRICS
+from eval.scores.metrics.metric import METRICS
 from eval.scores.recorder import Measured, label
 
 

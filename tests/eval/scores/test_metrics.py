@@ -20,12 +20,12 @@ from data_prep.errors import InputError
 from data_prep.model.geometry import to_image
 from eval.scores.fidelity import ssim, ssim_map
 from eval.scores.metrics import identity
-from eval.scores.metrics.catalog import METRICS, load_battery
-from eval.scores.metrics.clip import NEUTRAL, Clip
+from eval.scores.metrics.catalog import load_battery
+from eval.scores.metrics.clip import Clip
 from eval.scores.metrics.dino import Dino
 from eval.scores.metrics.fid import Fid
 from eval.scores.metrics.identity import Identity
-from eval.scores.metrics.metric import Example, Unavailable
+from eval.scores.metrics.metric import METRICS, NEUTRAL, Example, Unavailable
 from eval.scores.metrics.perceptual import Dists, Lpips, LpipsPie
 from eval.scores.metrics.pixels import Pixels
 from eval.scores.metrics.registration import Registration
@@ -90,7 +90,7 @@ def test_a_part_counts_by_its_own_area_or_as_in_pie_bench():
     target, source = grey(0.5), grey(0.4)
     prediction = torch.where(background, grey(0.5), grey(0.7))
     scores = PIXELS(example(prediction, target, source, background))
-    assert scores.keys() == {metric.name for metric in PIXELS.metrics}
+    assert scores.keys() == {name for name, metric in METRICS.items() if metric.family == "pixels.Pixels"}
     assert scores["mse"] == pytest.approx(1000 * 0.25 * 0.2**2, rel=1e-4)
     assert scores["mse_edited"] == pytest.approx(1000 * 0.2**2, rel=1e-4)
     assert scores["mse_edited_pie"] == pytest.approx(1000 * 0.25 * 0.2**2, rel=1e-4)
@@ -179,7 +179,7 @@ def test_perceptual_distances_are_nothing_for_equal_pictures_and_do_not_remember
     changed[:, :, :32] = noise(10)[:, :, :32]  # the edited part alone
     other = example(changed, noise(9), noise(9), background)
     for family in (Lpips(places), LpipsPie(places), Dists(places)):
-        (name,) = (metric.name for metric in family.metrics)
+        (name,) = (each for each, metric in METRICS.items() if metric.family.endswith(f".{type(family).__name__}"))
         assert family(same)[name] == pytest.approx(0, abs=1e-5)
         first = family(other)
         assert (first[name] > 1e-4) == (name != "lpips_background_pie")
@@ -224,9 +224,8 @@ def test_what_cannot_be_had_says_why(places, tmp_path, monkeypatch):
     empty = Places(clip=str(tmp_path), dino="nobody/nothing", torch_hub=tmp_path, fid=tmp_path / "x.pt2")
     battery = load_battery(None, empty)
     assert [type(family).__name__ for family in battery.families] == ["Pixels", "Registration"]
-    assert battery.unavailable.keys() == METRICS.keys() - {
-        *(metric.name for family in battery.families for metric in family.metrics)
-    }
+    weightless = ("pixels.Pixels", "registration.Registration")
+    assert battery.unavailable.keys() == {name for name, each in METRICS.items() if each.family not in weightless}
     assert "squeezenet1_1-b8a52dc0.pth is not in" in battery.unavailable["lpips_background_pie"]
     reason = "nobody/nothing is not in the hub's cache: unset HF_HUB_OFFLINE, or give a folder with --dino"
     assert battery.unavailable["dino"] == battery.unavailable["structure"] == reason

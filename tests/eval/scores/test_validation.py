@@ -15,7 +15,8 @@ from data_prep.model.encoders import load_vae
 from eval.qwen.samplers import BridgeSampler, FlowSampler
 from eval.scores.fidelity import MAX_PSNR
 from eval.scores.grid import GAP
-from eval.scores.validation import Validation, choose_rows
+from eval.scores.splits import choose_rows
+from eval.scores.validation import Validation
 from tests.caching import cache_dataset, write_dataset, write_rows
 from train.model.denoiser import load_denoiser
 

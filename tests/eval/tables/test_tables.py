@@ -21,14 +21,16 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow
+from eval.bases.auto import open_model
 from eval.edit import edit
 from eval.qwen.editor import Editor
 from eval.request.base import BaseEditor
-from eval.request.placement import Placement
+from eval.request.knobs import MODES, AdapterUse
+from eval.request.options import ModelOptions, PlaceOptions
 from eval.request.provenance import read_png
-from eval.request.request import MODES, Abilities, AdapterUse, EditRequest, EditResult, OnProgress
+from eval.request.request import Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import SizeLimits
-from eval.tables.command import Base, Table, edit_table
+from eval.tables.command import TableOptions, edit_table
 from eval.tables.job_files import JobFiles
 from eval.tables.runner import READERS, WAITING, run_jobs
 from eval.tables.table import Job, read_jobs
@@ -49,6 +51,12 @@ class Copies(BaseEditor):
     abilities = Abilities("copies", MODES, 3)
     folder = Path("copies")
     fingerprint = "copies"
+
+    def geometry_for(self, adapters) -> Geometry:
+        return SMALL
+
+    def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
+        return (1,)
 
     def batch_key(self, request: EditRequest) -> Any:
         return request.images[0].size
@@ -272,8 +280,8 @@ def test_a_failure_costs_its_own_row_alone(photos, tmp_path, capsys, batch_size)
 @pytest.fixture
 def editors(monkeypatch) -> list[Editor]:
     """Those that tables have opened."""
-    opened, original = [], Base.open
-    monkeypatch.setattr(Base, "open", lambda *args: opened.append(original(*args)) or opened[-1])
+    opened, original = [], open_model
+    monkeypatch.setattr("eval.tables.engine.open_model", lambda *args: opened.append(original(*args)) or opened[-1])
     return opened
 
 
@@ -291,10 +299,10 @@ def test_an_offloaded_model_is_moved_once_a_window(photos, tiny_model_dir, tmp_p
         }
         for number in range(4)
     ]
-    table = Table(write_table(photos / "alternating.csv", rows), photos, None, (), False)
-    base = Base(str(tiny_model_dir), None, SizeLimits())
+    table = TableOptions(write_table(photos / "alternating.csv", rows), photos, window=2)
+    model = ModelOptions(str(tiny_model_dir))
     for name, offload in [("here", "none"), ("away", "model")]:
-        edit_table(table, {}, base, "cpu", {"dtype": "float32", "offload": offload}, 1, 2, "raise", tmp_path / name)
+        edit_table(table, {}, model, PlaceOptions("cpu", "float32", offload=offload), tmp_path / name)
     here, away = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("here", "away")
     )
@@ -323,18 +331,13 @@ def test_a_window_loses_no_row_but_the_bad_one(photos, tmp_path, window):
     assert len(handed) <= 11  # every half of a half: 2 n - 1
 
 
-@dataclass(frozen=True)
-class CopiesBase(Base):
-    def open(self, placement: Placement) -> BaseEditor:
-        return Copies()
-
-
-def test_a_mistake_of_the_program_is_never_skipped(photos, tmp_path, capsys):
+def test_a_mistake_of_the_program_is_never_skipped(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("eval.tables.engine.open_model", lambda model, placement: Copies())
     rows = [{"image": f"photo{number}.png", "prompt": prompt} for number, prompt in enumerate(["p0", "bug", "memory"])]
     rows = write_table(tmp_path / "jobs.csv", rows)
-    table, base = Table(rows, photos, None, (), False), CopiesBase("copies", None, SizeLimits())
+    table = TableOptions(rows, photos, on_error="skip")
     with pytest.raises(typer.Exit) as ended:
-        edit_table(table, {}, base, "cpu", {"dtype": "float32"}, 1, 16, "skip", tmp_path / "out")
+        edit_table(table, {}, ModelOptions("copies"), PlaceOptions("cpu", "float32"), tmp_path / "out")
     assert ended.value.exit_code == 1
     assert "2 of 3 rows failed" in capsys.readouterr().err
     assert [row["prompt"] for row in read(tmp_path / "out/results.csv")] == ["p0"]
@@ -506,7 +509,7 @@ def test_other_columns_can_be_ignored_and_bytes_that_are_no_text_cost_a_row(phot
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--steps", "0"], "steps must be positive, got 0"),
+        (["--steps", "0"], r"steps must be in \[1, 1000\], got 0"),
         (["--mode", "inpaint", "--strength", "2"], r"strength must be in \(0, 1\], got 2.0"),
         (["--image", "a.png"], "leave out --image, --mask and --repeat"),
         (["--csv", "none.csv"], "there is no dataset at none.csv"),

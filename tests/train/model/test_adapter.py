@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import read_metadata
-from eval.request.request import AdapterUse
 from tests.adapters import fuse_adapters, use_adapters
 from tests.train.model.test_denoiser import make_condition, run_reference
 from train.config import DEFAULT_TARGETS as TARGETS

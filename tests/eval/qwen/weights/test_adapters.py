@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
 from eval.qwen.weights.adapters import linear_modules, remove_adapters
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from tests.adapters import fuse_adapters, use_adapters
 from tests.train.model.test_adapter import close, fresh, inputs, trained
 from train.model.denoiser import Denoiser

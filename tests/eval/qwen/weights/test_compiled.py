@@ -8,8 +8,8 @@ from torch._dynamo.utils import counters
 
 from data_prep.model.directory import ModelDirectory
 from eval.qwen.weights.components import Components
+from eval.request.knobs import AdapterUse
 from eval.request.placement import Placement
-from eval.request.request import AdapterUse
 from tests.adapters import write_adapter
 from tests.eval.qwen.test_editor import SMALL
 from tests.eval.qwen.weights.test_adapters import velocity

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from eval.qwen.weights.components import Components
+from eval.request.knobs import AdapterUse
 from eval.request.metadata import describe_adapters, read_metadata
 from eval.request.placement import Placement, make_placement
-from eval.request.request import AdapterUse
 from tests.train.model.test_adapter import close
 from tests.train.model.test_extra import IN_FULL, STE, attached, drawn, inputs, loaded
 from train.model.adapter import Adapter

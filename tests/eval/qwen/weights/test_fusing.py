@@ -12,9 +12,9 @@ from eval.qwen.weights.adapters import added_up
 from eval.qwen.weights.components import Components
 from eval.qwen.weights.fusing import FusedAdapters
 from eval.qwen.weights.waiting import WaitingWeights
+from eval.request.knobs import AdapterUse
 from eval.request.placement import Placement
 from eval.request.recent import Recent
-from eval.request.request import AdapterUse
 from tests.adapters import fuse_adapters, use_adapters
 from tests.eval.qwen.weights.test_adapters import velocity
 from tests.train.model.test_adapter import fresh, trained

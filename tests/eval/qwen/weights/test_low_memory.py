@@ -15,8 +15,8 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from eval.qwen.weights.components import Components, load_placed_denoiser
 from eval.qwen.weights.encoders import PlacedVAE
+from eval.request.knobs import AdapterUse
 from eval.request.placement import Placement, make_placement
-from eval.request.request import AdapterUse
 from scripts.bench import memory as bench
 from tests.adapters import use_adapters
 from tests.eval.qwen.weights.test_adapters import velocity

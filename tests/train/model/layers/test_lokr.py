@@ -12,7 +12,7 @@ from torch import nn
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from eval.request.request import AdapterUse
+from eval.request.knobs import AdapterUse
 from tests.adapters import fuse_adapters, use_adapters
 from tests.train.model.test_adapter import close, fresh, inputs, trained
 from train.config import DEFAULT_TARGETS as TARGETS

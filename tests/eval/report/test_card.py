@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from data_prep.errors import InputError
 from data_prep.rows.images import file_digest
-from eval.reports.card import MARKER, CardRequest, check_card, write_card
-from eval.reports.publishing import check_push, push
-from eval.reports.summary import build_report
+from eval.report.card import MARKER, CardRequest, check_card, write_card
+from eval.report.publishing import check_push, push
+from eval.report.summary import build_report
 from eval.scores.recorder import Measured
 from train.record.loggers import Picture
 

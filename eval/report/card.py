@@ -14,18 +14,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_text
-from data_prep.model.directory import HUB_ID
-from eval.reports.evaluation_page import CHARTED, ScoreCell, score_tables
-from eval.reports.summary import Report
+from data_prep.model.hub_files import HUB_ID
+from eval.report.evaluation_page import CHARTED, ScoreCell, score_tables
+from eval.report.summary import Report
 from eval.request.metadata import read_metadata, stored_digest
+from eval.scores.methods import BASE
 from eval.scores.metrics.metric import Metric
-from eval.scores.validation import steps_label
+from eval.scores.row_results import steps_label
 from train.model.adapter import CONFIG_FILE
 from train.model.adapter_files import EXTRA_FILE, EXTRA_KEY, adapter_file
 from train.record.loggers import Picture
 
-BASE = "base"
-"""The name of the model without an adapter."""
 README, SAMPLES, SAMPLE = "README.md", "samples", "row-*.jpg"
 MARKUP = re.compile(r"[\\`*_\[\]<>|#~!]")
 """What Markdown would not take for text."""

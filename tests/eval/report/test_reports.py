@@ -1,26 +1,35 @@
 """The evaluation command and the report, through the real commands on the tiny model."""
 
+import csv
 import itertools
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from data_prep.cli import run_command
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry
+from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import file_digest
 from data_prep.rows.rows import RejectedRow, Row
 from eval import run
-from eval.reports.chart import MAX_POINTS, line_chart, thin, ticks
-from eval.reports.runs_report import SOURCE, RunSummary, read_run, table_cells, table_columns, table_lines, write_report
-from eval.request.request import AdapterUse
+from eval.report.chart import MAX_POINTS, line_chart, thin, ticks
+from eval.report.evaluation_page import ScoreCell, prompt_tables, score_tables, write_page
+from eval.report.run_history import RunSummary, compare_runs, read_runs
+from eval.request.knobs import AdapterUse
+from eval.request.provenance import read_png
+from eval.scores.methods import own_names, run_name
+from eval.scores.splits import chosen_rows
 from tests.adapters import write_adapter
+from tests.caching import write_image
 from tests.commands import run_script
 from tests.tiny_weights import write_clip, write_dino, write_features
 from tests.wandb_log import Written
@@ -53,18 +62,21 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def metrics(psnr: float, steps: tuple[int, ...] = (1, 4), sampler: str = "BridgeSampler") -> dict:
-    """What a validation writes, with the same PSNR + n at n steps."""
-    scores = {"source": {"psnr": 20.0, "ssim": 0.5}}
-    scores |= {f"steps_{n}": {"psnr": psnr + n, "ssim": 0.6} for n in steps}
-    return {
-        "num_rows": 2,
-        **scores,
-        "seconds_per_edit": {f"steps_{n}": 0.1 * n for n in steps},
-        "by_prompt": {"<b>one</b>": {"num_rows": 1, **scores}, "two": {"num_rows": 1, **scores}},
-        "per_row": [],
-        "sampler": {"name": sampler},
-    }
+def metrics(psnr: float, steps: tuple[int, ...] = (1, 4), sampler: str = "BridgeSampler", source: float = 20.0) -> dict:
+    """What a validation of eight rows writes, with about the same PSNR + n at n steps; half of them have each instruction."""
+    rows = [
+        {
+            "id": f"r{number}",
+            "prompt": "<b>one</b>" if number < 4 else "two",
+            "source": {"psnr": source + number / 8, "ssim": 0.5},
+            **{f"steps_{n}": {"psnr": psnr + n + number / 8, "ssim": 0.6} for n in steps},
+        }
+        for number in range(8)
+    ]
+    names = ["source", *(f"steps_{n}" for n in steps)]
+    means = {name: {"psnr": fmean(row[name]["psnr"] for row in rows), "ssim": rows[0][name]["ssim"]} for name in names}
+    seconds = {f"steps_{n}": 0.1 * n for n in steps}
+    return {"num_rows": 8, **means, "seconds_per_edit": seconds, "per_row": rows, "sampler": {"name": sampler}}
 
 
 @pytest.fixture
@@ -77,48 +89,61 @@ def runs():
     return [lbm, RunSummary("flow", metrics(19.0, (4, 20), "FlowSampler"), step=400)]
 
 
+def cells_of(report: dict, column: str = "psnr") -> dict[str, ScoreCell]:
+    """A column of the first table, by the methods' labels."""
+    table = score_tables(report)[0]
+    place = [metric.name for metric in table.headings].index(column)
+    return {method["label"]: cells[place] for method, cells in table.rows}
+
+
 def test_a_table_has_the_source_once_and_every_run_at_every_step_count(runs):
-    lines = table_lines(runs)
-    assert [line.label for line in lines] == [
-        SOURCE,
-        *("lbm, 1 step", "lbm, 4 steps"),
-        *("flow, 4 steps", "flow, 20 steps"),
-    ]
-    assert table_columns(lines).keys() == {"psnr", "ssim", "seconds"}
-    cells = dict(table_cells(lines))
-    assert [cell.text for cell in cells[SOURCE]] == ["20.00", "0.500", "–"]
-    assert (cells["lbm, 4 steps"][0].text, cells["lbm, 4 steps"][0].gain) == ("26.00", "+6.00")
-    assert [label for label, row in cells.items() if row[0].best] == ["flow, 20 steps"]  # 39 dB
-    assert [label for label, row in cells.items() if row[2].best] == ["lbm, 1 step"]
+    report = compare_runs("t", runs)
+    cells = cells_of(report)
+    assert list(cells) == ["source unchanged", "lbm, 1 step", "lbm, 4 steps", "flow, 4 steps", "flow, 20 steps"]
+    assert (cells["source unchanged"].text, cells["source unchanged"].gain) == ("20.44", "")
+    assert (cells["lbm, 4 steps"].text, cells["lbm, 4 steps"].gain, cells["lbm, 4 steps"].better) == (
+        "26.44",
+        "+6.00",
+        True,
+    )
+    assert [label for label, cell in cells.items() if cell.best] == ["flow, 20 steps"]  # 39 dB
+    assert [method["seconds_per_edit"] for method in report["methods"][1:]] == pytest.approx([0.1, 0.4, 0.4, 2.0])
+    one, two = prompt_tables(report)
+    assert (one.title, two.title) == ("“<b>one</b>”", "“two”")
+    assert [cells[0].text for _, cells in two.rows][:2] == ["20.69", "23.69"]  # the mean of rows 4 to 7
 
 
 def test_equal_pictures_are_called_equal(runs):
-    runs[0].metrics["source"]["psnr_background"] = 100.0
-    runs[0].metrics["steps_1"]["psnr_background"] = 30.0
-    column = list(table_columns(table_lines(runs[:1]))).index("psnr_background")
-    cells = dict(table_cells(table_lines(runs[:1])))
-    assert cells[SOURCE][column].text == "equal"
-    assert (cells["lbm, 1 step"][column].text, cells["lbm, 1 step"][column].gain) == ("30.00", "")
-    assert cells["lbm, 4 steps"][column].text == "–"
+    for row in runs[0].metrics["per_row"]:
+        row["source"]["psnr_background"], row["steps_1"]["psnr_background"] = 100.0, 30.0
+    cells = {m["label"]: c for m, c in score_tables(compare_runs("t", runs[:1]))[1].rows}
+    assert [cells[name][0].text for name in ("source unchanged", "lbm, 1 step")] == ["equal", "30.00"]
+    assert cells["lbm, 1 step"][0].gain == ""
+    assert "lbm, 4 steps" not in cells
 
 
 def test_another_source_is_shown_again(runs):
-    other = metrics(10.0)
-    other["source"] = {"psnr": 9.0, "ssim": 0.1}
-    lines = table_lines([*runs, RunSummary("other", other)])
-    assert [line.label for line in lines].count(SOURCE) == 2
-    assert dict(table_cells(lines))["other, 1 step"][0].gain == "+2.00"
+    other = RunSummary("other", metrics(10.0, source=9.0))
+    report = compare_runs("t", [*runs, other])
+    assert [each["name"] for each in report["methods"] if each["kind"] == "source"] == ["source", "source-2"]
+    assert cells_of(report)["other, 1 step"].gain == "+2.00"
+
+
+def test_white_is_a_line_of_its_own(runs):
+    for row in runs[0].metrics["per_row"]:
+        row["white/steps_1"] = {"psnr": 15.0}
+    runs[0].metrics["seconds_per_edit"]["white/steps_1"] = 0.1
+    assert cells_of(compare_runs("t", runs[:1]))["lbm, white, 1 step"].text == "15.00"
 
 
 def test_the_page_is_well_formed_escaped_and_loads_nothing(runs, tmp_path):
-    write_report(tmp_path / "report.html", "A & <B>", runs)
+    write_page(tmp_path / "report.html", compare_runs("A & <B>", runs), None, "psnr", runs)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == []
     assert "A &amp; &lt;B&gt;" in text
     assert "“&lt;b&gt;one&lt;/b&gt;”" in text
-    assert page.tags.count("table") == 3  # all instructions, and each of two
-    assert page.tags.count("svg") == 2  # losses, and PSNR over steps
+    assert page.tags.count("svg") == 2 + 2  # losses and PSNR over training, PSNR and SSIM against steps
     assert page.sources == []
     assert "http" not in text
 
@@ -139,7 +164,7 @@ def test_charts_have_round_ticks_and_few_points():
 
 def test_a_folder_without_validation_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no validation/step-"):
-        read_run(tmp_path)
+        read_runs([tmp_path])
 
 
 def test_the_command_reads_the_last_validation_of_each_run(tmp_path):
@@ -150,11 +175,14 @@ def test_the_command_reads_the_last_validation_of_each_run(tmp_path):
             (folder / "metrics.json").write_text(json.dumps(metrics(psnr, sampler=sampler)))
             Image.new("RGB", (8, 8)).save(folder / "grid.png")
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
-    assert read_run(tmp_path / "lbm").step == 400
-    done = run_script("eval/report.py", tmp_path / "lbm", tmp_path / "flow", "--out", tmp_path / "report.html")
-    assert "29.00" in done.stdout  # 25 + 4 steps
+    assert read_runs([tmp_path / "lbm"])[0].step == 400
+    chosen = ("--runs", tmp_path / "lbm", "--runs", tmp_path / "flow")
+    done = run_script("eval/run.py", *chosen, "--out", tmp_path)
+    assert "29.44" in done.stdout  # 25 + 4 steps
+    assert json.loads((tmp_path / "report.json").read_text())["num_rows"] == 8
     page = Page((tmp_path / "report.html").read_text())
-    assert page.tags.count("img") == page.tags.count("svg") == 2
+    assert page.tags.count("img") == 2
+    assert page.tags.count("svg") == 2 + 2
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +224,7 @@ EDITED = [f"{name}/steps_{steps}" for name in ("lbm", "flow", "base") for steps 
 
 def test_every_adapter_and_the_base_are_scored_at_every_step_count(scored, measured):
     done, out, _ = scored
-    assert done.stderr.count("4 rows cached (4 encoded now)") == 1  # one cache: all have the same sizes
+    assert "edits/results.csv: 24 of 24 rows, 24 edited now" in done.stdout
     assert {method["name"] for method in measured["methods"]} == {"source", "target", *EDITED}
     assert all(method["seconds_per_edit"] > 0 for method in measured["methods"] if method["adapter"])
     assert [row.keys() for row in measured["per_row"]] == [{"id", "prompt", "scores"}] * 4
@@ -328,7 +356,7 @@ def test_fewer_rows_a_card_and_a_hub_that_is_not_there(tiny_model_dir, tiny_pair
             push_to="me/mine",
             out=tmp_path / "out",
         )
-    assert "2 rows cached (2 encoded now)" in capsys.readouterr().err
+    assert "2 of 2 rows, 2 edited now" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out" / "mine").glob("row-*")} == {"row-0.jpg", "row-1.jpg"}
     assert {path.name for path in (adapter / "samples").iterdir()} == {"row-0.jpg", "row-1.jpg"}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -369,15 +397,91 @@ def test_training_rows_are_scored_only_when_asked_for_and_never_as_an_evaluation
     assert caution in card.text
 
 
+def test_pictures_of_another_tool_are_scored_without_a_model(scored, measured, tiny_pairs, tmp_path, capsys):
+    """Copies of the evaluation's own edits, called as rows or as targets, have its scores; the targets themselves are equal."""
+    rows = json.loads((tiny_pairs / "validation.json").read_text())
+    edits = {line["id"]: scored[1] / "edits" / line["output"] for line in read_csv(scored[1] / "edits" / "results.csv")}
+    made, perfect = tmp_path / "made", tmp_path / "perfect"
+    for folder in (made, perfect):
+        folder.mkdir()
+    for number, row in enumerate(rows):
+        name = row["id"] if number % 2 else Path(row["image"]).stem
+        shutil.copy(edits[f"flow/steps_2/{row['id']}"], made / f"{name}.png")
+        with Image.open(tiny_pairs / row["image"]) as image:
+            fit(image.convert("RGB"), Size(64, 64)).save(perfect / f"{row['id']}.png")
+    wanted = {"pictures": [made, perfect], "dataset": str(tiny_pairs / "validation.json"), "root": str(tiny_pairs)}
+    wanted |= {"metrics": ["psnr", "ssim"], "device": "cpu"}
+    run.score(**wanted, out=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for found, row in zip(report["per_row"], measured["per_row"], strict=True):
+        assert found["scores"]["made"]["psnr"] == row["scores"]["flow/steps_2"]["psnr"]
+        assert found["scores"]["perfect"] == {"psnr": 100.0, "ssim": 1.0} | found["scores"]["perfect"]
+    assert score(report, "made", "psnr") == score(measured, "flow/steps_2", "psnr")
+    assert (report["settings"]["model"], report["settings"]["pictures"]["made"]) == (None, str(made))
+    next(made.iterdir()).unlink()
+    with pytest.raises(InputError, match=r"1 of 4 rows cannot be scored, .*made has no picture called"):
+        run.score(**wanted, out=tmp_path / "out")
+    run.score(**wanted, on_error="skip", out=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["num_rows"] == 3
+
+
+def test_two_folders_stand_in_for_a_dataset(tmp_path):
+    for number, folder in enumerate(("sources", "targets", "made")):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b"):
+            write_image(tmp_path / folder / f"{name}.png", number)
+    folders = {"sources": tmp_path / "sources", "targets": tmp_path / "targets"}
+    run.score(pictures=[tmp_path / "made"], **folders, metrics=["psnr"], device="cpu", out=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    pictures = [
+        np.asarray(Image.open(tmp_path / folder / "a.png").convert("RGB")) / 255 for folder in ("made", "targets")
+    ]
+    expected = -10 * np.log10(np.square(pictures[0] - pictures[1]).mean())
+    assert report["per_row"][0]["scores"]["made"]["psnr"] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="--dataset, or by --sources and --targets"):
+        run.score(pictures=[tmp_path / "made"], sources=tmp_path / "sources", device="cpu", out=tmp_path / "out")
+
+
+def test_an_evaluation_goes_on_where_it_was_and_has_any_sampler(tiny_model_dir, tiny_pairs, tmp_path, capsys):
+    """Two pictures are lost, and those alone are made again, byte for byte; by Lightning's own schedule at 4 steps."""
+    flow = write_adapter(tmp_path / "flow", tiny_model_dir, "flow", SMALL)
+    wanted = {"model": str(tiny_model_dir), "adapter": [AdapterUse(flow)], "sampler": "lightning", "metrics": ["psnr"]}
+    wanted |= {
+        "dataset": str(tiny_pairs / "validation.json"),
+        "root": str(tiny_pairs),
+        "device": "cpu",
+        "batch_size": 2,
+    }
+    run.score(**wanted, out=tmp_path / "out")
+    first = {path: path.read_bytes() for path in (tmp_path / "out/edits").glob("*.png")}
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [method["name"] for method in report["methods"] if method["kind"] == "edit"] == ["flow/steps_4"]
+    assert read_png(next(iter(first)))["sampler"]["shift"] == "lightning"
+    for path in list(first)[:2]:
+        path.unlink()
+    capsys.readouterr()
+    run.score(**wanted, out=tmp_path / "out")
+    assert "4 of 4 rows, 2 edited now" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["per_row"] == report["per_row"]
+    assert {path: path.read_bytes() for path in first} == first
+    with pytest.raises(InputError, match="sampler=bridge needs an adapter that is a bridge"):
+        run.score(**wanted | {"sampler": "bridge"}, out=tmp_path / "out")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_rows_are_chosen_by_the_seed_and_rejected_ones_are_all_reported():
     rows = [Row(n, f"r{n}", "edit", Path("t.png"), (Path("s.png"),)) for n in range(1, 21)]
     bad = RejectedRow(21, "r21", "x.png", "broken")
-    chosen = run.chosen_rows([*rows, bad], 5, seed=0)
+    chosen = chosen_rows([*rows, bad], 5, seed=0)
     assert chosen[-1] == bad
     assert [row.number for row in chosen[:-1]] == sorted({row.number for row in chosen[:-1]})
     assert len(chosen) == 6
-    assert run.chosen_rows([*rows, bad], 5, seed=0) == chosen != run.chosen_rows([*rows, bad], 5, seed=1)
-    assert run.chosen_rows([*rows, bad], None, seed=0) == [*rows, bad]
+    assert chosen_rows([*rows, bad], 5, seed=0) == chosen != chosen_rows([*rows, bad], 5, seed=1)
+    assert chosen_rows([*rows, bad], None, seed=0) == [*rows, bad]
 
 
 @pytest.mark.parametrize(
@@ -400,8 +504,14 @@ def test_counts_are_refused_by_their_own_names_before_anything_is_read(monkeypat
 
 def test_adapters_get_names_of_their_own():
     paths = ["runs/lbm", "other/lbm/checkpoints/step-000004", "runs/cache", "runs/cache-2", "runs/wandb", "runs/base"]
-    named = run.named_adapters([AdapterUse(Path(path)) for path in paths])
-    assert [name for name, _ in named] == ["lbm", "lbm-2", "cache-2", "cache-2-2", "wandb-2", "base-2"]
+    assert list(own_names(run_name(Path(path)) for path in paths)) == [
+        "lbm",
+        "lbm-2",
+        "cache-2",
+        "cache-2-2",
+        "wandb-2",
+        "base-2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import base64
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.files import write_text
-from eval.reports.chart import line_chart
-from eval.reports.summary import (
+from eval.report.chart import line_chart
+from eval.report.run_history import RunSummary, curves
+from eval.report.summary import (
     Report,
     best_methods,
     is_significant,
@@ -24,10 +25,9 @@ from eval.reports.summary import (
     show_value,
     tests_of,
 )
-from eval.scores.fidelity import MAX_PSNR
-from eval.scores.metrics.catalog import METRICS
-from eval.scores.metrics.metric import Metric
-from eval.scores.validation import SOURCE, TARGET
+from eval.scores.fidelity import MAX_PSNR, mean_scores
+from eval.scores.metrics.metric import METRICS, Metric
+from eval.scores.row_results import SOURCE, TARGET
 
 THUMBNAIL = 320
 """Longest side of a picture on the page, in pixels."""
@@ -47,6 +47,10 @@ CHARTED = (
     "structure",
 )
 
+MAX_PROMPTS = 12
+"""Instructions that have a table of their own."""
+EQUAL = "equal"
+
 PictureFile = Callable[[str, str], Path]
 """Method's name, row's id -> the file of the picture."""
 
@@ -57,6 +61,10 @@ class ScoreCell:
 
     text: str
     interval: str = ""
+    gain: str = ""
+    """Difference to the source unchanged, where that is comparable."""
+    better: bool = False
+    """Whether that is a gain."""
     best: bool = False
 
 
@@ -107,7 +115,7 @@ def score_tables(report: Report) -> list[ScoreTable]:
         headings = [METRICS[name] for name in report["metrics"] if belongs(METRICS[name])]
         best = {metric.name: best_methods(report, metric.name) for metric in headings}
         rows = [
-            (method, [_cell(method, metric, best[metric.name]) for metric in headings])
+            (method, [_cell(report, method, metric, best[metric.name]) for metric in headings])
             for method in report["methods"]
             if any(metric.name in method["scores"] for metric in headings)
         ]
@@ -116,21 +124,55 @@ def score_tables(report: Report) -> list[ScoreTable]:
     return tables
 
 
-def _cell(method: dict[str, Any], metric: Metric, best: set[str]) -> ScoreCell:
+def prompt_tables(report: Report) -> list[ScoreTable]:
+    """Means against the target by instruction, of those that several rows have."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in report["per_row"]:
+        rows.setdefault(row["prompt"], []).append(row["scores"])
+    several = [prompt for prompt, some in rows.items() if len(some) > 1][:MAX_PROMPTS] if len(rows) > 1 else []
+    headings = [METRICS[name] for name in CHARTED if name in report["metrics"] and METRICS[name].against == "target"]
+    shown = [method for method in report["methods"] if method["kind"] != "target"]
+    tables = []
+    for prompt in several:
+        names = [method["name"] for method in shown]
+        means = {name: mean_scores([scores[name] for scores in rows[prompt] if name in scores]) for name in names}
+        lines = [
+            (each, [score_cell(metric, means[each["name"]], means.get(each["baseline"])) for metric in headings])
+            for each in shown
+        ]
+        tables.append(ScoreTable(f"“{prompt}”", "", headings, lines))
+    return tables
+
+
+def _cell(report: Report, method: dict[str, Any], metric: Metric, best: set[str]) -> ScoreCell:
+    scores = {
+        each["name"]: {name: score["mean"] for name, score in each["scores"].items()} for each in report["methods"]
+    }
+    cell = score_cell(metric, scores[method["name"]], scores.get(method["baseline"]))
     score = method["scores"].get(metric.name)
-    if score is None:
+    if score is None or score["low"] is None or cell.text == EQUAL:
+        return cell
+    interval = f"{show_value(metric, score['low'])} – {show_value(metric, score['high'])}"
+    return replace(cell, interval=interval, best=method["name"] in best)
+
+
+def score_cell(metric: Metric, scores: Mapping[str, float], source: Mapping[str, float] | None = None) -> ScoreCell:
+    """A mean, beside that of the source unchanged."""
+    value, before = scores.get(metric.name), (source or {}).get(metric.name)
+    if value is None:
         return ScoreCell("–")
-    if metric.unit == "dB" and score["mean"] >= MAX_PSNR:
-        return ScoreCell("equal")
-    interval = ""
-    if score["low"] is not None:
-        interval = f"{show_value(metric, score['low'])} – {show_value(metric, score['high'])}"
-    return ScoreCell(show_value(metric, score["mean"]), interval, method["name"] in best)
+    if metric.unit == "dB" and value >= MAX_PSNR:
+        return ScoreCell(EQUAL)
+    text = show_value(metric, value)
+    if before is None or metric.against != "target" or (metric.unit == "dB" and before >= MAX_PSNR):
+        return ScoreCell(text)
+    gain = value - before
+    return ScoreCell(text, gain=f"{gain:+.{metric.digits}f}", better=(gain > 0) == (metric.better == "higher"))
 
 
 def step_charts(report: Report) -> list[tuple[str, Markup]]:
     """Quality against steps, a chart for each of the main metrics, with the intervals; the source unchanged as a line."""
-    edited = main_methods(report)
+    edited = [method for method in main_methods(report) if method["steps"]]
     counts = sorted({method["steps"] for method in edited})
     charts = []
     for name in (name for name in CHARTED if name in report["metrics"]):
@@ -182,8 +224,16 @@ def strip(report: Report, row: dict[str, Any], rank_by: str) -> list[tuple[str, 
     return [(name, text, caption(name)) for name, text in shown]
 
 
-def write_page(path: Path, report: Report, picture: PictureFile, rank_by: str) -> None:
-    """Writes the page, with all pictures inside, atomically."""
+def write_page(
+    path: Path, report: Report, picture: PictureFile | None, rank_by: str, runs: Sequence[RunSummary] = ()
+) -> None:
+    """Writes the page, with all pictures inside, atomically.
+
+    Args:
+        picture: finds a row's pictures; None: there are none.
+        runs: whose training is shown.
+    """
+    rows = [(word, row, strip(report, row, rank_by)) for word, row in shown_rows(report, rank_by)] if picture else []
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -193,11 +243,15 @@ def write_page(path: Path, report: Report, picture: PictureFile, rank_by: str) -
     page = environment.get_template("evaluation.html.j2").render(
         report=report,
         tables=score_tables(report),
+        prompts=prompt_tables(report),
+        runs=runs,
+        curves=[chart for run in runs for chart in curves(run)],
+        data_url=data_url,
         charts=step_charts(report),
         heading=_heading,
         rank_by=METRICS[rank_by],
-        rows=[(word, row, strip(report, row, rank_by)) for word, row in shown_rows(report, rank_by)],
-        picture=lambda method, row: thumbnail(picture(method, row)),
+        rows=rows,
+        picture=lambda method, row: thumbnail(picture(method, row)) if picture else "",
         tests=[(METRICS[name], _test_lines(report, name)) for name in report["metrics"] if tests_of(report, name)],
         metrics=[METRICS[name] for name in report["metrics"]],
         unmeasured=unmeasured_groups(report),
@@ -222,6 +276,11 @@ def _test_lines(report: Report, name: str) -> list[tuple[str, str, str, str, boo
     return lines
 
 
+def data_url(file: Path) -> str:
+    """A PNG as it is."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
 def thumbnail(file: Path) -> str:
     """A picture as a data URL, reduced to the page's size."""
     with Image.open(file) as image:
@@ -234,7 +293,7 @@ def thumbnail(file: Path) -> str:
 def print_report(report: Report) -> None:
     """The tables on the terminal, means alone, and what could not be measured."""
     console = Console()
-    for score_table in score_tables(report):
+    for score_table in (*score_tables(report), *prompt_tables(report)):
         for start in range(0, len(score_table.headings), PRINTED):
             part = slice(start, start + PRINTED)
             table = Table(title=score_table.title, title_justify="left")

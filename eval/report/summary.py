@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from eval.scores.intervals import SIGNIFICANT, compare_methods, mean_interval
-from eval.scores.metrics.catalog import METRICS
-from eval.scores.metrics.metric import Metric
+from eval.scores.metrics.metric import METRICS, Metric
 from eval.scores.recorder import Measured, label
 from train.record.provenance import provenance
 
