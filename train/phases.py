@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -273,7 +274,9 @@ def held_out_validation(
     if not config.validate:
         return None
     if dataset is None:
-        processes.say("no validation: data.validation is not set and no row has split=validation and a source")
+        processes.say(
+            f"no validation: data.validation is not set and no row has split=validation and a source{other_splits(config)}"
+        )
         return None
     held_out = CacheReader(
         config.cache.dir,
@@ -286,6 +289,13 @@ def held_out_validation(
     if processes.is_main and "cache" not in config.phases:
         check_files(held_out, config.cache.workers)
     return build_validation(config, held_out, decode, processes)
+
+
+def other_splits(config: Config) -> str:
+    """Of rows that are for neither training nor validation, how many there are and what their splits are called."""
+    found = Counter(row.split for row in configured_rows(config) if isinstance(row, Row))
+    others = ", ".join(f"{found[name]} have split={name}" for name in found if name not in ("train", "validation"))
+    return f" ({others}, which is left alone: is it meant for validation?)" if others else ""
 
 
 def where(run: Training, run_dir: Path) -> str:

@@ -31,10 +31,10 @@ WARNINGS = {
     "aspect": "a very long picture",
     "cropped": "the source has another aspect than the target, and is cropped to it",
     "upscaled": "the source is much smaller than the target that is trained, and is enlarged",
-    "small": "few pixels",
+    "small": "the target has few pixels: it is trained at its own size, and never enlarged",
     "no_source": "no source: text to image, which flow matching trains and Latent Bridge Matching cannot",
     "long_prompt": "a very long prompt",
-    "converted": "a file is not plain 8-bit RGB, and is converted",
+    "converted": "a file is not used as it is stored (turned as its EXIF says, or made 8-bit RGB without transparency)",
 }
 """What somebody should know of, and may be meant."""
 KINDS = {**ERRORS, **WARNINGS}
@@ -165,7 +165,8 @@ def _judge_mask(mask: dict[str, Any], target: Size, row: Row, add: Any) -> None:
 
 def _judge_sizes(target: Size, sources: list[Size], trained: Size, row: Row, limits: Limits, add: Any) -> None:
     if min(target) < limits.min_side:
-        add("small", f"the target is {target.width}x{target.height}", -min(target), row.image)
+        message = f"the target is {target.width}x{target.height}, and one side has under {limits.min_side} pixels"
+        add("small", message, -min(target), row.image)
     for size, path in zip((target, *sources), (row.image, *row.edit_image), strict=True):
         if (aspect := max(size) / min(size)) > limits.max_aspect:
             add("aspect", f"{size.width}x{size.height}", aspect, path)

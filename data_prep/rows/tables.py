@@ -25,6 +25,17 @@ COLUMNS = (
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+OTHERS_SAY = {
+    **dict.fromkeys(("target", "output", "output_image", "after", "edited", "edited_image", "result"), "image"),
+    **dict.fromkeys(
+        ("source", "source_image", "input", "input_image", "before", "original", "reference"), "edit_image"
+    ),
+    **dict.fromkeys(("instruction", "caption", "text", "edit"), "prompt"),
+    **dict.fromkeys(("mask", "background_mask"), "back_mask"),
+}
+"""What other datasets call a column -> what it is called here."""
+
+
 class BadRow(ValueError):
     """Why one row is rejected; the others are not concerned."""
 
@@ -92,7 +103,11 @@ def _read_json(path: Path, check: CheckColumns) -> Iterator[RawRow]:
         raise InputError(f"{path} must hold a JSON list of rows, not {type(rows).__name__}")
     if not rows:
         return
-    names = dict.fromkeys(name for values in rows if isinstance(values, dict) for name in values)
+    names: dict[str, None] = {}
+    for number, values in enumerate(rows, start=1):
+        if isinstance(values, dict) and not values.keys() <= names.keys():
+            check(list(values), f"{path}, row {number}", complete=False)
+            names |= dict.fromkeys(values)
     check(list(names), str(path), complete=True)
     for values in rows:
         yield _object(values)
@@ -116,12 +131,11 @@ def _object(values: Any) -> RawRow:
 
 def _read_csv(path: Path, check: CheckColumns, delimiter: str = ",") -> Iterator[RawRow]:
     with _open_text(path) as file:
-        table = csv.DictReader(file, delimiter=delimiter)
+        header = file.readline()
+        file.seek(0)
+        # spreadsheets of countries with a decimal comma write semicolons, whatever the file is called
+        table = csv.DictReader(file, delimiter=max((delimiter, *",;\t"), key=header.count))
         names = list(table.fieldnames or ())
-        if len(names) == 1 and (other := [sign for sign in ",;\t" if sign in names[0]]):
-            raise InputError(
-                f"{path} separates its cells by {other[0]!r}, not by {delimiter!r}: save it anew, or rename it"
-            )
         if repeated := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{path} has several columns called {repeated[0]!r}: rename or remove all but one")
         check(names, str(path), complete=True)
@@ -222,7 +236,8 @@ def check_columns(names: list[str], where: str, *, complete: bool = True, requir
     """
     for name in names:
         if name not in COLUMNS:
-            nearest = difflib.get_close_matches(name, COLUMNS, n=1)
+            nearest = [OTHERS_SAY[name.lower()]] if name.lower() in OTHERS_SAY else None
+            nearest = nearest or difflib.get_close_matches(name, COLUMNS, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"rename or remove it (known: {', '.join(COLUMNS)})"
             raise InputError(f"unknown column {name!r} in {where}: {hint}")
     missing = [name for name in required if name not in names]

@@ -155,7 +155,6 @@ WRONG: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "must be NAME=COLUMN": ("rows.csv", HEADER.encode(), ("--column", "image")),
     "--column image=… is given 2 times": ("rows.csv", HEADER.encode(), ("--column", "image=a", "--column", "image=b")),
     "both say the instruction": ("rows.csv", HEADER.encode(), (*MAP, "--column", "prompt=what", "--prompt", "p")),
-    "separates its cells by ';'": ("rows.csv", HEADER.replace(",", ";").encode(), MAP),
     "several columns called 'after'": ("rows.csv", b"after,before,after\na,b,c\n", MAP),
     "has no rows": ("rows.csv", b"after,before,prompt\n", MAP),
     "has no column 'after'": ("rows.csv", b"", MAP),

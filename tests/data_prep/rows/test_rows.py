@@ -151,9 +151,24 @@ def test_absolute_paths_and_links_are_the_users_choice(tmp_path):
     assert read.edit_image == (tmp_path / "data" / "b.png",)
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_cells_may_be_separated_as_spreadsheets_do_it(sign, ending, tmp_path):
+    path = tmp_path / f"rows{ending}"
+    path.write_text(
+        f'\ufeffprompt{sign}image{sign}edit_image\n"one, two; three"{sign}a.png{sign}b.png\n', encoding="utf-8"
+    )
+    (row,) = read_rows(path)
+    assert (row.prompt, row.image.name, row.edit_image[0].name) == ("one, two; three", "a.png", "b.png")
+
+
 BAD_FILES = {
     "did you mean 'back_mask'": ("rows.csv", "prompt,image,edit_image,backmask\n"),
     "rename or remove it": ("rows.json", '[{"prompt": "p", "image": "a", "edit_image": "b", "zzz": 1}]'),
+    "unknown column 'target' in .*rows.json, row 2: did you mean 'image'": (
+        "rows.json", '[{"prompt": "p", "image": "a", "edit_image": "b"}, {"prompt": "p", "target": "a"}]',
+    ),
+    "unknown column 'Source' in .*did you mean 'edit_image'": ("rows.csv", "prompt;image;Source\n"),
     "unknown column 'zzz' in .*row 1": ("rows.jsonl", '{"prompt": "p", "zzz": 1}'),
     "has no column 'edit_image'": ("rows.csv", "prompt,image\np,a\n"),
     "has no column 'image'": ("rows.json", '[{"prompt": "p", "edit_image": "b"}]'),
@@ -164,7 +179,7 @@ BAD_FILES = {
     "must hold a JSON list": ("rows.json", "{}"),
     "is not a Parquet file": ("rows.parquet", "prompt"),
     "its name must end with one of .json, .jsonl, .csv, .parquet": ("rows.xlsx", "x"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", BAD_FILES)

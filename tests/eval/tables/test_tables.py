@@ -486,7 +486,6 @@ def test_coco_ids(photos, tmp_path):
         (b"prompt\nx\n", "jobs.csv has no column image or image_id"),
         (b"image,promt\nphoto0.png,x\n", "unknown column 'promt' in .*did you mean 'prompt'"),
         (b"image,prompt,edit_image\na,b,c\n", "unknown column 'edit_image'"),
-        (b"image;prompt\nphoto0.png;x\n", "separates its cells by ';'"),
         ("image,prompt\nphoto0.png,x\n".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
     ],
 )
