@@ -5,7 +5,7 @@ import shlex
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from train.record.loggers import STOPPED, Loggers
 from train.record.provenance import provenance
 from train.record.resume import (
     check_identity,
+    check_keys,
     check_settings,
     continued_states,
     find_checkpoint,
@@ -58,6 +59,7 @@ from train.record.resume import (
     run_identity,
 )
 from train.record.run_files import CHECKPOINTS
+from train.record.what_next import what_next
 
 ENCODERS = ("vae", "text_encoder", "processor")
 
@@ -94,13 +96,26 @@ def dataset_digests(config: Config) -> tuple[str, str | None]:
     return str(training), str(held_out) if held_out.num_rows else None
 
 
-def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes) -> None:
-    """Phase 1. A finished cache is a no-op; the encoders are gone when it returns."""
+def cache_phase(
+    config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, continued: Path | None = None
+) -> None:
+    """Phase 1. A finished cache is a no-op; the encoders are gone when it returns.
+
+    Args:
+        continued: the checkpoint that phase 2 will continue from.
+
+    Raises:
+        InputError: a row cannot be used, or the checkpoint was trained on other rows.
+    """
     dtype = getattr(torch, config.model.dtype)
 
     def load_encoders() -> Encoders:
         device = processes.device
         return Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
+
+    def same_rows(keys: Sequence[str]) -> None:
+        if continued:
+            check_keys(continued, read_run(continued), keys)
 
     job = processes.gather(uuid.uuid4().hex)[0]
     for split, rows in zip(("train", "validation"), read_split(config, processes.say), strict=True):
@@ -127,6 +142,7 @@ def cache_phase(config: Config, model: ModelDirectory, geometry: Geometry, proce
             world_size=processes.world_size,
             barrier=processes.barrier,
             job=f"{job}-{split}",
+            check_keys=same_rows if split == "train" else lambda keys: None,
         )
         processes.say(f"{split}: {summary}")
 
@@ -245,6 +261,7 @@ def train_phase(
             f"stopped by {request.reason or 'another rank'} after step {run.step}: {to_continue(run, run_dir)}"
         )
         return request.exit_code
+    processes.say(what_next(config, run.checkpoints.folder, run.step, held_out is not None))
     for problem in loggers.problems:
         processes.say(f"the training is complete, but {problem}")
     return 1 if loggers.problems else 0
@@ -352,7 +369,7 @@ def run(config: Config) -> int:
     exit_code = 0
     with locked(Path(config.run_dir)) if "train" in config.phases and processes.is_main else nullcontext():
         if "cache" in config.phases:
-            cache_phase(config, model, geometry, processes)
+            cache_phase(config, model, geometry, processes, newest)
         if "train" in config.phases and processes.any(bool(request.reason)):
             processes.say(f"stopped by {request.reason or 'another rank'} after caching: the same command trains")
             exit_code = request.exit_code

@@ -100,6 +100,7 @@ def build_cache(
     barrier: Callable[[], None] = lambda: None,
     job: str | None = None,
     workers: int = 8,
+    check_keys: Callable[[Sequence[str]], None] = lambda keys: None,
 ) -> CacheSummary:
     """Makes `folder` serve `rows`. Every rank calls it with the same arguments but `rank`.
 
@@ -126,6 +127,8 @@ def build_cache(
         job: tells the messages of these ranks from those of other builds in the folder; None: a hash of the rows, which
             is enough where no two builds of the same rows run at once.
         workers: threads that read images.
+        check_keys: called with the keys of all rows before anything is encoded, where something has to be and no row may be
+            left out. What it raises ends the build.
 
     Raises:
         InputError: there are rejected rows and `on_error` is "raise", or there is no usable row.
@@ -157,6 +160,8 @@ def build_cache(
         known = _finished(store, dataset, header, keyed, on_error) if rank == 0 else None
         lacking = stored.lacking(keyed) if rank == 0 and known is None else []
         [(missing, known_failures), *_] = ranks.exchange("missing", (lacking, known or {}))
+        if missing and on_error == "raise":
+            check_keys([each.key for each in keyed])
         encoding = _Encoding(load_encoders, store, header, batch_size, shard_size, workers, rank == 0, touch)
         work = [_lacking(keyed[place], latents, texts, header) for place, latents, texts in missing[rank::world_size]]
         failures: dict[str, Failure] = {}

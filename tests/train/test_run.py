@@ -145,7 +145,13 @@ def test_a_finished_run_is_a_no_op(command, tmp_path):
 
 
 def test_files_of_a_run(command, tmp_path):
-    run_script(*command(tmp_path, "train.keep_last=2", "train.log_every=2"))
+    done = run_script(*command(tmp_path, "train.keep_last=2", "train.log_every=2"))
+    *_, where, edit, score, page = done.stderr.splitlines()
+    assert where == f"the adapter is {tmp_path}/checkpoints/step-000006. Next:"
+    run_script(*shlex.split(edit)[1:-1], tmp_path / "result.png")
+    assert (tmp_path / "result.png").exists()
+    assert [Path(word).exists() for word in shlex.split(score)[3::2]] == [True, True, True, False]
+    assert shlex.split(page)[:2] == ["python", "eval/app.py"]
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.jsonl", "rejected.jsonl", "checkpoints/latest"} <= names
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-000006"
@@ -558,3 +564,17 @@ def test_what_is_refused_is_refused_before_caching(command, tmp_path):
     assert "data.max_pixels was 16384 and is 2048" in done.stderr
     assert "cached" not in done.stderr
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == cached
+
+
+def test_other_rows_are_refused_before_they_are_encoded(command, tiny_pairs, tmp_path):
+    rows = json.loads((tiny_pairs / "train.json").read_text())
+    data = [f"data.dataset={tmp_path}/pairs.json", f"data.root={tiny_pairs}", f"cache.dir={tmp_path}/cache"]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows[:6]))
+    run_script(*command(tmp_path / "run", *data, "train.num_steps=1"))
+    (tmp_path / "pairs.json").write_text(json.dumps([*rows[:5], rows[5] | {"prompt": "another"}]))
+    records = sorted((tmp_path / "cache").rglob("*.arrow"))
+    done = run_script(*command(tmp_path / "run", *data, "train.num_steps=2"), check=False)
+    assert done.returncode == 2
+    assert "the training data was another" in done.stderr
+    assert "cached" not in done.stderr
+    assert sorted((tmp_path / "cache").rglob("*.arrow")) == records

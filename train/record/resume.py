@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,6 +17,7 @@ from train.parallel.processes import Processes
 from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint, read_run
 from train.record.run_files import CHECKPOINTS
 
+OTHER_DATA = "the training data was another: its rows, their order, their weights or their pictures have changed"
 MAY_CHANGE = (
     *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel", "plan"),
     *("data.dataset", "data.root", "data.on_error", "data.validation", "model.path"),
@@ -52,6 +54,7 @@ def run_identity(stream: BatchStream) -> dict[str, Any]:
     """What the steps of a run depend on beside its configuration, as JSON values."""
     return {
         "data": data_identity(stream.reader),
+        "keys": keys_identity(stream.reader.keys),
         "global_batch_size": stream.global_batch_size,
         "group_size": stream.group_size,
         "order": ORDER_VERSION,
@@ -68,6 +71,24 @@ def data_identity(reader: CacheReader) -> str:
     if reader.weights is not None:
         digest.update(reader.weights.tobytes())
     return digest.hexdigest()
+
+
+def keys_identity(keys: Iterable[str]) -> str:
+    """A hash of the records' keys in the order of their rows, which is known before anything is encoded."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key in keys:
+        digest.update(key.encode())
+    return digest.hexdigest()
+
+
+def check_keys(checkpoint: Path, saved: dict[str, Any], keys: Iterable[str]) -> None:
+    """Refuses to continue a run with other records, before they are encoded. Runs of earlier versions do not say which they had.
+
+    Raises:
+        InputError: they differ.
+    """
+    if saved.get("keys") and saved["keys"] != keys_identity(keys):
+        _refuse(checkpoint, [OTHER_DATA])
 
 
 def check_settings(config: Config, checkpoint: Path) -> None:
@@ -110,10 +131,7 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
         InputError: names what differs.
     """
     if "data" in identity and saved.get("data", identity["data"]) != identity["data"]:
-        _refuse(
-            checkpoint,
-            ["the training data was another: its rows, their order, their weights or their pictures have changed"],
-        )
+        _refuse(checkpoint, [OTHER_DATA])
     words = {"model": "the model's weights", "global_batch_size": "the global batch", "group_size": "train.group_size"}
     differing = [key for key in words if saved.get(key, identity[key]) != identity[key]]
     _refuse(checkpoint, [f"{words[key]} was {saved[key]} and is {identity[key]}" for key in differing])
