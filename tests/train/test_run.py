@@ -573,7 +573,7 @@ def test_other_rows_are_refused_before_they_are_encoded(command, tiny_pairs, tmp
     run_script(*command(tmp_path / "run", *data, "train.num_steps=1"))
     (tmp_path / "pairs.json").write_text(json.dumps([*rows[:5], rows[5] | {"prompt": "another"}]))
     records = sorted((tmp_path / "cache").rglob("*.arrow"))
-    done = run_script(*command(tmp_path / "run", *data, "train.num_steps=2"), check=False)
+    done = run_script(*command(tmp_path / "run", *data, "train.num_steps=2", "optim.schedule_steps=1"), check=False)
     assert done.returncode == 2
     assert "the training data was another" in done.stderr
     assert "cached" not in done.stderr
