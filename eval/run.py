@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 __import__("data_prep")  # without the environment, it says how to enter it
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +27,15 @@ from data_prep.cli import OnErrorName, run_command
 from data_prep.errors import InputError
 from data_prep.rows.rows import RejectedRow, Row
 from eval.request.knobs import AdapterUse
-from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, option, with_options
+from eval.request.options import (
+    ModelOptions,
+    PlaceOptions,
+    given_knobs,
+    given_options,
+    knob_options,
+    option,
+    with_options,
+)
 from eval.request.request import MAX_STEPS
 from eval.scores.metrics.metric import ALL, CLIP, DINO, METRICS, check_names
 from eval.scores.splits import EVERY, HELD_OUT, ScoredRows, chosen_rows, rows_of_split
@@ -290,10 +298,16 @@ def score(
         raise InputError(
             "name one of --model, whose edits are scored, --pictures that are there, and --runs to compare"
         )
-    check_names([metrics.rank_by], list(METRICS))
     if runs:
+        others = given_options(edit, knobs, rows, metrics, replace(publish, title=PublishOptions.title), model, place)
+        refuse("--runs compares validations that are there", [*others, *(["--seed"] if seed else [])])
         compare(runs, publish, out)
         return
+    if pictures:
+        card = replace(publish, title=PublishOptions.title, wandb=None)
+        others = given_options(edit, knobs, card, model, replace(place, device=None))
+        refuse("--pictures scores what is there, without a model or an adapter", others)
+    check_names([metrics.rank_by], list(METRICS))
     publication = publish.check(edit.adapter or [])
     if pictures:
         found = score_pictures(pictures, rows, metrics, place, seed)
@@ -301,6 +315,16 @@ def score(
         found = score_edits(edit, given_knobs(knobs), rows, metrics, model, place, seed, out / EDITS)
     if found:
         report(found, rows, metrics, publish, publication, seed, out)
+
+
+def refuse(way: str, others: Sequence[str]) -> None:
+    """Options of another way.
+
+    Raises:
+        InputError: there are some.
+    """
+    if others:
+        raise InputError(f"{way}: leave out {', '.join(others)}")
 
 
 def compare(runs: list[Path], publish: PublishOptions, out: Path) -> None:

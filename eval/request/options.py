@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -48,6 +48,20 @@ def _parameters(record: type) -> list[inspect.Parameter]:
     kind = inspect.Parameter.KEYWORD_ONLY
     defaults = {each.name: empty if each.default is MISSING else each.default for each in fields(record)}
     return [inspect.Parameter(name, kind, default=value, annotation=hints[name]) for name, value in defaults.items()]
+
+
+def given_options(*records: Any) -> list[str]:
+    """Options of dataclasses for `with_options` that were given another value than their default, as typed: `--push`."""
+    found = []
+    for record in records:
+        hints = get_type_hints(type(record), include_extras=True)
+        for each in fields(record):
+            if getattr(record, each.name) not in (each.default, []):
+                declared = get_args(hints[each.name])[1]
+                names = (declared.default, *(declared.param_decls or ()))  # typer takes the first name for a default
+                usual = f"--{each.name.replace('_', '-')}"
+                found.append(next((name for name in names if isinstance(name, str)), usual))
+    return found
 
 
 def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
