@@ -378,12 +378,13 @@ def score_edits(
     battery = metrics.battery(engine.placement.device) if engine.is_main else None
     wanted, caution = rows.read(seed)
     contest = Contest(engine.editor, edit.adapter or [], edit.base, knobs, edit.steps or (), seed)
-    summary = engine.edit(contest.jobs(wanted), folder, edit.batch_size)
+    jobs = contest.jobs(wanted)
+    summary = engine.edit(jobs, folder, edit.batch_size)
     if not summary or not battery:
         return None
     check_done(summary, folder, rows.on_error)
     own = {"caution": caution, **engine.placement.shown, "model": model.model, "batch_size": edit.batch_size}
-    return Found(edited_methods(summary.done, folder), wanted, battery, {**own, **contest.settings})
+    return Found(edited_methods(jobs, summary.done, folder), wanted, battery, {**own, **contest.settings})
 
 
 def report(

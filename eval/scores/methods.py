@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cache.sizes import image_size
+from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
 from data_prep.rows.folders import list_images
 from data_prep.rows.rows import EMPTY_PROMPT, RejectedRow, Row
@@ -19,7 +20,7 @@ from eval.request.knobs import AdapterUse
 from eval.request.metadata import describe_adapters
 from eval.request.provenance import read_png
 from eval.tables.job_files import KeyedJob
-from eval.tables.outcomes import RESULTS, read_seconds
+from eval.tables.outcomes import FAILED, RESULTS, read_seconds
 from eval.tables.table import Job
 
 BASE = "base"
@@ -148,12 +149,21 @@ def usable(row: Row | RejectedRow) -> Row | RejectedRow:
     return row
 
 
-def edited_methods(done: Sequence[KeyedJob], folder: Path) -> list[Method]:
-    """What an engine has made of a contest's jobs in a folder."""
+def edited_methods(jobs: Sequence[Job], done: Sequence[KeyedJob], folder: Path) -> list[Method]:
+    """What an engine has made of a contest's jobs in a folder, in the order of the jobs.
+
+    Raises:
+        InputError: an adapter, or the base, has no picture at a step count; a report would leave it out without a word.
+    """
     groups: dict[tuple[str, str], dict[str, KeyedJob]] = {}
+    for job in jobs:
+        subject, count, _ = job.id.split("/", 2)
+        groups[subject, count] = {}
     for keyed in done:
         subject, count, row = keyed.job.id.split("/", 2)
-        groups.setdefault((subject, count), {})[row] = keyed
+        groups[subject, count][row] = keyed
+    if empty := ", ".join("/".join(names) for names, made in groups.items() if not made):
+        raise InputError(f"every row failed for {empty}, {folder / FAILED} says why: mend that, or leave it out")
     known, methods = read_seconds(folder), []
     for (subject, count), jobs in groups.items():
         files = {row: folder / keyed.outputs[0] for row, keyed in jobs.items()}
