@@ -175,20 +175,63 @@ def edited_methods(jobs: Sequence[Job], done: Sequence[KeyedJob], folder: Path) 
 
 
 def found_methods(folders: Sequence[Path], rows: Sequence[Row]) -> list[Method]:
-    """The pictures of folders, each called as its row or as the row's target; a table's `results.csv` says which is which.
+    """The pictures of folders, each called as its row or as the end of its target's path; a table's `results.csv` says which
+    is which.
 
     Raises:
-        InputError: there is no such folder, or it has no picture.
+        InputError: there is no such folder, it has no picture, or nobody can tell which row a picture is of.
     """
     methods = []
     for name, folder in zip(own_names(folder.resolve().name for folder in folders), folders, strict=True):
-        pictures = {path.stem: path for path in list_images(folder)}
+        pictures = named_pictures(folder)
         if (folder / RESULTS).is_file():
-            with open(folder / RESULTS, encoding="utf-8", newline="") as file:
-                pictures |= {line["id"]: folder / line["output"] for line in csv.DictReader(file)}
-        names = {row.id: next((each for each in (row.id, row.image.stem) if each in pictures), None) for row in rows}
-        methods.append(Method(name, {row: pictures[found] for row, found in names.items() if found}))
+            pictures |= _listed_pictures(folder)
+        files: dict[str, Path] = {}
+        owners: dict[str, str] = {}
+        for row in rows:
+            if found := next((each for each in (row.id, *_path_ends(row.image)) if each in pictures), None):
+                files[row.id] = pictures[found]
+                if (owner := owners.setdefault(found, row.id)) != row.id:
+                    raise InputError(
+                        f"{pictures[found]} could be of the rows {owner} and {row.id}: call pictures by the rows' ids, "
+                        "or put them into folders as the targets are"
+                    )
+        methods.append(Method(name, files))
     return methods
+
+
+def named_pictures(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder by their paths below it, without the endings: `cats/001`.
+
+    Raises:
+        InputError: there is no such folder, it has no picture, or two have one name.
+    """
+    pictures: dict[str, Path] = {}
+    for path in list_images(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if (first := pictures.setdefault(name, path)) != path:
+            raise InputError(f"{first} and {path} have one name: keep one of them, or rename it")
+    return pictures
+
+
+def _listed_pictures(folder: Path) -> dict[str, Path]:
+    """Those of a table, by the row's id."""
+    pictures: dict[str, Path] = {}
+    with open(folder / RESULTS, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            if line["id"] in pictures:
+                raise InputError(
+                    f"{folder / RESULTS} lists several pictures of {line['id']}: score one picture per row, "
+                    "made with count=1"
+                )
+            pictures[line["id"]] = folder / line["output"]
+    return pictures
+
+
+def _path_ends(path: Path) -> Iterator[str]:
+    """Of `/photos/cats/001.png`: `photos/cats/001`, `cats/001`, `001`."""
+    parts = path.absolute().with_suffix("").parts
+    yield from ("/".join(parts[start:]) for start in range(1, len(parts)))
 
 
 def with_all(rows: Sequence[Row], methods: Sequence[Method]) -> Iterator[Row | RejectedRow]:
@@ -203,17 +246,16 @@ def rows_of_folders(sources: Path, targets: Path) -> list[Row | RejectedRow]:
     """A row for each picture of a folder of targets, with the source of the same name in another folder; no instructions.
 
     Raises:
-        InputError: there is no such folder, or it has no picture.
+        InputError: there is no such folder, it has no picture, or two have one name.
     """
-    named = {path.stem: path.absolute() for path in list_images(sources)}
+    named = named_pictures(sources)
     rows: list[Row | RejectedRow] = []
-    for number, path in enumerate(list_images(targets), start=1):
-        source = named.get(path.stem)
-        reason = f"{sources} has no picture called {path.stem}"
+    for number, (name, path) in enumerate(named_pictures(targets).items(), start=1):
+        reason = f"{sources} has no picture called {name}"
         rows.append(
-            Row(number, path.stem, EMPTY_PROMPT, path.absolute(), (source,))
-            if source
-            else RejectedRow(number, path.stem, str(path), reason)
+            Row(number, name, EMPTY_PROMPT, path.absolute(), (named[name].absolute(),))
+            if name in named
+            else RejectedRow(number, name, str(path), reason)
         )
     return rows
 
