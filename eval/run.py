@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 __import__("data_prep")  # without the environment, it says how to enter it
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ from eval.tables.command import WINDOW, BatchSize, Window
 if TYPE_CHECKING:  # with torch, after the command line has been checked
     from torch import device as Device
 
-    from eval.report.publishing import Publication
+    from eval.report.card import Card
     from eval.scores.methods import Method
     from eval.scores.metrics.catalog import Battery
 
@@ -93,6 +94,15 @@ class RowOptions:
     ] = None
     on_error: Annotated[OnErrorName, typer.Option(help="What an unusable row does.")] = "raise"
 
+    def check(self) -> None:
+        """Before anything is read.
+
+        Raises:
+            InputError: no ground truth is named, or two are.
+        """
+        if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
+            raise InputError("name the ground truth by --dataset, or by --sources and --targets, two folders")
+
     def read(self, seed: int) -> tuple[list[Row], str | None]:
         """The rows, as far as they are wanted, and what is to be said of rows that may not be held out.
 
@@ -101,8 +111,6 @@ class RowOptions:
         """
         from eval.scores.methods import rows_of_folders, usable
 
-        if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
-            raise InputError("name the ground truth by --dataset, or by --sources and --targets, two folders")
         if self.sources and self.targets:
             found = ScoredRows(rows_of_folders(self.sources, self.targets), None)
         else:
@@ -246,23 +254,23 @@ class PublishOptions:
     ] = None
     private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False
 
-    def check(self, adapters: Sequence[AdapterUse]) -> "Publication":
-        """Finds what would prevent it, before anything is computed.
+    def check(self, adapters: Sequence[AdapterUse]) -> "Card | None":
+        """Finds what would prevent it, before anything is computed. The card, if there is to be one.
 
         Raises:
             InputError: no adapter, no licence, another's card, or no hub.
         """
-        card, published = None, self.publish_card or self.push_to
-        if published and not adapters:
+        if not (self.publish_card or self.push_to):
+            return None
+        if not adapters:
             raise InputError("--publish-card and --push describe an adapter: give one with --adapter")
         from eval.report.card import CardRequest, check_card
-        from eval.report.publishing import Publication, check_push
+        from eval.report.publishing import check_push
 
-        if published:
-            card = check_card(CardRequest(adapters[0].path, self.license, self.base_model, self.push_to))
+        card = check_card(CardRequest(adapters[0].path, self.license, self.base_model, self.push_to))
         if self.push_to:
             check_push(self.push_to)
-        return Publication(card, self.push_to, self.private, self.wandb)
+        return card
 
 
 @with_options(EditOptions, EditKnobs, RowOptions, MetricOptions, PublishOptions, ModelOptions, PlaceOptions)
@@ -286,7 +294,7 @@ def score(
         list[Path] | None,
         typer.Option(metavar="RUN_DIR", help="Compare the last validations of these runs of train/run.py; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise, and of the choice of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise, and of the choice of rows.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """Scores adapters, the base model, or pictures that are there on a dataset file's held-out rows, beside the source unchanged.
@@ -300,31 +308,34 @@ def score(
         )
     if runs:
         others = given_options(edit, knobs, rows, metrics, replace(publish, title=PublishOptions.title), model, place)
-        refuse("--runs compares validations that are there", [*others, *(["--seed"] if seed else [])])
+        check_alone("--runs", "compares validations that are there", [*others, *(["--seed"] if seed else [])])
         compare(runs, publish, out)
         return
     if pictures:
         card = replace(publish, title=PublishOptions.title, wandb=None)
         others = given_options(edit, knobs, card, model, replace(place, device=None))
-        refuse("--pictures scores what is there, without a model or an adapter", others)
+        check_alone("--pictures", "scores what is there, without a model or an adapter", others)
+    rows.check()
     check_names([metrics.rank_by], list(METRICS))
-    publication = publish.check(edit.adapter or [])
+    card = publish.check(edit.adapter or [])
     if pictures:
         found = score_pictures(pictures, rows, metrics, place, seed)
     else:
         found = score_edits(edit, given_knobs(knobs), rows, metrics, model, place, seed, out / EDITS)
     if found:
-        report(found, rows, metrics, publish, publication, seed, out)
+        report(found, rows, metrics, publish, card, seed, out)
 
 
-def refuse(way: str, others: Sequence[str]) -> None:
-    """Options of another way.
+def check_alone(way: str, does: str, others: Sequence[str]) -> None:
+    """Finds options of another way, and processes that would do the same beside each other.
 
     Raises:
         InputError: there are some.
     """
     if others:
-        raise InputError(f"{way}: leave out {', '.join(others)}")
+        raise InputError(f"{way} {does}: leave out {', '.join(others)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{way} is done by one process: launch several with --model alone")
 
 
 def compare(runs: list[Path], publish: PublishOptions, out: Path) -> None:
@@ -354,8 +365,9 @@ def score_pictures(
     from eval.scores.methods import found_methods
 
     placement = place.place()
-    battery, (wanted, caution) = metrics.battery(placement.device), rows.read(seed)
+    wanted, caution = rows.read(seed)
     methods = found_methods(pictures, wanted)
+    battery = metrics.battery(placement.device)
     names = {method.subject: str(folder) for method, folder in zip(methods, pictures, strict=True)}
     return Found(methods, wanted, battery, {"caution": caution, **placement.shown, "pictures": names})
 
@@ -375,8 +387,8 @@ def score_edits(
     from eval.tables.engine import Engine, check_done
 
     engine = Engine.start(model, place, edit.window)
-    battery = metrics.battery(engine.placement.device) if engine.is_main else None
     wanted, caution = rows.read(seed)
+    battery = metrics.battery(engine.placement.device) if engine.is_main else None
     contest = Contest(engine.editor, edit.adapter or [], edit.base, knobs, edit.steps or (), seed)
     jobs = contest.jobs(wanted)
     summary = engine.edit(jobs, folder, edit.batch_size)
@@ -392,11 +404,12 @@ def report(
     rows: RowOptions,
     metrics: MetricOptions,
     publish: PublishOptions,
-    publication: "Publication",
+    card: "Card | None",
     seed: int,
     out: Path,
 ) -> None:
     """Measures the pictures, and publishes what comes out."""
+    from eval.report.publishing import Publication
     from eval.report.summary import build_report, unmeasured
     from eval.scores.methods import with_all
     from eval.scores.recorder import Recorder
@@ -408,6 +421,7 @@ def report(
     measured = list(recorder.methods.values())
     missing = unmeasured(found.battery.chosen, measured, found.battery.unavailable)
     made = build_report(publish.title, measured, recorder.prompts, missing, settings, seed)
+    publication = Publication(card, publish.push_to, publish.private, publish.wandb)
     publication.publish(made, out, recorder.picture, recorder.write(found.methods), metrics.rank_by)
 
 

@@ -1,9 +1,11 @@
 """What the evaluation command refuses before it loads or computes anything."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from data_prep.cli import run_command
 from data_prep.errors import InputError
 from eval import run
 from eval.request.knobs import AdapterUse
@@ -25,3 +27,38 @@ def test_options_of_another_way_are_refused_by_name(tmp_path, way, given, named)
     with pytest.raises(InputError, match=f"^--{way} .*: leave out {named}$"):
         run.score(**{way: [tmp_path]}, **given, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "name the ground truth by --dataset, or by --sources and --targets"),
+        ({"sources": Path("s")}, "name the ground truth by --dataset, or by --sources and --targets"),
+        ({"dataset": "nothing.json"}, "nothing.json"),
+    ],
+)
+@pytest.mark.parametrize("way", ["pictures", "model"])
+def test_the_ground_truth_is_looked_at_before_metrics_are_loaded(
+    tiny_model_dir, tmp_path, monkeypatch, way, given, message
+):
+    monkeypatch.setattr(run.MetricOptions, "battery", lambda *_: pytest.fail("metrics were loaded"))
+    of = {"pictures": [tmp_path]} if way == "pictures" else {"model": str(tiny_model_dir)}
+    with pytest.raises(InputError, match=message):
+        run.score(**of, **given, device="cpu", out=tmp_path / "out")
+
+
+def test_a_seed_below_0_is_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval/run.py", "--pictures", "p", "--dataset", "d", "--seed", "-1", "--out", "o"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(run.score)
+    assert ended.value.code == 2
+    assert "'--seed': Input should be greater than or equal to 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["pictures", "runs"])
+def test_one_process_measures_pictures_and_compares_runs(tmp_path, monkeypatch, way):
+    """Under `accelerate launch` every process would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ground = {"dataset": "nothing.json"} if way == "pictures" else {}
+    with pytest.raises(InputError, match=f"--{way} is done by one process: launch several with --model alone"):
+        run.score(**{way: [tmp_path]}, **ground, out=tmp_path / "out")

@@ -524,7 +524,8 @@ def test_adapters_get_names_of_their_own():
         ({"publish_card": True}, "give one with --adapter"),
     ],
 )
-def test_wrong_input_is_one_sentence(tiny_model_dir, tmp_path, changed, message):
-    wanted = {"model": str(tiny_model_dir), "dataset": "nothing.json", "device": "cpu", "dtype": "float32"}
+def test_wrong_input_is_one_sentence(tiny_model_dir, tiny_pairs, tmp_path, changed, message):
+    wanted = {"model": str(tiny_model_dir), "dataset": str(tiny_pairs / "validation.json"), "root": str(tiny_pairs)}
+    wanted |= {"device": "cpu", "dtype": "float32"}
     with pytest.raises(InputError, match=message):
         run.score(**(wanted | {"out": tmp_path, "torch_hub": tmp_path, "metrics": ["psnr", "lpips"]} | changed))
