@@ -109,7 +109,7 @@ def curves(run: RunSummary) -> list[tuple[str, Markup]]:
     scored = [name for name in names if SCORED.fullmatch(name)]
     if scored and len(_series(run, scored[0])) > 1:
         shown = {method_label(name[len("validation/") : -len("/psnr")]): _series(run, name) for name in scored}
-        shown[label(SOURCE)] = _series(run, f"validation/{SOURCE}/psnr")
+        shown[label(SOURCE, SOURCE)] = _series(run, f"validation/{SOURCE}/psnr")
         charts[f"{run.name}: PSNR of the validation rows, dB"] = shown
     return [(title, line_chart(series, "optimizer step")) for title, series in charts.items() if any(series.values())]
 

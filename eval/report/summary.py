@@ -82,7 +82,7 @@ def _method(method: Measured, names: Sequence[str], seed: int) -> dict[str, Any]
         "name": method.name,
         "kind": method.kind,
         "baseline": method.baseline,
-        "label": label(method.name),
+        "label": label(method.name, method.kind),
         "adapter": method.adapter,
         "steps": method.steps,
         "objective": method.objective,

@@ -25,8 +25,8 @@ from eval.tables.table import Job
 
 BASE = "base"
 """The name of the model without an adapter."""
-TAKEN = ("edits", "pictures", "wandb", "cache", "source", "target", BASE)
-"""Names that no adapter and no folder of pictures has in an evaluation."""
+TAKEN = re.compile(rf"edits|pictures|wandb|cache|{BASE}|(source|target)(-\d+)?")
+"""Names that no adapter and no folder of pictures has in an evaluation: its folders, and sources and targets of a size."""
 OBJECTIVES = {"BridgeSampler": "Latent Bridge Matching", "FlowSampler": "flow matching"}
 
 
@@ -165,9 +165,9 @@ def edited_methods(jobs: Sequence[Job], done: Sequence[KeyedJob], folder: Path) 
     if empty := ", ".join("/".join(names) for names, made in groups.items() if not made):
         raise InputError(f"every row failed for {empty}, {folder / FAILED} says why: mend that, or leave it out")
     known, methods = read_seconds(folder), []
-    for (subject, count), jobs in groups.items():
-        files = {row: folder / keyed.outputs[0] for row, keyed in jobs.items()}
-        times = [known[keyed.key] for keyed in jobs.values() if keyed.key in known]
+    for (subject, count), made in groups.items():
+        files = {row: folder / keyed.outputs[0] for row, keyed in made.items()}
+        times = [known[keyed.key] for keyed in made.values() if keyed.key in known]
         seconds = tuple(each["seconds"][0] - each.get("encoding", [0.0])[0] for each in times)
         sampler = read_png(next(iter(files.values())))["sampler"]
         methods.append(Method(subject, files, int(count.removeprefix("steps_")), seconds, sampler))
@@ -261,12 +261,12 @@ def rows_of_folders(sources: Path, targets: Path) -> list[Row | RejectedRow]:
 
 
 def own_names(wanted: Iterable[str]) -> Iterator[str]:
-    """Names for folders and tables, numbered if they repeat or are TAKEN."""
-    taken = {*TAKEN}
+    """Names for folders and tables; `lbm (2)` where they repeat or are TAKEN."""
+    seen: set[str] = set()
     for name in wanted:
-        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        own = next(candidate for candidate in candidates if candidate not in taken)
-        taken.add(own)
+        candidates = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+        own = next(each for each in candidates if each not in seen and not TAKEN.fullmatch(each))
+        seen.add(own)
         yield own
 
 

@@ -76,7 +76,7 @@ class Recorder:
     def measure(self, rows: Sequence[Row], methods: Sequence[Method]) -> list[Row | RejectedRow]:
         """Scores every row's pictures, of which each method has one. Returns the rows, rejected where a file cannot be used."""
         answers: list[Row | RejectedRow] = []
-        sources = _baselines(methods)
+        sources = baselines(rows, methods)
         with progress("measuring", len(rows)) as advance:
             for row in rows:
                 try:
@@ -155,18 +155,19 @@ def _truth(row: Row, size: Sequence[int]) -> Truth:
     return read_truth(row.ref_gt or row.image, row.edit_image[row.bridge_image], row.back_mask, Size(*size))
 
 
-def _baselines(methods: Sequence[Method]) -> dict[str, str]:
-    """`source`, or `source-2` and on for methods whose pictures have other sizes than the first's, by method's name."""
-    sizes = {method.name: tuple(image_size(path) for path in method.files.values()) for method in methods}
+def baselines(rows: Sequence[Row], methods: Sequence[Method]) -> dict[str, str]:
+    """`source`, or `source-2` and on for methods whose pictures of these rows have other sizes than the first's, by method's
+    name."""
+    sizes = {method.name: tuple(image_size(method.files[row.id]) for row in rows) for method in methods}
     places = list(dict.fromkeys(sizes.values()))
     numbers = {name: places.index(each) + 1 for name, each in sizes.items()}
     return {name: SOURCE if number == 1 else f"{SOURCE}-{number}" for name, number in numbers.items()}
 
 
-def label(method: str) -> str:
-    """`lbm, 4 steps` for `lbm/steps_4`; `source unchanged`."""
-    kind, _, number = method.partition("-")
-    words = {SOURCE: "source unchanged", TARGET: "target"}.get(kind)
-    if words is None or "/" in method:
+def label(method: str, kind: Kind) -> str:
+    """`lbm, 4 steps` for the edit `lbm/steps_4`; `source unchanged` and `target, size 2` for `source` and `target-2`."""
+    if kind == "edit":
         return method_label(method)
+    words = {SOURCE: "source unchanged", TARGET: "target"}[kind]
+    number = method.partition("-")[2]
     return f"{words}, size {number}" if number else words

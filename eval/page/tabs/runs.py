@@ -121,12 +121,12 @@ def summary_html(history: Sequence[Mapping[str, float]], num_checkpoints: int) -
     return Markup('<div class="numbers">{}</div>').format(Markup("").join(cells))
 
 
-def scores_html(name: str, validation: Validation) -> Markup:
+def scores_html(run: str, validation: Validation) -> Markup:
     """The table of one validation."""
     if validation.metrics is None or "seconds_per_edit" not in validation.metrics:
         return Markup('<p class="quiet">This validation has no metrics.json, or it is being written.</p>')
     scores, seconds = validation.metrics, validation.metrics["seconds_per_edit"]
-    methods = [SOURCE, *RunSummary(name, scores).methods]
+    methods = [SOURCE, *RunSummary(run, scores).methods]
     metrics = [metric for metric in METRICS.values() if any(metric.name in scores[method] for method in methods)]
     head = Markup("").join(Markup("<th>{}</th>").format(each.label) for each in metrics)
     rows = Markup("")
@@ -134,7 +134,9 @@ def scores_html(name: str, validation: Validation) -> Markup:
         cells = [score_cell(metric, scores[method], scores[SOURCE] if method != SOURCE else None) for metric in metrics]
         shown = Markup("").join(Markup("<td>{} <small>{}</small></td>").format(each.text, each.gain) for each in cells)
         took = f"{seconds[method]:.3f}" if method in seconds else "–"
-        rows += Markup("<tr><td>{}</td>{}<td>{}</td></tr>").format(label(method), shown, took)
+        rows += Markup("<tr><td>{}</td>{}<td>{}</td></tr>").format(
+            label(method, SOURCE if method == SOURCE else "edit"), shown, took
+        )
     rows_text = escape(validation.metrics.get("num_rows", "?"))
     note = Markup('<p class="quiet">{} held-out rows; small numbers: the difference to the source.</p>').format(
         rows_text

@@ -415,7 +415,7 @@ def test_pictures_of_another_tool_are_scored_without_a_model(scored, measured, t
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for found, row in zip(report["per_row"], measured["per_row"], strict=True):
         assert found["scores"]["made"]["psnr"] == row["scores"]["flow/steps_2"]["psnr"]
-        assert found["scores"]["perfect"] == {"psnr": 100.0, "ssim": 1.0} | found["scores"]["perfect"]
+        assert found["scores"]["perfect"] == found["scores"]["perfect"] | {"psnr": 100.0, "ssim": 1.0}
     assert score(report, "made", "psnr") == score(measured, "flow/steps_2", "psnr")
     assert (report["settings"]["model"], report["settings"]["pictures"]["made"]) == (None, str(made))
     next(made.iterdir()).unlink()
@@ -506,11 +506,11 @@ def test_adapters_get_names_of_their_own():
     paths = ["runs/lbm", "other/lbm/checkpoints/step-000004", "runs/cache", "runs/cache-2", "runs/wandb", "runs/base"]
     assert list(own_names(run_name(Path(path)) for path in paths)) == [
         "lbm",
-        "lbm-2",
+        "lbm (2)",
+        "cache (2)",
         "cache-2",
-        "cache-2-2",
-        "wandb-2",
-        "base-2",
+        "wandb (2)",
+        "base (2)",
     ]
 
 

@@ -7,7 +7,7 @@ from eval.report.evaluation_page import unmeasured_groups
 from eval.report.summary import best_methods, build_report, ranked_rows, unmeasured
 from eval.scores.intervals import compare_methods, holm, mean_interval, paired_p
 from eval.scores.metrics.metric import METRICS
-from eval.scores.recorder import Measured, label
+from eval.scores.recorder import Kind, Measured, label
 
 
 def test_the_interval_of_two_values_are_the_values():
@@ -159,7 +159,8 @@ def test_every_chosen_metric_is_measured_or_has_a_reason():
 
 
 def test_labels():
-    assert [label(name) for name in ("a/steps_1", "my-run/steps_4", "source", "target-2")] == [
+    named: dict[str, Kind] = {"a/steps_1": "edit", "my-run/steps_4": "edit", "source": "source", "target-2": "target"}
+    assert [label(name, kind) for name, kind in named.items()] == [
         "a, 1 step",
         "my-run, 4 steps",
         "source unchanged",

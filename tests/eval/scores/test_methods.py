@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.rows.rows import Row
-from eval.scores.methods import edited_methods, found_methods, rows_of_folders
+from eval.scores.methods import Method, edited_methods, found_methods, own_names, rows_of_folders
+from eval.scores.recorder import baselines, label
 from eval.tables.job_files import KeyedJob
 from eval.tables.table import Job
 
@@ -64,3 +66,21 @@ def test_a_table_with_several_pictures_of_a_row_is_refused(tmp_path):
     (tmp_path / "results.csv").write_text("id,output\nr1,r1-key-1.png\nr1,r1-key-2.png\n")
     with pytest.raises(InputError, match=r"results\.csv lists several pictures of r1: score one picture per row"):
         found_methods([tmp_path], [row(1, Path("/photos/x.png"))])
+
+
+def test_only_rows_that_are_measured_say_which_sizes_there_are(tmp_path):
+    """A row that one folder lacks is left out of all, and its size makes no second source."""
+    for name, sides in {"a1": (8, 8), "a2": (16, 8), "b1": (8, 8), "c1": (16, 16)}.items():
+        Image.new("RGB", sides).save(tmp_path / f"{name}.png")
+    a = Method("a", {"r1": tmp_path / "a1.png", "r2": tmp_path / "a2.png"})
+    b, c = Method("b", {"r1": tmp_path / "b1.png"}), Method("c", {"r1": tmp_path / "c1.png"})
+    rows = [row(1, Path("/photos/x.png"))]
+    assert baselines(rows, [a, b, c]) == {"a": "source", "b": "source", "c": "source-2"}
+
+
+def test_no_adapter_has_the_name_of_a_source_or_target():
+    """Neither as a folder nor in a table, whatever the folders are called."""
+    names = list(own_names(["target", "source", "source-2", "lbm", "lbm", "target-removal"]))
+    assert names == ["target (2)", "source (2)", "source-2 (2)", "lbm", "lbm (2)", "target-removal"]
+    assert [label(name, "edit") for name in ("target (2)", "source-2/steps_4")] == ["target (2)", "source-2, 4 steps"]
+    assert [label("source-2", "source"), label("target", "target")] == ["source unchanged, size 2", "target"]
