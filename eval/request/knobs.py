@@ -1,6 +1,6 @@
 """How a field of an edit is asked for, declared once beside the field.
 
-The command line, tables' columns, the check of a request, what `--repeat` takes over and the page's form are made of it.
+The command line, tables' columns and the check of a request are made of it. `--repeat` and the page's form take fields by name.
 """
 
 import json

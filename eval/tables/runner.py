@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,7 +87,7 @@ def run_jobs(
     todo = {each.outputs: each for each in answers if isinstance(each, KeyedJob) and not each.is_done(out)}
     if processes:
         processes.barrier()  # before a rank writes what another would then take for done
-    mine = list(todo.values())[rank::world_size]
+    mine = share_out(list(todo.values()), rank, world_size)
     failed = {}
     with progress("editing", len(mine), shown=rank == 0) as advance:
         for keyed, failure in _run(mine, files, editor, out, batch_size, window, rank):
@@ -102,6 +102,13 @@ def run_jobs(
     if rank == 0:
         write_reports(out, done, summary.failures)
     return replace(summary, bugs=sum(isinstance(each, Failed) and each.bug for each in last), done=done)
+
+
+def share_out(todo: Sequence[KeyedJob], rank: int, world_size: int) -> list[KeyedJob]:
+    """A process' share: every `world_size`-th row, with all jobs of it that follow each other. A row edited at 4 and at 20
+    steps is encoded once then, and no process gets all the long edits."""
+    rows = [list(jobs) for _, jobs in groupby(todo, key=lambda each: each.job.number)]
+    return list(chain(*rows[rank::world_size]))
 
 
 def _last(answer: KeyedJob | Failed, failed: dict[tuple[str, ...], Failed]) -> KeyedJob | Failed:

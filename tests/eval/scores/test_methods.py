@@ -10,6 +10,7 @@ from data_prep.rows.rows import Row
 from eval.scores.methods import Method, edited_methods, found_methods, own_names, rows_of_folders
 from eval.scores.recorder import baselines, label
 from eval.tables.job_files import KeyedJob
+from eval.tables.runner import share_out
 from eval.tables.table import Job
 
 
@@ -84,3 +85,17 @@ def test_no_adapter_has_the_name_of_a_source_or_target():
     assert names == ["target (2)", "source (2)", "source-2 (2)", "lbm", "lbm (2)", "target-removal"]
     assert [label(name, "edit") for name in ("target (2)", "source-2/steps_4")] == ["target (2)", "source-2, 4 steps"]
     assert [label("source-2", "source"), label("target", "target")] == ["source unchanged, size 2", "target"]
+
+
+def test_processes_share_out_rows_and_not_step_counts():
+    """Jobs alternate between 4 and 20 steps; of two processes one would make all the long edits."""
+    jobs = [
+        Job(number, f"{name}/steps_{steps}/r{number}", (Path("s.png"),), "s.png", {"steps": steps})
+        for name in ("a", "b")
+        for number in range(1, 5)
+        for steps in (4, 20)
+    ]
+    todo = [KeyedJob(job, job.id, (job.id,)) for job in jobs]
+    shares = [share_out(todo, rank, 2) for rank in range(2)]
+    assert [[each.job.knobs["steps"] for each in share] for share in shares] == [[4, 20] * 4] * 2
+    assert sorted(each.key for share in shares for each in share) == sorted(each.key for each in todo)
