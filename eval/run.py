@@ -391,6 +391,8 @@ def score_edits(
     battery = metrics.battery(engine.placement.device) if engine.is_main else None
     contest = Contest(engine.editor, edit.adapter or [], edit.base, knobs, edit.steps or (), seed)
     jobs = contest.jobs(wanted)
+    for note in contest.notes(wanted) if engine.is_main else ():
+        print(f"note: {note}", file=sys.stderr)
     summary = engine.edit(jobs, folder, edit.batch_size)
     if not summary or not battery:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
 from eval.request.knobs import AdapterUse
-from train.model.adapter_files import adapter_file, extra_file, read_header
+from train.model.adapter_files import EXTRA_KEY, adapter_file, extra_file, read_header
 
 AdapterState = tuple[tuple[Path, int, int, float], ...]
 """Resolved file, time of writing, bytes and weight of each adapter."""
@@ -62,6 +62,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         InputError: there is no adapter, or not a safetensors file.
     """
     return read_header(adapter_file(path))
+
+
+def added_modules(path: Path) -> list[str]:
+    """Names of the modules that an adapter adds beside the transformer's, which see the source, white and the mask."""
+    return list(json.loads(read_metadata(path).get(EXTRA_KEY, "{}")).get("added", {}))
 
 
 def left_out(adapters: Sequence[AdapterUse]) -> list[str]:

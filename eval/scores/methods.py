@@ -17,7 +17,7 @@ from data_prep.rows.folders import list_images
 from data_prep.rows.rows import EMPTY_PROMPT, RejectedRow, Row
 from eval.request.base import BaseEditor
 from eval.request.knobs import AdapterUse
-from eval.request.metadata import describe_adapters
+from eval.request.metadata import added_modules, describe_adapters
 from eval.request.provenance import read_png
 from eval.tables.job_files import KeyedJob
 from eval.tables.outcomes import FAILED, RESULTS, read_seconds
@@ -101,6 +101,16 @@ class Contest:
             "sizes": {name: self.geometry(name).max_pixels for name in self.subjects},
             **self.knobs,
         }
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        """What the figures do not say by themselves: an adapter with modules that see masks edits these rows without."""
+        masked = sum(row.back_mask is not None for row in rows)
+        seeing = [name for name, uses in self.subjects.items() if any(added_modules(use.path) for use in uses)]
+        return [
+            f"{masked} of {len(rows)} rows have a mask, and the modules that {name} adds see none here: in training and in its "
+            "validation they see it, so those figures may be better"
+            for name in (seeing if masked else [])
+        ]
 
     def geometry(self, subject: str) -> Geometry:
         """The sizes of a subject's pictures."""

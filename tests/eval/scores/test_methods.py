@@ -1,13 +1,20 @@
 """Which pictures are compared, and what is refused because nobody could tell."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from data_prep.errors import InputError
 from data_prep.rows.rows import Row
-from eval.scores.methods import Method, edited_methods, found_methods, own_names, rows_of_folders
+from eval.request.base import BaseEditor
+from eval.request.knobs import AdapterUse
+from eval.scores.methods import Contest, Method, edited_methods, found_methods, own_names, rows_of_folders
 from eval.scores.recorder import baselines, label
 from eval.tables.job_files import KeyedJob
 from eval.tables.runner import share_out
@@ -99,3 +106,16 @@ def test_processes_share_out_rows_and_not_step_counts():
     shares = [share_out(todo, rank, 2) for rank in range(2)]
     assert [[each.job.knobs["steps"] for each in share] for share in shares] == [[4, 20] * 4] * 2
     assert sorted(each.key for share in shares for each in share) == sorted(each.key for each in todo)
+
+
+def test_a_note_says_that_modules_edit_rows_with_masks_without(tmp_path):
+    extra = {"extra_modules": json.dumps({"file": "extra_modules.safetensors", "in_full": [], "added": {"ste": {}}})}
+    for name, metadata in (("ste", extra), ("lora", {})):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors", {"format": "pt", **metadata})
+    uses = [AdapterUse(tmp_path / name / "adapter_model.safetensors") for name in ("ste", "lora")]
+    contest = Contest(cast(BaseEditor, None), uses, base=False, knobs={})
+    plain = row(1, Path("/photos/x.png"))
+    (note,) = contest.notes([plain, replace(plain, back_mask=Path("m.png"))])
+    assert note.startswith("1 of 2 rows have a mask, and the modules that ste adds see none here")
+    assert contest.notes([plain]) == []
