@@ -1,8 +1,10 @@
 """How large the rows of a dataset are, without encoding them: from a finished cache, or from the images' headers."""
 
 import functools
+import itertools
+import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,20 +178,26 @@ def estimated_sizes(
 
     Args:
         vision_side: pixels of the side of one vision token in the text.
-        limit: rows to look at, evenly spaced.
+        limit: about how many to look at: some rows, evenly spread, at all areas and in all versions.
 
     Raises:
         InputError: no row can be used.
     """
     usable = [row for row in rows if isinstance(row, Row)]
-    step = max(1, -(-len(usable) // limit))
-    sizes = [size for row in usable[::step] if (size := _row_size(row, geometry, vision_side))]
+    sample = _sample(usable, limit)
+    sizes = [size for row in sample if (size := _row_size(row, geometry, vision_side))]
     if not sizes:
-        raise InputError(
-            f"the images of none of {len(usable[::step])} rows can be read: look at data.dataset and data.root"
-        )
+        raise InputError(f"the images of none of {len(sample)} rows can be read: look at data.dataset and data.root")
     looked = f"{len(sizes)} of {len(usable)} rows" if len(sizes) != len(usable) else f"{len(sizes)} rows"
     return DatasetSizes(tuple(sizes), len(usable), f"the image headers of {looked}; text lengths estimated")
+
+
+def _sample(rows: Sequence[Row], limit: int) -> list[Row]:
+    """One of every few rows with all of its versions, which follow each other; which one is drawn, for a fixed step would meet
+    the same kind of row again and again where kinds take turns."""
+    whole = [list(versions) for _, versions in itertools.groupby(rows, key=lambda row: row.number)]
+    step, rng = max(1, -(-len(rows) // limit)), random.Random(0)
+    return [row for start in range(0, len(whole), step) for row in rng.choice(whole[start : start + step])]
 
 
 def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:

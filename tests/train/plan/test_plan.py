@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from data_prep.cache.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
-from data_prep.rows.rows import read_rows
+from data_prep.rows.augmentation import Augment
+from data_prep.rows.mixture import DatasetSource, read_mixture
+from data_prep.rows.rows import Row, read_rows
 from losses.batch import Condition
 from scripts.gpu_smoke import REAL
 from tests.caching import cached
@@ -321,6 +325,33 @@ def test_reads_sizes_upright_and_skips_what_is_unusable(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
     with pytest.raises(InputError, match="none of 2 rows"):
         estimated_sizes(read_rows(tmp_path / "rows.json"), geometry)
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "augment"),
+    [({64 * 64: 1.0, 128 * 128: 3.0}, Augment()), ({}, Augment(1, crop=0.5)), ({}, Augment(3, crop=0.5))],
+    ids=["two areas", "one copy", "three copies"],
+)
+def test_a_sample_of_many_rows_has_all_versions_alike(resolutions, augment, tmp_path):
+    """However many rows there are: an even step would meet the same version of each."""
+    Image.new("RGB", (128, 128)).save(tmp_path / "p.png")
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"prompt": "turn", "image": "p.png", "edit_image": "p.png"}] * 1000)
+    )
+    source = DatasetSource(str(tmp_path / "rows.json"), resolutions=resolutions)
+    rows = [row for row in read_mixture([source], augment) if isinstance(row, Row)]
+    sizes = estimated_sizes(rows, Geometry(64 * 64))
+    assert 200 < len(sizes.rows) <= 500
+
+    def shares(seen: Iterable[Row | RowSize]) -> dict[object, float]:
+        """Of the draws, by area and by whether there is a crop."""
+        found = Counter()
+        for row in seen:
+            whole = row.augmentation is None if isinstance(row, Row) else row.target == Size(128, 128)
+            found[row.max_pixels, whole] += row.weight
+        return {key: weight / found.total() for key, weight in found.items()}
+
+    assert shares(sizes.rows) == pytest.approx(shares(rows))
 
 
 def test_text_length_of_the_published_tokenizer():
