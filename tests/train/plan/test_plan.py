@@ -351,7 +351,7 @@ def test_a_sample_of_many_rows_has_all_versions_alike(resolutions, augment, tmp_
             found[row.max_pixels, whole] += row.weight
         return {key: weight / found.total() for key, weight in found.items()}
 
-    assert shares(sizes.rows) == pytest.approx(shares(rows))
+    assert shares(sizes.rows) == pytest.approx(shares(rows), abs=0.02)  # a crop may be of nearly all
 
 
 def test_text_length_of_the_published_tokenizer():
