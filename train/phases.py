@@ -35,10 +35,9 @@ from train.builders import (
     build_validation,
     check_nodes,
     lazy_decode,
-    preserved_prompts,
 )
 from train.config import Config, to_yaml
-from train.config.training_rows import configured_rows, dataset_names, validation_rows
+from train.config.training_rows import configured_rows, dataset_names, preserved_prompts, validation_rows
 from train.loop import Intervals, Training, train
 from train.parallel.processes import Processes
 from train.parallel.stopping import StopRequest

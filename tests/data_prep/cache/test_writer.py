@@ -166,6 +166,10 @@ def test_each_row_has_one_of_the_instructions_that_are_preserved(tmp_path, tiny_
         batch = collate([record])
         assert torch.equal(batch.preserved.prompt_emb[0], record.preserve_prompt_emb)
     assert CacheReader(cache)[0].preserve_prompt_emb is None
+    lengths = [max(len(record.prompt_emb), len(record.preserve_prompt_emb)) for record in reader]
+    assert [row.text_tokens for row in cached_sizes(cache, preserve=asked["preserve"]).rows] == lengths
+    with pytest.raises(InputError, match=r"lacks what data.preserve_prompts asks for"):
+        cached_sizes(cache, preserve=("sharpen it",))
 
 
 def test_an_index_from_before_instructions_were_preserved_is_read(tmp_path, tiny_model_dir):

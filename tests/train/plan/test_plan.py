@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_prep.cache.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
+from data_prep.cache.sizes import (
+    Bucket,
+    DatasetSizes,
+    RowSize,
+    cache_bytes,
+    estimated_sizes,
+    estimated_tokens,
+    image_size,
+)
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
@@ -41,6 +50,8 @@ SMALL = REAL.config("transformer") | {
     "attention_head_dim": 32,
     "axes_dims_rope": [8, 12, 12],
 }
+LONG = "leave everything in this picture exactly as it was before, down to the smallest of its details"
+PRESERVED = ["loss.preserve=0.5", f"data.preserve_prompts=['Keep it.','{LONG}']"]
 LORA = LoraSizes(8, tuple(DEFAULT_TARGETS))
 BUCKETS = [
     Bucket(Size(256, 256), (Size(256, 256),), 40, 1.0),
@@ -291,9 +302,7 @@ def test_a_finished_cache_tells_the_true_lengths(tiny_cache, tiny_pairs, tiny_mo
     assert sorted(row.text_tokens for row in sizes.rows) == sorted(len(record.prompt_emb) for record in records)
     plan = make_plan(config, ModelDirectory(tiny_model_dir), sizes, 1, find_gpu("H100"), build_optimizer)
     stored = (
-        tensor
-        for record in records
-        for tensor in (record.target_latents, record.source_latents, *record.edit_latents, record.prompt_emb)
+        tensor for record in records for tensor in (record.target_latents, *record.edit_latents, record.prompt_emb)
     )
     assert plan.cache_bytes == pytest.approx(sum(tensor.nbytes for tensor in stored), rel=0.1)  # texts: the longest
     assert plan.fits
@@ -352,6 +361,34 @@ def test_a_sample_of_many_rows_has_all_versions_alike(resolutions, augment, tmp_
         return {key: weight / found.total() for key, weight in found.items()}
 
     assert shares(sizes.rows) == pytest.approx(shares(rows), abs=0.02)  # a crop may be of nearly all
+
+
+def test_instructions_that_are_preserved_are_as_long_as_they_are(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "p.png")
+    rows = [{"prompt": "turn it around", "image": "p.png", "edit_image": "p.png"}] * 2
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["+exp=tiny_lbm", f"data.dataset={tmp_path}/rows.json", f"cache.dir={tmp_path}/none"]
+    plain, kept = (dataset_sizes(compose([*words, *more]), REAL).rows for more in ((), PRESERVED))
+    more = estimated_tokens(LONG) - estimated_tokens("turn it around")
+    assert [row.text_tokens for row in kept] == [plain[0].text_tokens + more, plain[1].text_tokens], "they take turns"
+
+
+@pytest.mark.parametrize(
+    ("references", "images"), [((), 1), ((64,), 2), ((64, 64), 3), ((32,), 2.25), ((32, 64), 2.25)]
+)
+def test_a_record_has_each_picture_once(references, images):
+    """A source of another size than its target is there at the target's too, and text to image has none."""
+    row = RowSize(Size(64, 64), tuple(Size(side, side) for side in references), 10)
+    assert cache_bytes(DatasetSizes((row,), 3, "a test"), Geometry(64 * 64), 100) == 3 * 2 * (
+        images * 16 * 64 + 10 * 100
+    )
+
+
+def test_text_to_image_has_no_source_to_encode(planner):
+    row, config, encoders = RowSize(Size(64, 64), (), 10), configure(), planner.encoders
+    alone = copy(planner)
+    alone._buckets = DatasetSizes((row,), 1, "a test").buckets
+    assert alone.caching_flops(config) == 64 * 64 * encoders.flops_per_pixel + encoders.text_flops(10)
 
 
 def test_text_length_of_the_published_tokenizer():
