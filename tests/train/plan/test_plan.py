@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
@@ -354,11 +354,11 @@ def test_a_sample_of_many_rows_has_all_versions_alike(resolutions, augment, tmp_
 
     def shares(seen: Iterable[Row | RowSize]) -> dict[object, float]:
         """Of the draws, by area and by whether there is a crop."""
-        found = Counter()
+        found: dict[object, float] = defaultdict(float)
         for row in seen:
             whole = row.augmentation is None if isinstance(row, Row) else row.target == Size(128, 128)
             found[row.max_pixels, whole] += row.weight
-        return {key: weight / found.total() for key, weight in found.items()}
+        return {key: weight / sum(found.values()) for key, weight in found.items()}
 
     assert shares(sizes.rows) == pytest.approx(shares(rows), abs=0.02)  # a crop may be of nearly all
 
