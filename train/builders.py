@@ -22,7 +22,6 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
-from data_prep.rows.rows import EMPTY_PROMPT
 from train.config import Config, check_whole_blocks, to_yaml
 from train.model.adapter import Adapter, attach_lokr, attach_lora
 from train.model.adapter_files import adapter_file, extra_file
@@ -55,15 +54,6 @@ def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any)
     except (InstantiationException, TypeError, ValueError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"{name} ({node['_target_']}): {reason}") from error
-
-
-def preserved_prompts(config: Config) -> tuple[str, ...]:
-    """The instructions that `loss.preserve` needs; none where it is 0."""
-    if not config.loss.get("preserve"):
-        return ()
-    return tuple(
-        prompt if prompt.strip() else EMPTY_PROMPT for prompt in config.data.preserve_prompts or [EMPTY_PROMPT]
-    )
 
 
 def check_nodes(config: Config, model: ModelDirectory) -> None:

@@ -35,10 +35,9 @@ from train.builders import (
     build_validation,
     check_nodes,
     lazy_decode,
-    preserved_prompts,
 )
 from train.config import Config, to_yaml
-from train.config.training_rows import configured_rows, dataset_names, validation_rows
+from train.config.training_rows import configured_rows, dataset_names, preserved_prompts, validation_rows
 from train.loop import Intervals, Training, train
 from train.parallel.processes import Processes
 from train.parallel.stopping import StopRequest
@@ -144,7 +143,18 @@ def cache_phase(
             job=f"{job}-{split}",
             check_keys=same_rows if split == "train" else lambda keys: None,
         )
-        processes.say(f"{split}: {summary}")
+        weighted = split == "train" and any(each.weight for each in config.data.datasets)
+        lost = rejected_share(rows, summary.rejected) if weighted else 0.0
+        of_draws = f"; the rejected rows had {lost:.3g} of the draws, which all others share" if lost else ""
+        processes.say(f"{split}: {summary}{of_draws}")
+
+
+def rejected_share(rows: Sequence[Row | RejectedRow], rejected: Sequence[RejectedRow]) -> float:
+    """How much of the draws was to be of rows that caching rejected, in [0, 1]: datasets' weights count them, for they are shared
+    out before a picture is read. A row that its file already rejects has no part in them."""
+    ids = {row.id for row in rejected}
+    weights = {row.id: row.weight for row in rows if isinstance(row, Row)}
+    return sum(weight for id, weight in weights.items() if id in ids) / sum(weights.values())
 
 
 def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:

@@ -38,7 +38,7 @@ def command(
     """A CSV, TSV, JSONL, JSON or Parquet file of paths becomes a dataset, whatever its columns are called.
 
     --column NAME=COLUMN says which column is the dataset's image (target), edit_image (source), prompt, back_mask, ref_gt,
-    negative_prompt, bridge_image, split, tag, group or id; columns of these names need no --column. Several --column
+    negative_prompt, bridge_image, split, tag, group, weight or id; columns of these names need no --column. Several --column
     edit_image=… are several sources, of which the second and third may be empty; several --column id=… are joined by "-".
     --prompt or --templates make instructions from {COLUMN} fields instead.
     Pictures stay where they are. Each is decoded once, so that every row of the dataset can be used.

@@ -47,7 +47,8 @@ INDEX_SCHEMA = pa.schema(
         "weight": pa.float64(),
     }
 )
-"""`weight` says how often a row is drawn; indexes of earlier versions have none, for they draw all alike."""
+"""`text_tokens` are those of the longest embedding. `weight` says how often a row is drawn; indexes of earlier versions have
+none, for they draw all alike."""
 LINES_PER_BATCH = 65_536
 BUILD = "run with phases=[cache,train], which encodes only what is missing"
 REBUILD = "rebuild it with phases=[cache,train], or name another folder with cache.dir="

@@ -173,6 +173,7 @@ def record_key(row: Row, header: CacheHeader, digest: Digest = file_digest) -> s
             "empty_prompt": EMPTY_PROMPT if header.caption_dropout else None,
             **_images(row, digest),
             **({"max_pixels": row.max_pixels} if row.max_pixels else {}),
+            **({"preserve_prompt": preserve_prompt(row, header.preserve)} if header.preserve else {}),
         }
     )
 

@@ -1,15 +1,18 @@
 """How large the rows of a dataset are, without encoding them: from a finished cache, or from the images' headers."""
 
 import functools
+import itertools
+import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from data_prep.cache.index import CacheFolder, find_index
+from data_prep.cache.index import REBUILD, CacheFolder, find_index
+from data_prep.cache.keys import preserve_prompt
 from data_prep.cache.order import draws_per_epoch
 from data_prep.errors import InputError
 from data_prep.model.geometry import LATENT_CELL, Geometry, Size
@@ -32,6 +35,12 @@ def num_tokens(size: Size) -> int:
     return (size.height // TOKEN_SIDE) * (size.width // TOKEN_SIDE)
 
 
+def has_own_source(target: Size, references: Sequence[Size]) -> bool:
+    """Whether the bridge's source has latents beside the references': it is at the target's size, and none of them is. Text to
+    image has no source."""
+    return bool(references) and target not in references
+
+
 @dataclass(frozen=True)
 class RowSize:
     """One row. Sizes are in pixels, of the images or of what is already cached: a geometry is idempotent."""
@@ -39,7 +48,7 @@ class RowSize:
     target: Size
     references: tuple[Size, ...]
     text_tokens: int
-    """Length of the prompt embeddings, instruction and images as Qwen2.5-VL sees them."""
+    """Length of the longest prompt embedding, instruction and images as Qwen2.5-VL sees them."""
     bridge: int | None = None
     """Which reference the bridge starts from, for sizes of images; None for what is already cached."""
     max_pixels: int | None = None
@@ -115,10 +124,10 @@ def record_bytes(latent_tokens: int, text_tokens: int, text_width: int, num_prom
     """What a cached record takes on disk, in 16 bits a value.
 
     Args:
-        latent_tokens: of the target, the source at the target's size, and the references.
+        latent_tokens: of the target, the references, and the source where none of these is of the target's size.
         text_tokens: length of the prompt embeddings.
         text_width: of the text encoder's hidden states.
-        num_prompts: embeddings per row: 2 with caption dropout.
+        num_prompts: embeddings per row: one more with caption dropout, and one more where instructions are preserved.
     """
     return 2 * (latent_tokens * VALUES_PER_TOKEN + num_prompts * text_tokens * text_width)
 
@@ -127,7 +136,12 @@ def cache_bytes(data: DatasetSizes, geometry: Geometry, text_width: int, num_pro
     """What all records take, each with the longest text of its bucket. Arguments as in `record_bytes`."""
     per_row = sum(
         bucket.share
-        * record_bytes(num_tokens(bucket.target) + bucket.image_tokens, bucket.text_tokens, text_width, num_prompts)
+        * record_bytes(
+            bucket.image_tokens + has_own_source(bucket.target, bucket.references) * num_tokens(bucket.target),
+            bucket.text_tokens,
+            text_width,
+            num_prompts,
+        )
         for bucket in data.buckets(geometry)
     )
     return round(per_row * data.num_rows)
@@ -139,13 +153,16 @@ def cached_sizes(
     fingerprint: str | None = None,
     geometry: Geometry | None = None,
     caption_dropout: bool = False,
+    preserve: tuple[str, ...] = (),
 ) -> DatasetSizes:
     """The sizes of all records of a dataset in a cache; no records are read. Arguments as `find_index` has them.
 
     Raises:
-        InputError: as `find_index`.
+        InputError: as `find_index`, or it lacks the instructions to preserve.
     """
-    index = find_index(CacheFolder(folder), dataset, fingerprint, geometry, caption_dropout)
+    index = find_index(CacheFolder(folder), dataset, fingerprint, geometry, caption_dropout, preserve=preserve)
+    if preserve and index.header.preserve != preserve:
+        raise InputError(f"the cache at {folder} lacks what data.preserve_prompts asks for: {REBUILD}")
     lines, largest = index.lines, index.header.geometry.max_pixels
     latents = {bucket: _bucket_sizes(bucket) for bucket in lines.column("bucket").unique().to_pylist()}
 
@@ -168,7 +185,11 @@ def _bucket_sizes(bucket: str) -> tuple[Size, tuple[Size, ...]]:
 
 
 def estimated_sizes(
-    rows: Iterable[Row | RejectedRow], geometry: Geometry, vision_side: int = 28, limit: int = 500
+    rows: Iterable[Row | RejectedRow],
+    geometry: Geometry,
+    vision_side: int = 28,
+    limit: int = 500,
+    preserve: Sequence[str] = (),
 ) -> DatasetSizes:
     """The sizes of rows that are not cached yet, from their images' headers, with the text's length estimated.
 
@@ -176,28 +197,36 @@ def estimated_sizes(
 
     Args:
         vision_side: pixels of the side of one vision token in the text.
-        limit: rows to look at, evenly spaced.
+        limit: about how many to look at: some rows, evenly spread, at all areas and in all versions.
+        preserve: instructions of which each row has one more embedding.
 
     Raises:
         InputError: no row can be used.
     """
     usable = [row for row in rows if isinstance(row, Row)]
-    step = max(1, -(-len(usable) // limit))
-    sizes = [size for row in usable[::step] if (size := _row_size(row, geometry, vision_side))]
+    sample = _sample(usable, limit)
+    sizes = [size for row in sample if (size := _row_size(row, geometry, vision_side, preserve))]
     if not sizes:
-        raise InputError(
-            f"the images of none of {len(usable[::step])} rows can be read: look at data.dataset and data.root"
-        )
+        raise InputError(f"the images of none of {len(sample)} rows can be read: look at data.dataset and data.root")
     looked = f"{len(sizes)} of {len(usable)} rows" if len(sizes) != len(usable) else f"{len(sizes)} rows"
     return DatasetSizes(tuple(sizes), len(usable), f"the image headers of {looked}; text lengths estimated")
 
 
-def _row_size(row: Row, geometry: Geometry, vision_side: int) -> RowSize | None:
+def _sample(rows: Sequence[Row], limit: int) -> list[Row]:
+    """One of every few rows with all of its versions, which follow each other; which one is drawn, for a fixed step would meet
+    the same kind of row again and again where kinds take turns."""
+    whole = [list(versions) for _, versions in itertools.groupby(rows, key=lambda row: row.number)]
+    step, rng = max(1, -(-len(rows) // limit)), random.Random(0)
+    return [row for start in range(0, len(whole), step) for row in rng.choice(whole[start : start + step])]
+
+
+def _row_size(row: Row, geometry: Geometry, vision_side: int, preserve: Sequence[str]) -> RowSize | None:
     sizes = [image_size(path) for path in (row.image, *row.edit_image)]
     target, *references = sizes
     if target is None or None in references:
         return None
-    words = estimated_tokens(row.prompt)
+    texts = [row.prompt, preserve_prompt(row, preserve)] if preserve else [row.prompt]
+    words = max(map(estimated_tokens, texts))
     sizes = [size for size in references if size]
     if row.augmentation:  # where its crop lies depends on the mask, which is not read
         target = _cropped(target, row.augmentation.side)

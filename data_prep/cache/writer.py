@@ -350,7 +350,7 @@ class _Stored:
             "key": keyed.key,
             "id": keyed.row.id,
             "bucket": bucket,
-            "text_tokens": texts["prompt"][2],
+            "text_tokens": max(tokens for _, _, tokens in texts.values()),
             "latents": {"shard": shard, "place": place},
             **{name: {"shard": where, "place": place} for name, (where, place, _) in texts.items()},
             "row": row_json(keyed.row),

@@ -15,11 +15,12 @@ from data_prep.rows.images import MASK_TOLERANCE
 
 SIDED = re.compile(
     r"\b((left|right)(most|wards?|y)?|(anti|counter)?-?clockwise|mirror\w*|flip\w*|(east|west)(ern)?)\b|\b(words?|texts?|letters?|letterings?|captions?|fonts?|digits?|numbers?)\b"
-    r"|\b(signs?|logos?|labels?|slogans?|titles?|writ\w+|spell\w*|says?|reads?|typograph\w+|watermarks?|subtitles?)\b"
-    r"|[\"“”«»「」『』]|左|右|顺时针|逆时针|镜像|翻转|文字|文本|字母|数字|字体|标志|标识|标题|标语|水印|字幕|写|字",
+    r"|\b(signs?|logos?|labels?|slogans?|titles?|\w*writ\w+|spell\w*|says?|reads?|typograph\w+|watermarks?|subtitles?)\b"
+    r"|[\"“”«»「」『』‘‚‹›]|(?<!\w)['’]|左|右|顺时针|逆时针|镜像|翻转|文字|文本|字母|数字|字体|标志|标识|标题|标语|水印|字幕|写|字",
     re.IGNORECASE,
 )
-"""What an instruction says that is another thing in a mirror: sides, turns, and writing. English and Chinese."""
+"""What an instruction says that is another thing in a mirror: sides, turns, and writing. English and Chinese.
+A single quotation mark counts where no letter is before it: behind one it is an apostrophe."""
 
 
 class Box(NamedTuple):

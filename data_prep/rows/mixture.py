@@ -1,6 +1,6 @@
 """Several datasets as one: how often each is drawn, at which areas, and in which further versions of its rows."""
 
-from collections import Counter
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,15 +59,16 @@ def _is_trained(row: Row | RejectedRow) -> TypeGuard[Row]:
 
 
 def names(sources: Sequence[DatasetSource]) -> list[str]:
-    """What the ids of each dataset's rows begin with: the file's name without its ending, and a number where two have the same.
-    Empty for a single dataset."""
+    """What the ids of each dataset's rows begin with: the file's name without its ending, and the next free number where two
+    have the same. Empty for a single dataset."""
     if len(sources) == 1:
         return [""]
-    stems, seen = [Path(source.dataset).stem for source in sources], Counter()
-    found = []
+    stems = [Path(source.dataset).stem for source in sources]
+    taken, found = set(stems), []
     for stem in stems:
-        seen[stem] += 1
-        found.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        found.append(stem if stem not in found else next(name for name in numbered if name not in taken))
+        taken.add(found[-1])
     return found
 
 

@@ -14,8 +14,9 @@ from eval.request.metadata import read_metadata
 from tests.commands import run_script
 from tests.train.model.test_adapter import inputs
 from tests.train.test_run import metrics
-from train.builders import attach_configured, check_adapters, preserved_prompts
+from train.builders import attach_configured, check_adapters
 from train.config import compose
+from train.config.training_rows import preserved_prompts
 from train.model.denoiser import load_denoiser
 
 LOKR = ["adapter=lokr", "adapter.rank=4", "adapter.decompose_factor=4", "optim=prodigy", "+optim.d0=1e-3"]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
+from data_prep.rows.rows import RejectedRow
 from eval.qwen.weights.components import load_placed_denoiser
 from eval.request.knobs import AdapterUse
 from eval.request.metadata import read_metadata
@@ -26,7 +27,7 @@ from tests.adapters import use_adapters
 from tests.children import started, wait_until
 from tests.commands import run_script, warm_python
 from train.config import compose, read_yaml
-from train.phases import read_split, run
+from train.phases import other_splits, read_split, rejected_share, run
 
 TIMING = ("seconds/", "samples_per_s", "memory_peak_gib")
 
@@ -57,6 +58,32 @@ def test_rows_of_the_split_train_are_trained_on_and_no_others(tmp_path):
     training, held_out = read_split(compose(["+exp=tiny_lbm", f"data.dataset={tmp_path}/rows.json"]))
     assert [row.number for row in training] == [1, 4]
     assert [row.number for row in held_out] == [2]
+
+
+def test_a_split_that_nobody_reads_is_named(tmp_path):
+    splits = ["train", "val", "val", "test", "validation"]
+    rows = [{"prompt": "p", "image": "a.png", "edit_image": "b.png", "split": split} for split in splits]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = compose(["+exp=tiny_lbm", f"data.dataset={tmp_path}/rows.json"])
+    told = " (2 have split=val, 1 have split=test, which is left alone: is it meant for validation?)"
+    assert other_splits(config) == told
+    (tmp_path / "rows.json").write_text(json.dumps([rows[0], rows[-1]]))
+    assert other_splits(config) == ""
+
+
+def test_a_run_tells_how_much_of_the_draws_rejected_rows_had(tmp_path):
+    """Of the datasets' weights 3 and 1, half of the second."""
+    pair = {"prompt": "p", "image": "a.png", "edit_image": "b.png"}
+    for name, count in ("a", 5), ("b", 2):
+        (tmp_path / f"{name}.json").write_text(json.dumps([pair] * count))
+    weights = [f"{{dataset: {tmp_path}/{name}.json, weight: {weight}}}" for name, weight in (("a", 3), ("b", 1))]
+    rows, _ = read_split(compose(["+exp=tiny_lbm", f"data.dataset=[{', '.join(weights)}]"]))
+    rejected = [
+        RejectedRow(2, "b/row-000002", "a.png", "broken"),
+        RejectedRow(9, "b/row-000009", "b.json", "no prompt"),
+    ]
+    assert rejected_share(rows, rejected) == pytest.approx(1 / 8)
+    assert rejected_share(rows, []) == 0
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -5,7 +5,7 @@ from pkgutil import resolve_name
 
 from data_prep.rows.augmentation import Augment
 from data_prep.rows.mixture import DatasetSource, read_mixture
-from data_prep.rows.rows import RejectedRow, Row, read_rows
+from data_prep.rows.rows import EMPTY_PROMPT, RejectedRow, Row, read_rows
 from train.config.sections import Config
 
 
@@ -38,3 +38,12 @@ def validation_rows(config: Config) -> Iterator[Row | RejectedRow]:
 def dataset_names(config: Config) -> str:
     """What `data.dataset` names, for people."""
     return ", ".join(each.dataset for each in config.data.datasets)
+
+
+def preserved_prompts(config: Config) -> tuple[str, ...]:
+    """The instructions that `loss.preserve` needs; none where it is 0."""
+    if not config.loss.get("preserve"):
+        return ()
+    return tuple(
+        prompt if prompt.strip() else EMPTY_PROMPT for prompt in config.data.preserve_prompts or [EMPTY_PROMPT]
+    )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from train.model.adapter_reader import LowRank, ends_in, linear_modules
+from train.model.adapter_reader import LowRank, ends_in, fused_weight, linear_modules
 from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser
 from train.model.extra.extras import Extras, ExtraWeights
@@ -138,7 +138,7 @@ class Adapter:
     @torch.no_grad()
     def start_from(self, path: Path, parts: Mapping[str, LowRank], extra: ExtraWeights | None = None) -> None:
         """Makes this adapter compute what another does. What has a larger rank here keeps its own A there, with B zero; what is
-        trained in full here gets the product into its weight.
+        trained in full here gets the other, of whatever kind, into its weight.
 
         Args:
             path: of the other's file, for messages.
@@ -152,9 +152,8 @@ class Adapter:
         if extra:
             self.extras.start_from(extra)
         for name, part in parts.items():
-            if name not in self.layers and f"{name}.weight" in mine and part.magnitude is None:
-                weight = mine[f"{name}.weight"]
-                weight.add_(part.up.to(weight.device) @ part.down.to(weight.device))
+            if name not in self.layers and (weight := mine.get(f"{name}.weight")) is not None:
+                weight.copy_(fused_weight(weight, part))
                 continue
             if name not in self.layers:
                 raise InputError(

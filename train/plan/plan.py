@@ -11,7 +11,7 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.rows.rows import Row
 from train.config import Config
-from train.config.training_rows import configured_rows
+from train.config.training_rows import configured_rows, preserved_prompts
 from train.plan.advice import Suggestion, caching_advice, faster_strategy, training_advice
 from train.plan.gpus import GIB, Gpu
 from train.plan.planner import (
@@ -218,12 +218,14 @@ def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
         InputError: the dataset cannot be read, or none of its rows can be used.
     """
     geometry, dropout = geometry_of(config), config.data.caption_dropout > 0
+    preserve = preserved_prompts(config)
     rows = [row for row in configured_rows(config) if isinstance(row, Row) and row.split == "train"]
     with contextlib.suppress(InputError):
-        return cached_sizes(config.cache.dir, str(DatasetDigest(rows)), geometry=geometry, caption_dropout=dropout)
+        digest = str(DatasetDigest(rows))
+        return cached_sizes(config.cache.dir, digest, None, geometry, dropout, preserve)
     vision = model.config("text_encoder").get("vision_config", {})
     side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-    return estimated_sizes(rows, geometry, side)
+    return estimated_sizes(rows, geometry, side, preserve=preserve)
 
 
 def make_plan(

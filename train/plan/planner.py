@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.cache.sizes import Bucket, DatasetSizes, cache_bytes
+from data_prep.cache.sizes import Bucket, DatasetSizes, cache_bytes, has_own_source
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
 from train.config import Config
@@ -145,12 +145,12 @@ class Planner:
         )
 
     def caching_flops(self, config: Config) -> float:
-        """Operations of phase 1 for one row, on average: its target, its references, the source where its size is another one,
+        """Operations of phase 1 for one row, on average: its target, its references, the source where it is none of these,
         and its instructions."""
         total = 0.0
         for bucket in self.buckets(config):
             images = [bucket.target, *bucket.references]
-            images += [bucket.target] * (bucket.target not in bucket.references)
+            images += [bucket.target] * has_own_source(bucket.target, bucket.references)
             pixels = sum(size.height * size.width for size in images)
             text = prompts_per_row(config) * self.encoders.text_flops(bucket.text_tokens)
             total += bucket.share * (pixels * self.encoders.flops_per_pixel + text)
@@ -316,7 +316,8 @@ class Planner:
         return self.encoders.decode_bytes(self.longest(config).target.latent, config.validate.get("batch_size", 1))
 
     def cache_bytes(self, config: Config) -> int:
-        """Of the training rows' records: latents of target, source and references, and prompt embeddings."""
+        """Of the training rows' records: latents of target and references, of the source where no reference is of the
+        target's size, and prompt embeddings."""
         return cache_bytes(self.data, geometry_of(config), self.text_width, prompts_per_row(config))
 
     def num_lora(self, config: Config) -> int:

@@ -89,6 +89,7 @@ class SaveRow:
             "split": row.split,
             "tag": row.tag,
             "group": group,
+            "weight": row.weight if row.weight != 1 else None,
         }
 
     def _saved(self, name: str, path: Path, out: Path) -> Path:

@@ -157,6 +157,7 @@ def _values(row: Row) -> dict[str, Any]:
         "split": row.split,
         "tag": row.tag,
         "group": row.group,
+        "weight": row.weight if row.weight != 1 else None,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cache.sizes import num_tokens, record_bytes, text_length
+from data_prep.cache.sizes import has_own_source, num_tokens, record_bytes, text_length
 from data_prep.check.measures.column_store import FIELDS, TRAINED, VALIDATED, Columns
 from data_prep.model.geometry import Geometry, Size
 
@@ -83,7 +83,8 @@ def lay_out(
         target, references = target_size(group.target), reference_sizes(group.references, group.target, group.bridge)
         if group.trained:
             buckets[target, references] += group.trained
-        latents = 2 * num_tokens(target) + sum(map(num_tokens, references))
+        own = 1 + has_own_source(target, references)
+        latents = own * num_tokens(target) + sum(map(num_tokens, references))
         image_text = text_length(0, group.references, geometry, vision_side)
         total += group.cached * record_bytes(latents, image_text, text_width) + record_bytes(0, group.words, text_width)
     found = [Bucket(*key, count) for key, count in buckets.items()]

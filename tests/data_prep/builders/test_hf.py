@@ -208,13 +208,14 @@ def test_lists_of_sources_and_white_means_edit(tmp_path, hf):
         (32, 32), Image.Resampling.NEAREST
     )
     row = {"refs": [encode(picture(1)), encode(picture(2).convert("P"))], "image": encode(picture(3, (32, 32))),
-           "prompt": "p", "region": encode(mask)}  # fmt: skip
+           "prompt": "p", "region": encode(mask), "weight": 2.5}  # fmt: skip
     table = as_dataset([row], "image", "region").cast_column("refs", datasets.List(datasets.Image()))
     table.save_to_disk(tmp_path / "data")
     columns = ("--column", "edit_image=refs", "--column", "back_mask=region")
     hf("--dataset", tmp_path / "data", *columns, "--mask", "edit")
     (made,) = dataset(tmp_path / "out")
     assert made["edit_image"] == ["images/train-00000000-refs-1.png", "images/train-00000000-refs-2.png"]
+    assert made["weight"] == 2.5
     saved = np.asarray(Image.open(tmp_path / "out" / made["back_mask"]))
     assert np.array_equal(saved, 255 - np.asarray(mask))
 

@@ -134,6 +134,7 @@ def folder(tmp_path_factory):
             "tag": "add",
             "group": "g",
             "split": "validation",
+            "weight": 2.5,
         },
         {"image": "target.png", "edit_image": ["other.png", "large.png"], "bridge_image": 1, "id": "a/large"},
         {"image": "source.png", "edit_image": "source.png", "id": "same"},
@@ -169,6 +170,7 @@ def test_masks_from_differences(folder):
 
     row = rows["paste"]
     assert (row["tag"], row["group"], row["split"], row["prompt"]) == ("add", "g", "validation", "paste")
+    assert [each.get("weight") for each in rows.values()] == [2.5, None, None, None, None]
     assert row["image"] == str(folder / "target.png")
     assert rows["a/large"]["bridge_image"] == 1
     for id in ("paste", "a/large"):

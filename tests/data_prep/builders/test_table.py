@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data_prep.builders.table import command
 from data_prep.rows.rows import Row, read_rows
+from data_prep.rows.tables import COLUMNS as OF_A_DATASET
 from tests.pictures import dataset, prepare, rejected, save
 
 ROWS = [
@@ -70,17 +72,22 @@ def test_every_format_gives_the_same_dataset(name, photos, tmp_path):
 
 def test_columns_of_a_dataset_need_no_map_and_paths_below_out_become_relative(photos, tmp_path):
     (photos / "rows.csv").write_text(
-        'prompt,image,edit_image,bridge_image,split,group,colour\np,t/2.png,"[""s/1.png"", ""s/2.png""]",1,validation,g,red\n'
+        "prompt,image,edit_image,bridge_image,split,group,weight,colour\n"
+        'p,t/2.png,"[""s/1.png"", ""s/2.png""]",1,validation,g,2.5,red\n'
     )
     done = prepare("table", "--table", photos / "rows.csv", "--out", photos)
     assert dataset(photos) == [
         {"id": "row-000001", "prompt": "p", "image": "t/2.png", "edit_image": ["s/1.png", "s/2.png"], "bridge_image": 1,
-         "split": "validation", "group": "g"},
+         "split": "validation", "group": "g", "weight": 2.5},
     ]  # fmt: skip
     assert "columns that are not used: colour" in done.stdout
     (row,) = read_rows(photos / "dataset.jsonl")
     assert isinstance(row, Row)
-    assert row.image == photos / "t/2.png"
+    assert (row.image, row.weight) == (photos / "t/2.png", 2.5)
+
+
+def test_the_help_names_every_column():
+    assert [name for name in OF_A_DATASET if name not in str(command.__doc__)] == []
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,11 @@ def test_instructions_that_are_preserved_count_where_there_are_some(tmp_path):
     assert [prompts_of(each, kept[2])["preserve_prompt"] for each in (row, replace(other, prompt=row.prompt))] == [
         "blur it"
     ] * 2
+    later = replace(row, number=row.number + 1)
+    two = replace(plain, preserve=("blur it", "make it brighter"))
+    assert prompts_of(row, two) != prompts_of(later, two)
+    assert record_key(row, two) != record_key(later, two), "rows that moved have other instructions"
+    assert record_key(row, plain) == record_key(later, plain)
     alone = replace(plain, preserve=(row.prompt,))
     assert prompts_of(row, alone)["preserve_prompt"] == " ", "one's own instruction is not another one"
 

@@ -151,21 +151,26 @@ def test_no_negative_prompt_is_the_empty_instruction_as_in_the_editor(tmp_path, 
 
 def test_each_row_has_one_of_the_instructions_that_are_preserved(tmp_path, tiny_model_dir):
     """Encoded with its own pictures, beside what is there; batches have them, and a cache without them is refused."""
+    long = "make it red, all of it, and leave nothing as it was before"
     dataset, cache = write_dataset(tmp_path, write_rows(tmp_path, 2)), tmp_path / "cache"
     cache_dataset(dataset, cache, tiny_model_dir)
-    asked = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "preserve": ("blur it", "make it red")}
+    asked = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "preserve": ("blur it", long)}
     with pytest.raises(InputError, match=r"lacks what data.preserve_prompts asks for: rebuild it"):
         BatchStream(CacheReader(cache), **asked)
-    assert cache_dataset(dataset, cache, tiny_model_dir, preserve=["blur it", "make it red"]).num_encoded == 2
+    assert cache_dataset(dataset, cache, tiny_model_dir, preserve=["blur it", long]).num_encoded == 2
     assert sum(len(read_arrow(path)) for path in (cache / "latents").iterdir()) == 2, "no picture is encoded again"
     reader, encoder = CacheReader(cache, preserve=asked["preserve"]), load_encoders(tiny_model_dir).prompt_encoder
-    for record, prompt in zip(reader, ("make it red", "blur it"), strict=True):
+    for record, prompt in zip(reader, (long, "blur it"), strict=True):
         path = Path(record.row["edit_image"][0])
         vision = stretch(open_image(path), GEOMETRY.vision_size(Size.of(open_image(path))))
         assert torch.equal(record.preserve_prompt_emb, encoder.encode(prompt, [vision]))
         batch = collate([record])
         assert torch.equal(batch.preserved.prompt_emb[0], record.preserve_prompt_emb)
     assert CacheReader(cache)[0].preserve_prompt_emb is None
+    lengths = [max(len(record.prompt_emb), len(record.preserve_prompt_emb)) for record in reader]
+    assert [row.text_tokens for row in cached_sizes(cache, preserve=asked["preserve"]).rows] == lengths
+    with pytest.raises(InputError, match=r"lacks what data.preserve_prompts asks for"):
+        cached_sizes(cache, preserve=("sharpen it",))
 
 
 def test_an_index_from_before_instructions_were_preserved_is_read(tmp_path, tiny_model_dir):

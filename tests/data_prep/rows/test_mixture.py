@@ -87,6 +87,8 @@ def test_a_rows_versions_are_the_same_beside_other_datasets(tmp_path):
 def test_datasets_of_one_name_are_told_apart():
     sources = [DatasetSource(path) for path in ("a/pairs.json", "b/pairs.json", "owner/photos")]
     assert names(sources) == ["pairs", "pairs-2", "photos"]
+    sources = [DatasetSource(path) for path in ("a/p.json", "b/p.json", "p-2.json", "c/p.json")]
+    assert names(sources) == ["p", "p-3", "p-2", "p-4"]
 
 
 def test_rows_without_a_source_are_taken_where_they_can_be_trained(tmp_path):

@@ -17,10 +17,11 @@ from eval.request.metadata import read_metadata
 from tests.adapters import fuse_adapters, use_adapters
 from tests.train.model.test_denoiser import make_condition, run_reference
 from train.config import DEFAULT_TARGETS as TARGETS
-from train.model.adapter import Adapter, attach_lora, match_modules
+from train.model.adapter import Adapter, attach_lokr, attach_lora, match_modules
 from train.model.adapter_files import adapter_file
 from train.model.adapter_reader import fused, linear_modules, read_adapter
 from train.model.denoiser import Denoiser, load_denoiser
+from train.model.extra.extras import attach_extras
 
 TOLERANCE = 1e-4  # relative to the largest velocity: the others add the low-rank product to the base weight first
 
@@ -106,6 +107,27 @@ def test_ranks_and_scales_by_module(tiny_model_dir):
     for name in "rank_pattern", "alpha_pattern":
         with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no linear layer"):
             attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, **{name: {"to_qq": 3}})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_what_is_trained_in_full_starts_as_what_the_adapter_made_of_it(tiny_model_dir, tmp_path, kind):
+    denoiser = fresh(tiny_model_dir)
+    base = denoiser.dit.proj_out.weight.clone()
+    if kind == "lokr":
+        other = attach_lokr(denoiser, 4, 8, ["proj_out"], False, 4)
+        for seed, weight in enumerate(other.parameters()):
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+    else:
+        other = trained(denoiser, target_modules=["proj_out"], dora=kind == "dora")
+    velocity = denoiser(*inputs(denoiser))
+    other.export(tmp_path, {})
+    file, started = tmp_path / "adapter_model.safetensors", fresh(tiny_model_dir)
+    adapter = attach_lora(started, 4, 4, ["to_q"], train_modules=["proj_out"])
+    adapter.extras = attach_extras(started, ["proj_out"], {})
+    adapter.start_from(file, read_adapter(file, linear_modules(started.dit)))
+    assert not torch.allclose(adapter.named_parameters()["proj_out.weight"], base, atol=1e-2)
+    assert close(started(*inputs(started)), velocity)
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 import json
 import math
+from collections import defaultdict
+from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,21 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_prep.cache.sizes import Bucket, DatasetSizes, RowSize, estimated_sizes, image_size
+from data_prep.cache.sizes import (
+    Bucket,
+    DatasetSizes,
+    RowSize,
+    cache_bytes,
+    estimated_sizes,
+    estimated_tokens,
+    image_size,
+)
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
-from data_prep.rows.rows import read_rows
+from data_prep.rows.augmentation import Augment
+from data_prep.rows.mixture import DatasetSource, read_mixture
+from data_prep.rows.rows import Row, read_rows
 from losses.batch import Condition
 from scripts.gpu_smoke import REAL
 from tests.caching import cached
@@ -37,6 +50,8 @@ SMALL = REAL.config("transformer") | {
     "attention_head_dim": 32,
     "axes_dims_rope": [8, 12, 12],
 }
+LONG = "leave everything in this picture exactly as it was before, down to the smallest of its details"
+PRESERVED = ["loss.preserve=0.5", f"data.preserve_prompts=['Keep it.','{LONG}']"]
 LORA = LoraSizes(8, tuple(DEFAULT_TARGETS))
 BUCKETS = [
     Bucket(Size(256, 256), (Size(256, 256),), 40, 1.0),
@@ -287,9 +302,7 @@ def test_a_finished_cache_tells_the_true_lengths(tiny_cache, tiny_pairs, tiny_mo
     assert sorted(row.text_tokens for row in sizes.rows) == sorted(len(record.prompt_emb) for record in records)
     plan = make_plan(config, ModelDirectory(tiny_model_dir), sizes, 1, find_gpu("H100"), build_optimizer)
     stored = (
-        tensor
-        for record in records
-        for tensor in (record.target_latents, record.source_latents, *record.edit_latents, record.prompt_emb)
+        tensor for record in records for tensor in (record.target_latents, *record.edit_latents, record.prompt_emb)
     )
     assert plan.cache_bytes == pytest.approx(sum(tensor.nbytes for tensor in stored), rel=0.1)  # texts: the longest
     assert plan.fits
@@ -321,6 +334,61 @@ def test_reads_sizes_upright_and_skips_what_is_unusable(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
     with pytest.raises(InputError, match="none of 2 rows"):
         estimated_sizes(read_rows(tmp_path / "rows.json"), geometry)
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "augment"),
+    [({64 * 64: 1.0, 128 * 128: 3.0}, Augment()), ({}, Augment(1, crop=0.5)), ({}, Augment(3, crop=0.5))],
+    ids=["two areas", "one copy", "three copies"],
+)
+def test_a_sample_of_many_rows_has_all_versions_alike(resolutions, augment, tmp_path):
+    """However many rows there are: an even step would meet the same version of each."""
+    Image.new("RGB", (128, 128)).save(tmp_path / "p.png")
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"prompt": "turn", "image": "p.png", "edit_image": "p.png"}] * 1000)
+    )
+    source = DatasetSource(str(tmp_path / "rows.json"), resolutions=resolutions)
+    rows = [row for row in read_mixture([source], augment) if isinstance(row, Row)]
+    sizes = estimated_sizes(rows, Geometry(64 * 64))
+    assert 200 < len(sizes.rows) <= 500
+
+    def shares(seen: Iterable[Row | RowSize]) -> dict[object, float]:
+        """Of the draws, by area and by whether there is a crop."""
+        found: dict[object, float] = defaultdict(float)
+        for row in seen:
+            whole = row.augmentation is None if isinstance(row, Row) else row.target == Size(128, 128)
+            found[row.max_pixels, whole] += row.weight
+        return {key: weight / sum(found.values()) for key, weight in found.items()}
+
+    assert shares(sizes.rows) == pytest.approx(shares(rows), abs=0.02)  # a crop may be of nearly all
+
+
+def test_instructions_that_are_preserved_are_as_long_as_they_are(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "p.png")
+    rows = [{"prompt": "turn it around", "image": "p.png", "edit_image": "p.png"}] * 2
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["+exp=tiny_lbm", f"data.dataset={tmp_path}/rows.json", f"cache.dir={tmp_path}/none"]
+    plain, kept = (dataset_sizes(compose([*words, *more]), REAL).rows for more in ((), PRESERVED))
+    more = estimated_tokens(LONG) - estimated_tokens("turn it around")
+    assert [row.text_tokens for row in kept] == [plain[0].text_tokens + more, plain[1].text_tokens], "they take turns"
+
+
+@pytest.mark.parametrize(
+    ("references", "images"), [((), 1), ((64,), 2), ((64, 64), 3), ((32,), 2.25), ((32, 64), 2.25)]
+)
+def test_a_record_has_each_picture_once(references, images):
+    """A source of another size than its target is there at the target's too, and text to image has none."""
+    row = RowSize(Size(64, 64), tuple(Size(side, side) for side in references), 10)
+    assert cache_bytes(DatasetSizes((row,), 3, "a test"), Geometry(64 * 64), 100) == 3 * 2 * (
+        images * 16 * 64 + 10 * 100
+    )
+
+
+def test_text_to_image_has_no_source_to_encode(planner):
+    row, config, encoders = RowSize(Size(64, 64), (), 10), configure(), planner.encoders
+    alone = copy(planner)
+    alone._buckets = DatasetSizes((row,), 1, "a test").buckets
+    assert alone.caching_flops(config) == 64 * 64 * encoders.flops_per_pixel + encoders.text_flops(10)
 
 
 def test_text_length_of_the_published_tokenizer():
