@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from train.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from train.model.adapter_reader import LowRank, ends_in, linear_modules
+from train.model.adapter_reader import LowRank, ends_in, fused_weight, linear_modules
 from train.model.block import UNUSED_IN_LAST_BLOCK
 from train.model.denoiser import Denoiser
 from train.model.extra.extras import Extras, ExtraWeights
@@ -138,7 +138,7 @@ class Adapter:
     @torch.no_grad()
     def start_from(self, path: Path, parts: Mapping[str, LowRank], extra: ExtraWeights | None = None) -> None:
         """Makes this adapter compute what another does. What has a larger rank here keeps its own A there, with B zero; what is
-        trained in full here gets the product into its weight.
+        trained in full here gets the other into its weight.
 
         Args:
             path: of the other's file, for messages.
@@ -146,15 +146,15 @@ class Adapter:
             extra: of the other (`read_extras`).
 
         Raises:
-            InputError: the other has a module that this one lacks, or more rank, or only one of them is a DoRA or a LoKr adapter.
+            InputError: the other has a module that this one lacks, or more rank, or only one of them has DoRA or LoKr in a layer.
         """
         mine = self.named_parameters()
         if extra:
             self.extras.start_from(extra)
         for name, part in parts.items():
-            if name not in self.layers and f"{name}.weight" in mine and part.magnitude is None:
+            if name not in self.layers and f"{name}.weight" in mine:
                 weight = mine[f"{name}.weight"]
-                weight.add_(part.up.to(weight.device) @ part.down.to(weight.device))
+                weight.copy_(fused_weight(weight, part))
                 continue
             if name not in self.layers:
                 raise InputError(
@@ -239,7 +239,7 @@ def attach_lora(
     """Injects trainable LoRA layers into the denoiser's transformer; B starts at zero, so nothing changes yet.
 
     Args:
-        alpha: the scale is alpha / rank; None: 1, whatever the rank of a module.
+        alpha: the scale is alpha / rank, which is that of all modules without a value in `alpha_pattern`; None: 1.
         target_modules: suffixes of linear modules' names, such as `to_q` or `img_mlp.net.2`.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
@@ -307,11 +307,12 @@ def ranks_and_alphas(
     rank_pattern: Mapping[str, int] | None,
     alpha_pattern: Mapping[str, float] | None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """By module, where they are other ones than `rank` and `alpha`. An alpha that is not set is the module's own rank."""
+    """By module, where they are other ones than `rank` and `alpha`. Where no pattern sets alpha, alpha / rank is the same."""
     known = linear_modules(dit)
     ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern", known)
-    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, alpha, "adapter.alpha_pattern", known)
-    alphas = {name: ranks[name] if own is None else own for name, own in alphas.items()}
+    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, None, "adapter.alpha_pattern", known)
+    default = {name: own if alpha is None else alpha * own / rank for name, own in ranks.items()}
+    alphas = {name: default[name] if own is None else own for name, own in alphas.items()}
     return (
         {name: own for name, own in ranks.items() if own != rank},
         {name: own for name, own in alphas.items() if own != (alpha or rank)},

@@ -95,7 +95,7 @@ def test_diffsynth_loads_it(tiny_model_dir, exported, capsys):
 
 
 def test_ranks_and_scales_by_module(tiny_model_dir):
-    """The longest suffix counts; alpha is a module's own rank unless it is set."""
+    """The longest suffix counts; alpha / rank is the same everywhere unless a pattern sets alpha."""
     ranks, alphas = {"net.2": 8, "img_mlp.net.2": 1}, {"to_q": 2.0, "txt_mlp.net.2": 16}
     adapter = attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, rank_pattern=ranks, alpha_pattern=alphas)
     block = "transformer_blocks.0"
@@ -103,6 +103,9 @@ def test_ranks_and_scales_by_module(tiny_model_dir):
     for name, (rank, scale) in expected.items():
         layer = adapter.layers[f"{block}.{name}"]
         assert (len(layer.lora_A["default"].weight), layer.scaling["default"]) == (rank, scale)
+    halved = attach_lora(fresh(tiny_model_dir), 4, 2, TARGETS, rank_pattern=ranks, alpha_pattern={"to_q": 1})
+    for name, layer in halved.layers.items():  # what no pattern names is scaled alike, whatever its rank
+        assert layer.scaling["default"] == (0.25 if name.endswith(".to_q") else 0.5), name
     for name in "rank_pattern", "alpha_pattern":
         with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no linear layer"):
             attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, **{name: {"to_qq": 3}})
