@@ -35,6 +35,7 @@ from train.model.layers.lora import LoraLinear, give_copies, is_plain
 
 Value = TypeVar("Value")
 PREFIX = "diffusion_model."
+NO_PATTERN = "adapter.rank_pattern=null, as adapter=lora has it"
 
 
 @dataclass
@@ -128,9 +129,11 @@ class Adapter:
         mine = self.named_parameters()
         wrong = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
         if wrong:
+            by_pattern = all(re.split(r"\.(?:lora|lokr)_", name)[0] in self.config.rank_pattern for name in wrong)
+            keys = "adapter.rank, rank_pattern, target_modules, train_modules and modules as they were"
             raise InputError(
-                f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: "
-                "set adapter.rank, target_modules, train_modules and modules as they were, or start a new run_dir"
+                f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: set "
+                f"{NO_PATTERN + ', or the pattern that it had' if by_pattern else keys}, or start a new run_dir"
             )
         for name, parameter in mine.items():
             parameter.copy_(state[name])
@@ -166,14 +169,14 @@ class Adapter:
             own = {key.removeprefix(f"{name}."): weight for key, weight in mine.items() if key.startswith(f"{name}.")}
             scale = self.layers[name].scaling["default"]
             if part.products:
-                _start_lokr(path, name, own, part.products[0].scaled(1 / scale))
+                self._start_lokr(path, name, own, part.products[0].scaled(1 / scale))
             else:
                 self._start_lora(path, name, own, part, scale)
 
     def _start_lora(self, path: Path, name: str, own: dict[str, nn.Parameter], part: LowRank, scale: float) -> None:
         down, up = own["lora_A.weight"], own["lora_B.weight"]
         if part.rank > len(down):
-            raise _more_rank(path, name, part.rank, len(down))
+            raise self._more_rank(path, name, part.rank, len(down))
         if (part.magnitude is not None) != self.dora:
             raise InputError(
                 f"{path} is {'a' if part.magnitude is not None else 'no'} DoRA adapter, and adapter.dora is "
@@ -184,6 +187,32 @@ class Adapter:
         if part.magnitude is not None:
             magnitude = own["lora_magnitude_vector.weight"]
             magnitude.copy_(part.magnitude.view_as(magnitude))
+
+    def _start_lokr(self, path: Path, name: str, own: dict[str, nn.Parameter], product: Kronecker) -> None:
+        """Gives a layer's factors these values. A product of a larger rank keeps what it has more of, times zero."""
+        for side, factor in ("lokr_w1", product.left), ("lokr_w2", product.right):
+            mine = [weight for key, weight in own.items() if key.startswith(side)]
+            sides, theirs = (len(mine[0]), mine[-1].shape[1]), (len(factor[0]), factor[-1].shape[1])
+            if len(mine) != len(factor) or sides != theirs:
+                raise InputError(
+                    f"{path} has another {side} in {name}, {_described(factor)} and not {_described(mine)}: set adapter.rank, "
+                    "decompose_both and decompose_factor as they were for it"
+                )
+            if len(mine) == 1:
+                mine[0].copy_(factor[0])
+                continue
+            rank = len(factor[1])
+            if rank > len(mine[1]):
+                raise self._more_rank(path, name, rank, len(mine[1]))
+            mine[0][:, :rank], mine[1][:rank], mine[1][rank:] = factor[0], factor[1], 0.0
+
+    def _more_rank(self, path: Path, name: str, rank: int, own: int) -> InputError:
+        why, mend = "here", f"adapter.rank={rank}, or adapter.rank_pattern for it"
+        if name in self.config.rank_pattern:
+            less = f" with adapter.rank={rank}" if rank > self.config.r else ""
+            why = "that adapter.rank_pattern gives it"
+            mend = f"{NO_PATTERN}{less}, or at least {rank} for this layer there"
+        return InputError(f"{path} has rank {rank} in {name}, more than the {own} {why}: set {mend}")
 
     @torch.no_grad()
     def export(self, folder: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
@@ -326,33 +355,8 @@ def _start(seed: int, name: str, like: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(*like.shape), a=5**0.5, generator=generator)
 
 
-def _start_lokr(path: Path, name: str, own: dict[str, nn.Parameter], product: Kronecker) -> None:
-    """Gives a layer's factors these values. A product of a larger rank keeps what it has more of, times zero."""
-    for side, factor in ("lokr_w1", product.left), ("lokr_w2", product.right):
-        mine = [weight for key, weight in own.items() if key.startswith(side)]
-        sides, theirs = (len(mine[0]), mine[-1].shape[1]), (len(factor[0]), factor[-1].shape[1])
-        if len(mine) != len(factor) or sides != theirs:
-            raise InputError(
-                f"{path} has another {side} in {name}, {_described(factor)} and not {_described(mine)}: set adapter.rank, "
-                "decompose_both and decompose_factor as they were for it"
-            )
-        if len(mine) == 1:
-            mine[0].copy_(factor[0])
-            continue
-        rank = len(factor[1])
-        if rank > len(mine[1]):
-            raise _more_rank(path, name, rank, len(mine[1]))
-        mine[0][:, :rank], mine[1][:rank], mine[1][rank:] = factor[0], factor[1], 0.0
-
-
 def _described(factor: Sequence[Tensor]) -> str:
     return " x ".join(f"({len(weight)}, {weight.shape[1]})" for weight in factor)
-
-
-def _more_rank(path: Path, name: str, rank: int, own: int) -> InputError:
-    return InputError(
-        f"{path} has rank {rank} in {name}, more than the {own} here: set adapter.rank={rank}, or adapter.rank_pattern for it"
-    )
 
 
 def _parts_of(name: str) -> tuple[str, str]:
