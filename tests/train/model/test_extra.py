@@ -185,6 +185,9 @@ def test_a_module_that_cannot_be_added_is_said(target):
 
 def test_wrong_names_are_answered_with_the_right_one(tiny_model_dir):
     denoiser = loaded(tiny_model_dir)
+    for name in "keys", "training":
+        with pytest.raises(InputError, match=rf"adapter.modules: the name {name} is taken .*: choose another"):
+            attach_extras(denoiser, [], {name: STE["ste"]})
     with pytest.raises(InputError, match="names 'norm_uot', which is no module with weights: did you mean 'norm_out'"):
         attached(denoiser, ["norm_uot"])
     with pytest.raises(InputError, match=r"takes all of adapter\.target_modules"):
