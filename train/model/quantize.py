@@ -276,14 +276,14 @@ def scaled_product(
     step = max(FEWEST_ROWS, SUMS_BYTES // (sums_type.itemsize * len(b)))
     finish = _finish(out.device)
     for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
-        finish(_sums(rows, b, out.dtype, fast=not add), factors, scale, bias, target, add)
+        finish(_sums(rows, b, out.dtype, fast=scale is not None), factors, scale, bias, target, add)
 
 
 def _sums(rows: Tensor, b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     """rows @ b', of int8 in int32, of fp8 in `dtype`.
 
     Args:
-        fast: fp8 is summed up in Hopper's faster registers, as torchao does it with outputs.
+        fast: fp8 is summed up in Hopper's faster registers, as torchao does it with outputs; gradients are summed in full.
     """
     if b.dtype == torch.int8:
         missing = FEWEST_ROWS - len(rows)

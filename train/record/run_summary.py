@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from train.record.run_files import BEST, CHECKPOINTS, METRICS
+from train.record.run_files import BEST, CHECKPOINTS, LATEST, METRICS
 
 RECENT = 100
 """Steps that a final loss is the mean of: a single step's is mostly the noise of its sigmas."""
@@ -31,6 +31,8 @@ def summarise(metrics: Path) -> dict[str, float]:
     best: dict[str, float] = {}
     with metrics.open() as lines:
         for line in lines:
+            if not line.endswith("\n"):  # the last of a run that was killed
+                break
             numbers = json.loads(line)
             step = numbers.pop("step")
             totals["final/step"] = step
@@ -66,10 +68,15 @@ def as_table(run_dirs: Sequence[Path]) -> Table:
     for folder, numbers in sorted(found, key=place):
         best, steps = judged[folder], f"{numbers.get('final/step', 0):.0f}"
         shown = f"{best['value']:.4g} {best['name']} at step {best['step']}" if best else ""
-        newest = (best or {"step": int(steps)})["step"]
+        newest = f"step-{best['step']:06d}" if best else _newest(folder / CHECKPOINTS)
         loss = f"{numbers['final/loss']:.4g}" if "final/loss" in numbers else ""
-        table.add_row(folder.name, steps, loss, shown, f"{folder / CHECKPOINTS}/step-{newest:06d}")
+        table.add_row(folder.name, steps, loss, shown, f"{folder / CHECKPOINTS}/{newest}" if newest else "")
     return table
+
+
+def _newest(checkpoints: Path) -> str:
+    """The name of the newest checkpoint; empty if there is none."""
+    return (checkpoints / LATEST).read_text(encoding="utf-8").strip() if (checkpoints / LATEST).exists() else ""
 
 
 def best_checkpoint(checkpoints: Path) -> dict[str, Any] | None:

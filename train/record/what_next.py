@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
-from data_prep.rows.rows import Row
+from data_prep.rows.rows import Row, read_rows
 from train.config import Config
 from train.config.training_rows import configured_rows, validation_rows
 from train.record.run_summary import best_checkpoint
@@ -33,12 +33,24 @@ def what_next(config: Config, checkpoints: Path, step: int, held_out: bool) -> s
         edit = [*words, *images, "--prompt", example.prompt, "--out", "result.png"]
         lines.append(f"  python eval/edit.py {shlex.join(edit)}")
     if held_out:
-        first = config.data.datasets[0]
-        data, root = (
-            (config.data.validation or first.dataset),
-            (config.data.root if config.data.validation else first.root),
-        )
-        score = [*words, "--dataset", data, *(["--root", root] if root else []), "--out", f"{config.run_dir}/scores"]
+        data, root = (config.data.validation, config.data.root) if config.data.validation else _with_held_out(config)
+        score = [
+            *words,
+            "--dataset",
+            str(data),
+            *(["--root", root] if root else []),
+            "--out",
+            f"{config.run_dir}/scores",
+        ]
         lines.append(f"  python eval/run.py {shlex.join(score)}")
     lines.append(f"  python eval/app.py {shlex.join(words[:2])}")
     return "\n".join(lines)
+
+
+def _with_held_out(config: Config) -> tuple[str, str | None]:
+    """The first dataset that has held-out rows, and its root."""
+    for each in config.data.datasets:
+        rows = read_rows(each.dataset, each.root, text_to_image=True)
+        if any(isinstance(row, Row) and row.split == "validation" and row.edit_image for row in rows):
+            return each.dataset, each.root
+    raise AssertionError("no dataset has held-out rows")

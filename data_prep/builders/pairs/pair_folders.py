@@ -22,7 +22,8 @@ NAMES = {
     "ref_gt": ("ref_gt", "ground_truth"),
     "caption": ("caption", "prompt"),
 }
-"""What a folder of each kind may be called, with an s too, in letters of any size; sources may be numbered: `before_2`."""
+"""What a folder of each kind may be called, the first that there is, with an s too, in letters of any size; sources may be
+numbered: `before_2`."""
 LAYOUT = (
     "it must hold folders of sources (source, before, input or original; several: source_1, source_2 …) and of targets "
     "(target, after, output, edited or result), and may hold mask, ref_gt and caption; --source and --target name others"
@@ -124,13 +125,17 @@ def find_pairs(folder: Path, sources: Sequence[str] = (), target: str | None = N
 
 
 def _called(folder: Path, kind: str) -> list[Path]:
-    """The folders in it that are called so, by name; what `source` begins counts as sources, as in `source_left`."""
-    plain = re.compile(rf"({'|'.join(NAMES[kind])})s?" + (r"[_ -]?\d*" if kind == "source" else ""), re.IGNORECASE)
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and (plain.fullmatch(path.name) or (kind == "source" and path.name.startswith("source")))
-    )
+    """The folders in it that have the first of the kind's names that any has; what `source` begins counts, as `source_left`."""
+    for name in NAMES[kind]:
+        plain = re.compile(rf"{name}s?" + (r"[_ -]?\d*" if kind == "source" else ""), re.IGNORECASE)
+        found = sorted(
+            path
+            for path in folder.iterdir()
+            if path.is_dir() and (plain.fullmatch(path.name) or (name == "source" and path.name.startswith(name)))
+        )
+        if found:
+            return found
+    return []
 
 
 def _only(folder: Path, kind: str) -> Path | None:

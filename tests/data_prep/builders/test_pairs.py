@@ -153,6 +153,7 @@ def test_any_text_can_be_a_template_or_fill_one(text, value):
     [
         (("before", "after"), (), ("before", "after")),
         (("Input 2", "input_1", "outputs", "masks"), (), ("Input 2", "input_1", "outputs")),
+        (("source", "target", "original", "results"), (), ("source", "target")),
         (("raw", "source", "final"), ("--source", "raw", "--target", "final"), ("raw", "final")),
     ],
 )
@@ -166,7 +167,7 @@ def test_folders_have_the_names_that_people_give_them(names, options, folders, t
 
 
 WRONG = {
-    "several folders of": lambda folder: (folder / "Results").mkdir(),
+    "several folders of": lambda folder: (folder / "Targets").mkdir(),
     "there is no folder raw in": lambda folder: ("--source", "raw"),
     "there are no instructions in": lambda folder: (),
     "unknown field {colour} in a prompt template: known here are {stem}, {folder}, {tag}": lambda folder: (

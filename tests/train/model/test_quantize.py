@@ -228,6 +228,7 @@ def test_layouts_that_gpus_take(weights):
     rows = max(5, watched.fewest)
     assert watched.shapes == [((rows, 96), (96, 64)), *[((rows, 64), (64, 96))] * 2]
     assert all(first[1] == 1 and second[0] == 1 for first, second in watched.strides)
+    assert watched.fast == ([True, False, False] if weights == "fp8" else [])
 
 
 @pytest.mark.parametrize("weights", EIGHT_BITS)
@@ -275,16 +276,15 @@ class Operands(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.shapes, self.strides, self.fewest = [], [], 0
+        self.shapes, self.strides, self.fewest, self.fast = [], [], 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten._scaled_mm, torch.ops.aten._int_mm):
             self.shapes.append(tuple(tuple(each.shape) for each in args[:2]))
             self.strides.append(tuple(each.stride() for each in args[:2]))
             self.fewest = FEWEST_ROWS if func.overloadpacket == torch.ops.aten._int_mm else 0
-        if func is torch.ops.aten._scaled_mm.out:  # it has no kernel there: the same checks without `out`
-            kwargs.pop("out").copy_(torch.ops.aten._scaled_mm.default(*args, **kwargs))
-            return None
+        if func.overloadpacket == torch.ops.aten._scaled_mm:
+            self.fast.append(args[7] if len(args) > 7 else kwargs.get("use_fast_accum", False))
         return func(*args, **(kwargs or {}))
 
 

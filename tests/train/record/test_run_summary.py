@@ -12,7 +12,8 @@ def cells(folder, runs: dict[str, dict | None]) -> list[list[str]]:
     for name, best in runs.items():
         (folder / name / "checkpoints").mkdir(parents=True)
         lines = [json.dumps({"step": step, "loss": step / 10}) for step in range(1, 6)]
-        (folder / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')  # killed while it wrote
+        (folder / name / "checkpoints/latest").write_text("step-000004\n")
         if best:
             (folder / name / "checkpoints/best.json").write_text(json.dumps(best))
     (folder / "multirun.yaml").touch()
@@ -29,7 +30,7 @@ def test_the_best_run_is_first(tmp_path, name, order):
     assert [row[0] for row in found] == [*order, "0 none"]
     assert found[0][1:4] == ["5", "0.3", f"{values[order[0]]} {name} at step 3"]
     assert found[0][4] == f"{tmp_path}/{order[0]}/checkpoints/step-000003"
-    assert found[-1][3:] == ["", f"{tmp_path}/0 none/checkpoints/step-000005"]
+    assert found[-1][3:] == ["", f"{tmp_path}/0 none/checkpoints/step-000004"]
 
 
 def test_nothing_trained_is_no_row(tmp_path):

@@ -1,5 +1,6 @@
 """What surrounds the matrix products in 8 bits, as Triton kernels: a pass over memory each, where PyTorch makes several."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def scale_sums(
     if rows:
         grid = rows, triton.cdiv(columns, BLOCK)
         given: Any = scale is not None, bias is not None, add, BLOCK  # Triton makes constants of them
-        _scale_sums[grid](sums, row_scale, scale, bias, out, columns, *given)
+        with _current(out):
+            _scale_sums[grid](sums, row_scale, scale, bias, out, columns, *given)
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -38,8 +40,14 @@ def turned(weight: Tensor) -> Tensor:
     result = weight.new_empty(columns, rows)
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
     side: Any = TILE
-    _turn[grid](weight.view(torch.uint8), result.view(torch.uint8), rows, columns, side)
+    with _current(weight):
+        _turn[grid](weight.view(torch.uint8), result.view(torch.uint8), rows, columns, side)
     return result
+
+
+def _current(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside, a tensor's GPU is the current one: Triton launches there, wherever the operands are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit
