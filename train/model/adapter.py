@@ -129,7 +129,9 @@ class Adapter:
         mine = self.named_parameters()
         wrong = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
         if wrong:
-            by_pattern = all(re.split(r"\.(?:lora|lokr)_", name)[0] in self.config.rank_pattern for name in wrong)
+            by_pattern = all(
+                re.split(r"\.(?:lora|lokr)_", name)[0] in (self.config.rank_pattern or {}) for name in wrong
+            )
             keys = "adapter.rank, rank_pattern, target_modules, train_modules and modules as they were"
             raise InputError(
                 f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: set "
@@ -208,7 +210,7 @@ class Adapter:
 
     def _more_rank(self, path: Path, name: str, rank: int, own: int) -> InputError:
         why, mend = "here", f"adapter.rank={rank}, or adapter.rank_pattern for it"
-        if name in self.config.rank_pattern:
+        if name in (self.config.rank_pattern or {}):
             less = f" with adapter.rank={rank}" if rank > self.config.r else ""
             why = "that adapter.rank_pattern gives it"
             mend = f"{NO_PATTERN}{less}, or at least {rank} for this layer there"

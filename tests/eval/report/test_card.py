@@ -175,5 +175,7 @@ def test_a_card_says_what_is_missed_without_the_second_file(adapter, report, pic
     assert "Beside `adapter_model.safetensors` stands `extra_modules.safetensors`" in text
     assert "`norm_out`, trained in full; the module `ste` (`train.model.extra.SpatialTemporalEncoder`)" in text
     assert ("load the LoRA and miss the rest" in text) == ("**It is more than LoRA.**" in text) == (kind == "lora")
-    assert ("ComfyUI loads the LoKr and misses the rest" in text) == ("It is more than LoKr" in text) == (kind == "lokr")
+    assert (
+        ("ComfyUI loads the LoKr and misses the rest" in text) == ("It is more than LoKr" in text) == (kind == "lokr")
+    )
     assert card.files[:2] == ["adapter_model.safetensors", "extra_modules.safetensors"]
