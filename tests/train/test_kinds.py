@@ -12,7 +12,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.request.metadata import read_metadata
 from tests.commands import run_script
-from tests.train.model.test_adapter import inputs
+from tests.train.model.test_extra import drawn, inputs
 from tests.train.test_run import metrics
 from train.builders import attach_configured, check_adapters
 from train.config import compose
@@ -98,15 +98,17 @@ def test_the_teacher_is_the_base_model_whose_answer_moves_no_further(runs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "weights"), [("lora", "bf16"), ("lora", "int8"), ("lokr", "bf16"), ("lokr", "int8"), ("ste", "bf16")]
+)
 def test_without_its_adapter_a_denoiser_is_the_base_model(tiny_model_dir, kind, weights):
     model = ModelDirectory.resolve(tiny_model_dir)
     base, denoiser = (load_denoiser(model, dtype=torch.float32, weights=weights) for _ in range(2))
-    config = compose(["+exp=tiny_lbm", "data.dataset=rows.json", f"adapter={kind}"])
+    config = compose(["+exp=tiny_lbm", "data.dataset=rows.json", f"adapter={kind}", "adapter.train_modules=[]"])
     adapter = attach_configured(denoiser, config)
-    for weight in adapter.parameters():
-        weight.add_(0.02)
+    for name, weight in adapter.named_parameters().items():
+        if kind != "ste" or name.startswith("modules."):
+            weight.add_(0.05 * drawn(*weight.shape, seed=len(name)))
     adapter.copy_for_products(denoiser.dit.transformer_blocks, torch.float32)
     adapter.refresh()
     adapted = denoiser(*inputs(base))

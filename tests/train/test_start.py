@@ -12,17 +12,27 @@ from data_prep.model.directory import ModelDirectory
 from eval.request.knobs import AdapterUse
 from eval.request.metadata import left_out, read_metadata
 from tests.commands import run_script
-from train.builders import check_adapters
+from train.builders import attach_configured, check_adapters
 from train.config import compose
+from train.model.denoiser import load_denoiser
 
 STILL = ["optim.lr=1e-30", "adapter.rank=6", "validate=none"]
 """Nothing moves by more than float32 drops."""
+IN_FULL = ["norm_out", "proj_out"]
+"""What `adapter=ste` trains in full."""
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_dir, tiny_pairs, tiny_cache, tmp_path_factory) -> Path:
-    """A folder of two-step runs: `first`; `started` from it; `over` it; and `both`, which exports it too."""
+    """A folder of two-step runs: `first`; `started` from it; `over` it; `both`, which exports it too; and `grown` from the
+    adapter `ste`, which is more than LoRA and was never trained."""
     folder = tmp_path_factory.mktemp("runs")
+    more = ["adapter=ste", "adapter.modules.ste.hidden=8", "adapter.target_modules=[to_q]"]
+    denoiser = load_denoiser(ModelDirectory.resolve(tiny_model_dir), dtype=torch.float32, train_modules=IN_FULL)
+    extended = attach_configured(denoiser, compose(["+exp=tiny_lbm", "data.dataset=rows.json", *more, "seed=5"]))
+    for weight in extended.extras.parameters.values():
+        weight.data.add_(0.01)
+    extended.export(folder / "ste", {})
     paths = [f"model.path={tiny_model_dir}", f"data.dataset={tiny_pairs}/train.json", f"cache.dir={tiny_cache}"]
     short = ["+exp=tiny_lbm", *paths, "train.num_steps=2", "train.micro_batch_size=2"]
     over = [*STILL, f"adapter.frozen=[{folder}/first]", "adapter.target_modules=[to_q]"]
@@ -31,6 +41,7 @@ def runs(tiny_model_dir, tiny_pairs, tiny_cache, tmp_path_factory) -> Path:
         "started": [*STILL, f"adapter.init_from={folder}/first"],
         "over": over,
         "both": [*over, "adapter.export_frozen=true"],
+        "grown": [*STILL, *more, "adapter.rank=32", f"adapter.init_from={folder}/ste"],
     }
     file = folder / "jobs.json"
     file.write_text(json.dumps([[*short, f"run_dir={folder}/{name}", *own] for name, own in jobs.items()]))
@@ -54,6 +65,16 @@ def test_the_start_is_what_the_adapter_was(runs, name):
     assert max(product.abs().max() for product in first.values()) > 1e-5
 
 
+def test_a_run_starts_from_all_that_was_trained(runs):
+    """What was trained in full and what was added, bit for bit."""
+    start, other = (
+        load_file(folder / "extra_modules.safetensors")
+        for folder in (runs / "ste", runs / "grown" / "checkpoints" / "step-000002")
+    )
+    assert start.keys() == other.keys() >= {"norm_out.linear.bias", "proj_out.weight", "modules.ste.leave.weight"}
+    assert all(torch.equal(other[name], start[name]) for name in start)
+
+
 def test_an_adapter_over_another_says_so(runs):
     over, both, first = (AdapterUse(runs / name / "checkpoints" / "step-000002") for name in ("over", "both", "first"))
     assert all(product.abs().max() < 1e-9 for product in products(runs / "over").values())
@@ -70,3 +91,11 @@ def test_what_does_not_fit_is_refused_before_caching(runs, tiny_model_dir):
         check_adapters(compose([*base, "adapter.rank=3", f"adapter.init_from={runs}/first"]), model)
     with pytest.raises(InputError, match="no adapter at "):
         check_adapters(compose([*base, f"adapter.frozen=[{runs}/frist]"]), model)
+    with pytest.raises(InputError, match=r"has modules.ste.* of shape .*, which adapter.modules leaves out or makes"):
+        check_adapters(
+            compose([*base, f"adapter.init_from={runs}/ste", "adapter.train_modules=[norm_out,proj_out]"]), model
+        )
+    with pytest.raises(InputError, match="ste was trained with modules beside LoRA, which cannot lie under another"):
+        check_adapters(compose([*base, f"adapter.frozen=[{runs}/ste]"]), model)
+    with pytest.raises(InputError, match=r"first changes proj_out, which adapter.train_modules trains in full: leave"):
+        check_adapters(compose([*base, f"adapter.frozen=[{runs}/first]", "adapter.train_modules=[proj_out]"]), model)

@@ -260,13 +260,15 @@ class AdapterConfig:
     rank: int = 64
     """Rank of LoRA. Of LoKr it is that of its second factor, which is whole if this is at least half its longer side."""
     alpha: float | None = None
-    """LoRA is scaled by alpha / rank; by default alpha is the rank, and the scale 1."""
+    """LoRA is scaled by alpha / rank, the same in all layers; by default alpha is the rank, and the scale 1."""
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
     """The linear layers that get LoRA, by the end of their names."""
     rank_pattern: dict[str, int] | None = None
-    """Other ranks for some layers, by the end of their names, such as {img_mod.1: 8}; the longest end counts."""
+    """Other ranks for some layers, by the end of their names, such as {img_mod.1: 8}; the longest end counts. They hold
+    whatever `rank` is, also where they are larger."""
     alpha_pattern: dict[str, float] | None = None
-    """Other values of alpha for some layers, by the end of their names. By default a layer's alpha is its own rank."""
+    """Other values of alpha for some layers, by the end of their names; they are divided by the layer's own rank. By default a
+    layer of another rank has the scale of all others."""
     rslora: bool = False
     """Scale LoRA by alpha / sqrt(rank) (rsLoRA)."""
     dora: bool = False

@@ -35,6 +35,7 @@ from train.model.layers.lora import LoraLinear, give_copies, is_plain
 
 Value = TypeVar("Value")
 PREFIX = "diffusion_model."
+NO_PATTERN = "adapter.rank_pattern=null, as adapter=lora has it"
 
 
 @dataclass
@@ -128,9 +129,13 @@ class Adapter:
         mine = self.named_parameters()
         wrong = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
         if wrong:
+            by_pattern = all(
+                re.split(r"\.(?:lora|lokr)_", name)[0] in (self.config.rank_pattern or {}) for name in wrong
+            )
+            keys = "adapter.rank, rank_pattern, target_modules, train_modules and modules as they were"
             raise InputError(
-                f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: "
-                "set adapter.rank, target_modules, train_modules and modules as they were, or start a new run_dir"
+                f"the checkpoint's LoRA differs from the configured one in {len(wrong)} tensors, first {wrong[0]}: set "
+                f"{NO_PATTERN + ', or the pattern that it had' if by_pattern else keys}, or start a new run_dir"
             )
         for name, parameter in mine.items():
             parameter.copy_(state[name])
@@ -146,7 +151,7 @@ class Adapter:
             extra: of the other (`read_extras`).
 
         Raises:
-            InputError: the other has a module that this one lacks, or more rank, or only one of them is a DoRA or a LoKr adapter.
+            InputError: the other has a module that this one lacks, or more rank, or only one of them has DoRA or LoKr in a layer.
         """
         mine = self.named_parameters()
         if extra:
@@ -165,14 +170,14 @@ class Adapter:
             own = {key.removeprefix(f"{name}."): weight for key, weight in mine.items() if key.startswith(f"{name}.")}
             scale = self.layers[name].scaling["default"]
             if part.products:
-                _start_lokr(path, name, own, part.products[0].scaled(1 / scale))
+                self._start_lokr(path, name, own, part.products[0].scaled(1 / scale))
             else:
                 self._start_lora(path, name, own, part, scale)
 
     def _start_lora(self, path: Path, name: str, own: dict[str, nn.Parameter], part: LowRank, scale: float) -> None:
         down, up = own["lora_A.weight"], own["lora_B.weight"]
         if part.rank > len(down):
-            raise _more_rank(path, name, part.rank, len(down))
+            raise self._more_rank(path, name, part.rank, len(down))
         if (part.magnitude is not None) != self.dora:
             raise InputError(
                 f"{path} is {'a' if part.magnitude is not None else 'no'} DoRA adapter, and adapter.dora is "
@@ -183,6 +188,32 @@ class Adapter:
         if part.magnitude is not None:
             magnitude = own["lora_magnitude_vector.weight"]
             magnitude.copy_(part.magnitude.view_as(magnitude))
+
+    def _start_lokr(self, path: Path, name: str, own: dict[str, nn.Parameter], product: Kronecker) -> None:
+        """Gives a layer's factors these values. A product of a larger rank keeps what it has more of, times zero."""
+        for side, factor in ("lokr_w1", product.left), ("lokr_w2", product.right):
+            mine = [weight for key, weight in own.items() if key.startswith(side)]
+            sides, theirs = (len(mine[0]), mine[-1].shape[1]), (len(factor[0]), factor[-1].shape[1])
+            if len(mine) != len(factor) or sides != theirs:
+                raise InputError(
+                    f"{path} has another {side} in {name}, {_described(factor)} and not {_described(mine)}: set adapter.rank, "
+                    "decompose_both and decompose_factor as they were for it"
+                )
+            if len(mine) == 1:
+                mine[0].copy_(factor[0])
+                continue
+            rank = len(factor[1])
+            if rank > len(mine[1]):
+                raise self._more_rank(path, name, rank, len(mine[1]))
+            mine[0][:, :rank], mine[1][:rank], mine[1][rank:] = factor[0], factor[1], 0.0
+
+    def _more_rank(self, path: Path, name: str, rank: int, own: int) -> InputError:
+        why, mend = "here", f"adapter.rank={rank}, or adapter.rank_pattern for it"
+        if name in (self.config.rank_pattern or {}):
+            less = f" with adapter.rank={rank}" if rank > self.config.r else ""
+            why = "that adapter.rank_pattern gives it"
+            mend = f"{NO_PATTERN}{less}, or at least {rank} for this layer there"
+        return InputError(f"{path} has rank {rank} in {name}, more than the {own} {why}: set {mend}")
 
     @torch.no_grad()
     def export(self, folder: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
@@ -238,7 +269,7 @@ def attach_lora(
     """Injects trainable LoRA layers into the denoiser's transformer; B starts at zero, so nothing changes yet.
 
     Args:
-        alpha: the scale is alpha / rank; None: 1, whatever the rank of a module.
+        alpha: the scale is alpha / rank, which is that of all modules without a value in `alpha_pattern`; None: 1.
         target_modules: suffixes of linear modules' names, such as `to_q` or `img_mlp.net.2`.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
@@ -306,11 +337,12 @@ def ranks_and_alphas(
     rank_pattern: Mapping[str, int] | None,
     alpha_pattern: Mapping[str, float] | None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """By module, where they are other ones than `rank` and `alpha`. An alpha that is not set is the module's own rank."""
+    """By module, where they are other ones than `rank` and `alpha`. Where no pattern sets alpha, alpha / rank is the same."""
     known = linear_modules(dit)
     ranks = by_suffix(names, rank_pattern or {}, rank, "adapter.rank_pattern", known)
-    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, alpha, "adapter.alpha_pattern", known)
-    alphas = {name: ranks[name] if own is None else own for name, own in alphas.items()}
+    alphas: dict[str, Any] = by_suffix(names, alpha_pattern or {}, None, "adapter.alpha_pattern", known)
+    default = {name: own if alpha is None else alpha * own / rank for name, own in ranks.items()}
+    alphas = {name: default[name] if own is None else own for name, own in alphas.items()}
     return (
         {name: own for name, own in ranks.items() if own != rank},
         {name: own for name, own in alphas.items() if own != (alpha or rank)},
@@ -324,33 +356,8 @@ def _start(seed: int, name: str, like: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(*like.shape), a=5**0.5, generator=generator)
 
 
-def _start_lokr(path: Path, name: str, own: dict[str, nn.Parameter], product: Kronecker) -> None:
-    """Gives a layer's factors these values. A product of a larger rank keeps what it has more of, times zero."""
-    for side, factor in ("lokr_w1", product.left), ("lokr_w2", product.right):
-        mine = [weight for key, weight in own.items() if key.startswith(side)]
-        sides, theirs = (len(mine[0]), mine[-1].shape[1]), (len(factor[0]), factor[-1].shape[1])
-        if len(mine) != len(factor) or sides != theirs:
-            raise InputError(
-                f"{path} has another {side} in {name}, {_described(factor)} and not {_described(mine)}: set adapter.rank, "
-                "decompose_both and decompose_factor as they were for it"
-            )
-        if len(mine) == 1:
-            mine[0].copy_(factor[0])
-            continue
-        rank = len(factor[1])
-        if rank > len(mine[1]):
-            raise _more_rank(path, name, rank, len(mine[1]))
-        mine[0][:, :rank], mine[1][:rank], mine[1][rank:] = factor[0], factor[1], 0.0
-
-
 def _described(factor: Sequence[Tensor]) -> str:
     return " x ".join(f"({len(weight)}, {weight.shape[1]})" for weight in factor)
-
-
-def _more_rank(path: Path, name: str, rank: int, own: int) -> InputError:
-    return InputError(
-        f"{path} has rank {rank} in {name}, more than the {own} here: set adapter.rank={rank}, or adapter.rank_pattern for it"
-    )
 
 
 def _parts_of(name: str) -> tuple[str, str]:

@@ -162,16 +162,20 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_and_exit_code_1(adapter, m
     assert "\n" not in str(ended.value)
 
 
-def test_a_card_says_what_is_missed_without_the_second_file(adapter, report, pictures):
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_a_card_says_what_is_missed_without_the_second_file(adapter, report, pictures, kind):
     """And the file is uploaded with the adapter."""
     nodes = {"ste": {"_target_": "train.model.extra.SpatialTemporalEncoder"}}
     extra = json.dumps({"file": "extra_modules.safetensors", "in_full": ["norm_out"], "added": nodes})
-    header = {"objective": "flow", "extra_modules": extra}
+    header = {"objective": "flow", "extra_modules": extra, **({"kind": kind} if kind == "lokr" else {})}
     save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
     (adapter / "extra_modules.safetensors").write_bytes(b"")
     card = check_card(CardRequest(adapter, "mit"))
     text = write_card(card, report, pictures).read_text()
     assert "Beside `adapter_model.safetensors` stands `extra_modules.safetensors`" in text
     assert "`norm_out`, trained in full; the module `ste` (`train.model.extra.SpatialTemporalEncoder`)" in text
-    assert "load the LoRA and miss the rest" in text
+    assert ("load the LoRA and miss the rest" in text) == ("**It is more than LoRA.**" in text) == (kind == "lora")
+    assert (
+        ("ComfyUI loads the LoKr and misses the rest" in text) == ("It is more than LoKr" in text) == (kind == "lokr")
+    )
     assert card.files[:2] == ["adapter_model.safetensors", "extra_modules.safetensors"]

@@ -96,7 +96,7 @@ def test_diffsynth_loads_it(tiny_model_dir, exported, capsys):
 
 
 def test_ranks_and_scales_by_module(tiny_model_dir):
-    """The longest suffix counts; alpha is a module's own rank unless it is set."""
+    """The longest suffix counts; alpha / rank is the same everywhere unless a pattern sets alpha."""
     ranks, alphas = {"net.2": 8, "img_mlp.net.2": 1}, {"to_q": 2.0, "txt_mlp.net.2": 16}
     adapter = attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, rank_pattern=ranks, alpha_pattern=alphas)
     block = "transformer_blocks.0"
@@ -104,6 +104,9 @@ def test_ranks_and_scales_by_module(tiny_model_dir):
     for name, (rank, scale) in expected.items():
         layer = adapter.layers[f"{block}.{name}"]
         assert (len(layer.lora_A["default"].weight), layer.scaling["default"]) == (rank, scale)
+    halved = attach_lora(fresh(tiny_model_dir), 4, 2, TARGETS, rank_pattern=ranks, alpha_pattern={"to_q": 1})
+    for name, layer in halved.layers.items():  # what no pattern names is scaled alike, whatever its rank
+        assert layer.scaling["default"] == (0.25 if name.endswith(".to_q") else 0.5), name
     for name in "rank_pattern", "alpha_pattern":
         with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no linear layer"):
             attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, **{name: {"to_qq": 3}})
@@ -168,6 +171,15 @@ def test_frozen_adapters_go_into_the_export(tiny_model_dir, exported, tmp_path):
     ("options", "message"),
     [
         ({"rank": 2}, "has rank 4 in transformer_blocks.0.attn.to_q, more than the 2 here: set adapter.rank=4"),
+        (
+            {"rank": 8, "rank_pattern": {"to_q": 2}},
+            "has rank 4 in transformer_blocks.0.attn.to_q, more than the 2 that adapter.rank_pattern gives it: set "
+            "adapter.rank_pattern=null, as adapter=lora has it, or at least 4 for this layer there",
+        ),
+        (
+            {"rank": 3, "rank_pattern": {"to_q": 2}},
+            "adapter.rank_pattern=null, as adapter=lora has it with adapter.rank=4, or at least 4 for this",
+        ),
         ({"target_modules": ["to_k"]}, r"changes [\w.]+, which adapter.target_modules leaves out"),
         ({"dora": True}, "is no DoRA adapter, and adapter.dora is true"),
     ],
@@ -178,6 +190,17 @@ def test_what_cannot_be_started_from_is_refused(tiny_model_dir, tmp_path, option
     adapter = attach_lora(denoiser, **({"rank": 4, "alpha": 4, "target_modules": ["to_q"]} | options))
     with pytest.raises(InputError, match=message):
         adapter.start_from(tmp_path, read_adapter(tmp_path, linear_modules(denoiser.dit)))
+
+
+def test_a_run_of_one_rank_does_not_continue_with_a_pattern(tiny_model_dir):
+    earlier, slim = (
+        attach_lora(fresh(tiny_model_dir), 4, None, ["to_q", "img_mod.1"], rank_pattern=pattern)
+        for pattern in (None, {"img_mod.1": 2})
+    )
+    with pytest.raises(InputError, match=r"set adapter.rank_pattern=null, as adapter=lora has it, or the"):
+        slim.load_state_dict(earlier.state_dict())
+    with pytest.raises(InputError, match=r"set adapter.rank, rank_pattern, target_modules"):
+        attach_lora(fresh(tiny_model_dir), 3, None, ["to_q", "img_mod.1"]).load_state_dict(earlier.state_dict())
 
 
 def test_a_dora_adapter_lies_under_no_other(tiny_model_dir, tmp_path):

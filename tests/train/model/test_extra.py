@@ -12,7 +12,8 @@ from data_prep.model.directory import ModelDirectory
 from losses.batch import Condition, Scene, join_scenes
 from tests.train.model.test_denoiser import make_condition
 from train.config import DEFAULT_TARGETS as TARGETS
-from train.model.adapter import Adapter, attach_lora
+from train.model.adapter import Adapter, attach_lokr, attach_lora
+from train.model.adapter_reader import linear_modules, read_adapter
 from train.model.denoiser import Denoiser, load_denoiser
 from train.model.extra import ExtraModule
 from train.model.extra.extras import attach_extras
@@ -83,6 +84,25 @@ def test_gradients_are_those_of_the_plain_weights(tiny_model_dir):
         ours, theirs = adapter.named_parameters()[name].grad, plain.dit.get_parameter(name).grad
         assert ours is not None
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_what_is_trained_in_full_starts_from_any_adapter(tiny_model_dir, tmp_path, kind):
+    """With the weight that the adapter made of the base model's, and so with its velocity."""
+    source = loaded(tiny_model_dir)
+    options = {"dora": True} if kind == "dora" else {}
+    adapter = (attach_lokr if kind == "lokr" else attach_lora)(source, 4, 4, ["proj_out"], **options)
+    for number, weight in enumerate(adapter.parameters()):
+        weight += 0.05 * drawn(*weight.shape, seed=number)
+    adapter.export(tmp_path, {})
+    started = loaded(tiny_model_dir, ["proj_out"])
+    linear = linear_modules(started.dit)
+    before = started(*inputs(started))
+    attached(started, ["proj_out"]).start_from(tmp_path, read_adapter(tmp_path, linear))
+    velocity = source(*inputs(source))
+    assert torch.allclose(started(*inputs(started)), velocity, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, velocity, atol=1e-2)
 
 
 def test_what_is_trained_is_neither_rounded_nor_waits(tiny_model_dir):
@@ -165,6 +185,9 @@ def test_a_module_that_cannot_be_added_is_said(target):
 
 def test_wrong_names_are_answered_with_the_right_one(tiny_model_dir):
     denoiser = loaded(tiny_model_dir)
+    for name in "keys", "training":
+        with pytest.raises(InputError, match=rf"adapter.modules: the name {name} is taken .*: choose another"):
+            attach_extras(denoiser, [], {name: STE["ste"]})
     with pytest.raises(InputError, match="names 'norm_uot', which is no module with weights: did you mean 'norm_out'"):
         attached(denoiser, ["norm_uot"])
     with pytest.raises(InputError, match=r"takes all of adapter\.target_modules"):

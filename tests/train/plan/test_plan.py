@@ -93,14 +93,13 @@ def test_ranks_share_what_zero_shares(planner):
     assert total("zero3_offload", 2) < total("zero3", 8) < total("zero2", 8)
 
 
-def test_the_presets_train_a_third_less_where_few_inputs_are_seen(planner):
+def test_a_bridge_trains_a_third_less_where_few_inputs_are_seen(planner):
     """`img_mod` and `txt_mod`, 35 % of the weights of one rank everywhere, at rank 8 instead of 64."""
-    everywhere = planner.num_lora(configure())
-    for name in ("lbm_2511", "sft_2511", "sft_2509"):
-        assert compose([f"+exp={name}", "data.dataset=rows.json"]).adapter.rank_pattern == {
-            "img_mod.1": 8,
-            "txt_mod.1": 8,
-        }
+    everywhere, eight = planner.num_lora(configure()), {"img_mod.1": 8, "txt_mod.1": 8}
+    for name, pattern in {"lbm_2511": eight, "sft_2511": None, "sft_2509": None}.items():
+        assert compose([f"+exp={name}", "data.dataset=rows.json"]).adapter.rank_pattern == pattern
+    same = compose(["+exp=lbm_2511", "data.dataset=rows.json", "adapter.rank_pattern=null"])
+    assert same.adapter == compose(["+exp=lbm_2511", "data.dataset=rows.json", "adapter=lora"]).adapter
     slim = planner.num_lora(configure("adapter=lora_slim"))
     assert slim == pytest.approx(everywhere * (1 - 0.35 * (1 - 8 / 64)), rel=0.01)
     assert planner.num_lora(configure("adapter=lora_slim", "adapter.target_modules=[to_q]")) == 60 * 64 * 2 * 3072

@@ -127,7 +127,7 @@ def attach_extras(denoiser: Denoiser, train_modules: Sequence[str], modules: Nod
         seed: of added modules' first weights.
 
     Raises:
-        InputError: a name matches nothing, or an added module cannot be built.
+        InputError: a name matches nothing, or an added module cannot be built or named so.
     """
     if not (train_modules or modules):
         return Extras()
@@ -136,6 +136,8 @@ def attach_extras(denoiser: Denoiser, train_modules: Sequence[str], modules: Nod
     keep_in_float32(dit, names, dtype, device)
     parameters: dict[str, nn.Parameter] = {name: dict_parameter(dit, name) for name in names}
     for name, node in modules.items():
+        if hasattr(nn.ModuleDict(), name):
+            raise InputError(f"adapter.modules: the name {name} is taken by torch.nn.ModuleDict: choose another")
         module = build_module(f"adapter.modules.{name}", node, dit.img_in.out_features, seed)
         own = [each for each, _ in module.named_parameters()]
         keep_in_float32(module, own, dtype, device)
