@@ -13,6 +13,7 @@ import torch
 import typer
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import save_file
 
 from data_prep.builders.overlay.overlay_table import Photographs
 from data_prep.builders.overlay.typography import DEFAULT_FONT
@@ -240,7 +241,7 @@ def test_the_key_is_of_contents(photos, tmp_path):
     image = (photos / "photo0.png").read_bytes()
     (tmp_path / "copy.png").write_bytes(image)
     (tmp_path / "photo0.png").write_bytes(image)
-    (tmp_path / "adapter.safetensors").write_bytes(b"weights")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "adapter.safetensors")
     rows = [{"image": name, "prompt": "x"} for name in ("photo0.png", "copy.png", "photo0.png")]
     rows.append({"image": "photo0.png", "prompt": "x", "adapter": f"{tmp_path}/adapter.safetensors:0.5"})
     rows.append({"image": "photo0.png", "prompt": "x", "adapter": f"{tmp_path}/adapter.safetensors"})
@@ -249,7 +250,7 @@ def test_the_key_is_of_contents(photos, tmp_path):
     assert a.key == b.key == c.key
     assert (a.outputs, b.outputs) == ((f"photo0-{a.key}.png",), (f"copy-{a.key}.png",))
     assert len({a.key, d.key, e.key}) == 3
-    (tmp_path / "adapter.safetensors").write_bytes(b"other weights")
+    save_file({"weight": torch.ones(1)}, tmp_path / "adapter.safetensors")
     assert JobFiles(nothing).key(jobs[3]).key != d.key
     editor = Copies()
     summary = run_jobs(jobs[:3], files, editor, tmp_path / "out")
