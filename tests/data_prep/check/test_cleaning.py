@@ -320,7 +320,7 @@ def test_rows_of_another_split_are_in_no_bucket(odd):
 
 
 def test_tokens_are_the_tokenizers_and_caching_is_measured(tiny_model_dir, tmp_path):
-    """Of one row of 64 x 64 pixels the cache holds target, source and reference, 8 x 8 cells of 16 channels each, and the
+    """Of one row of 64 x 64 pixels the cache holds target and source, which is the reference, 8 x 8 cells of 16 channels, and the
     embeddings of its text, in 16 bits; the vision tower sees 128 x 128 pixels, 5 x 5 tokens."""
     rows = []
     for number, prompt in enumerate(("Remove the sticker.", "把天空变成蓝色", "x")):
@@ -337,6 +337,6 @@ def test_tokens_are_the_tokenizers_and_caching_is_measured(tiny_model_dir, tmp_p
     assert "tokenizer of" in report["tokenizer"]
     width = json.loads((tiny_model_dir / "transformer/config.json").read_text())["joint_attention_dim"]
     texts = sum(counts) + 3 * (5 * 5 + 5 + 7)
-    assert report["cache"]["bytes"] == 2 * (3 * 3 * 16 * 8 * 8 + texts * width)
+    assert report["cache"]["bytes"] == 2 * (3 * 2 * 16 * 8 * 8 + texts * width)
     assert report["cache"]["seconds"] == pytest.approx(3 * report["cache"]["seconds_per_row"])
     assert 0 < report["cache"]["seconds_per_row"] < 60
