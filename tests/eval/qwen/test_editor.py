@@ -243,7 +243,7 @@ def test_no_instruction_is_a_space_wherever_one_is_needed(editor, source, monkey
     seen = []
     encode = RequestEncoder._condition
     monkeypatch.setattr(
-        RequestEncoder, "_condition", lambda self, prompt, images: seen.append(prompt) or encode(self, prompt, images)
+        RequestEncoder, "_condition", lambda self, prompt, *rest: seen.append(prompt) or encode(self, prompt, *rest)
     )
     for values in ({"mode": "variation", "prompt": "", "steps": 2}, {"mode": "invert"}, {"negative_prompt": ""}):
         editor.edit(request(source, **values))

@@ -489,7 +489,7 @@ def test_rows_are_chosen_by_the_seed_and_rejected_ones_are_all_reported():
     [
         ("--num-rows", "0", "'--num-rows': Input should be greater than or equal to 1"),
         ("--batch-size", "0", "'--batch-size': Input should be greater than or equal to 1"),
-        ("--steps", "1,0", "'--steps': must look like 1,2,4, each 1 or more, got '1,0'"),
+        ("--steps", "1,0", "'--steps': must look like 1,2,4, each 1 or more and at most 1000, got '1,0'"),
         ("--steps", "1;2", "'--steps': must look like 1,2,4"),
     ],
 )
