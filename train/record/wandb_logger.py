@@ -105,7 +105,8 @@ class WandB(Logger):
         name = artifact_name(str(self.run.name))
         adapter = self.wandb.Artifact(name, type="adapter", metadata=header | {"step": step})
         for file in ADAPTER_FILES:
-            adapter.add_file(str(folder / file))
+            if (folder / file).is_file():  # of what is trained beside LoRA there is none as a rule
+                adapter.add_file(str(folder / file))
         self.run.log_artifact(adapter, aliases=["latest", f"step-{step}"])
 
     def state(self) -> dict[str, Any]:
