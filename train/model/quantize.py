@@ -11,7 +11,6 @@ keeps nothing but the stored weight.
 
 import functools
 import math
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -274,7 +273,8 @@ def scaled_product(
     values, row_scale = a
     sums_type = torch.int32 if b.dtype == torch.int8 else out.dtype
     step = max(FEWEST_ROWS, SUMS_BYTES // (sums_type.itemsize * len(b)))
-    finish = _finish(out.device)
+    kernels = _kernels(out.device)
+    finish = kernels.scale_sums if kernels else _scale_sums
     for rows, factors, target in zip(values.split(step), row_scale.split(step), out.split(step), strict=True):
         finish(_sums(rows, b, out.dtype, fast=scale is not None), factors, scale, bias, target, add)
 
@@ -299,13 +299,13 @@ def _one(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _finish(device: torch.device) -> Callable[..., None]:
-    """What multiplies sums by their scales."""
-    if device.type == "cuda" and find_spec("triton"):
-        from train.model.layers.kernels import scale_sums  # Triton comes with PyTorch for GPUs
+def _kernels(device: torch.device) -> Any:
+    """Triton's kernels, which come with PyTorch for GPUs; None where operations follow one another instead."""
+    if device.type != "cuda" or not find_spec("triton"):
+        return None
+    from train.model.layers import kernels
 
-        return scale_sums
-    return _scale_sums
+    return kernels
 
 
 def _scale_sums(
@@ -322,11 +322,8 @@ def _scale_sums(
 
 def turned(weight: Tensor) -> Tensor:
     """A stored weight of 8 bits (out, in) -> (in, out), contiguous."""
-    if weight.is_cuda and find_spec("triton"):
-        from train.model.layers import kernels
-
-        return kernels.turned(weight)
-    return weight.t().contiguous()
+    kernels = _kernels(weight.device)
+    return kernels.turned(weight) if kernels else weight.t().contiguous()
 
 
 @torch.library.custom_op("qwen_edit::quantized_linear", mutates_args=())
