@@ -140,7 +140,7 @@ def test_caches_of_earlier_versions_go(caches, capsys):
     ("arguments", "message"),
     [
         (("prune", Path("nowhere")), "there is no folder nowhere: name the cache's with --dir"),
-        (("list", Path(), ["x"]), "--dataset, --older-than and --dry-run are of `cache prune`"),
+        (("list", Path(), ["x"]), "--dataset, --older-than and --dry-run are options of `cache prune`, not of `cache list`"),
         (("prune", Path(), ["x"]), "has no dataset x: `cache list` shows what it has"),
     ],
 )

@@ -13,9 +13,7 @@ from data_prep.rows.tables import COLUMNS, REQUIRED, BadRow
 
 ColumnOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--column", help="NAME=COLUMN: the table's COLUMN is the dataset's NAME; edit_image up to three times."
-    ),
+    typer.Option("--column", help="Read the dataset column NAME from the table's COLUMN, as NAME=COLUMN. Repeatable."),
 ]
 
 

@@ -14,10 +14,11 @@ from data_prep.rows.tables import BadRow
 
 PromptOption = Annotated[
     str | None,
-    typer.Option("--prompt", help="The instruction of every row; {fields} stand for what is known of the row."),
+    typer.Option("--prompt", help="Instruction for every row. Its {fields} are filled in from the row."),
 ]
 TemplatesOption = Annotated[
-    Path | None, typer.Option("--templates", help="A text file of such instructions, one a line: each row draws one.")
+    Path | None,
+    typer.Option("--templates", help="Text file with one instruction per line. Each row draws one at random."),
 ]
 
 
