@@ -37,21 +37,19 @@ def edit(
     table: TableOptions,
     *,
     image: Annotated[
-        list[Path] | None, typer.Option(help="To edit; further ones are references, three in all.")
+        list[Path] | None, typer.Option(help="Image to edit. Repeatable: further images are references, three in all.")
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Of the image's shape: white where the edit may go, black is kept.")
+        Path | None, typer.Option(help="Inpainting mask of the image's shape: white is edited, black is kept.")
     ] = None,
     repeat: Annotated[
-        Path | None, typer.Option(help="Take all settings from this picture; --image and --mask are given again.")
+        Path | None, typer.Option(help="Take all settings from this result. Give --image and --mask again.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="The PNG to write (result-1.png, … if there are several); with --csv a folder.")
-    ],
+    out: Annotated[Path, typer.Option(help="PNG file to write (result-1.png, … for several), or a folder with --csv.")],
 ) -> None:
-    """Edits an image by an instruction, or every row of a table, and writes PNGs that say how they were made.
+    """Edits an image, or every row of a table, by an instruction. The PNGs that it writes record how they were made.
 
-    An adapter's file says how it must be sampled, and the sizes that it was trained at.
+    The adapter's file says which sampler it needs and at which sizes it was trained.
     """
     knobs = given_knobs(wanted)
     if table.csv:

@@ -48,15 +48,15 @@ class EditRequest:
         InputError: a value is out of its range, or is not one that the mode takes.
     """
 
-    prompt: Annotated[str, Knob("The instruction.", most=MAX_PROMPT)]
+    prompt: Annotated[str, Knob("Instruction for the edit.", most=MAX_PROMPT)]
     """The instruction; `variation` takes none."""
     images: Sequence[Image.Image]
     """One to three RGB images; the first is the one that is edited, and the result has its shape."""
-    mode: Annotated[ModeName, Knob("What is done; docs/editing.md explains each.", "edit")] = "edit"
+    mode: Annotated[ModeName, Knob("Way of editing, explained in docs/editing.md.", "edit")] = "edit"
     adapters: Annotated[
         Sequence[AdapterUse],
         Knob(
-            "Run, checkpoint or safetensors file, as named or below $CHECKPOINT_DIR; repeatable, added up.",
+            "LoRA to apply: run folder, checkpoint or safetensors file, also below $CHECKPOINT_DIR. Repeatable.",
             *("the base model",),
             parse=AdapterUse.parse,
             metavar="PATH[:WEIGHT]",
@@ -64,7 +64,9 @@ class EditRequest:
         ),
     ] = ()
     """Added up. The first says how it must be sampled, and at which sizes it was trained."""
-    negative_prompt: Annotated[str, Knob("What guidance leads away from.", "nothing", most=MAX_PROMPT)] = EMPTY_PROMPT
+    negative_prompt: Annotated[
+        str, Knob("Negative prompt, used with a guidance scale above 1.", "none", most=MAX_PROMPT)
+    ] = EMPTY_PROMPT
     """Read only with classifier-free guidance."""
     mask: Image.Image | None = None
     """Mode L, of the first image's shape: 255 where the edit may go, 0 where every pixel is kept. (A dataset's `back_mask` is
@@ -72,7 +74,7 @@ class EditRequest:
     feather: Annotated[
         float | None,
         Knob(
-            *("Width of the mask's soft rim, pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
+            *("Feathering: width of the mask's soft edge, in pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
             modes=MASKED,
         ),
     ] = None
@@ -80,7 +82,7 @@ class EditRequest:
     focus: Annotated[
         Focus | None,
         Knob(
-            "For mode focus: where the edit may go, in shares of the picture.",
+            "Disc to edit in mode focus: centre and radius as shares of the image, 0–1.",
             "0.5,0.5,0.25",
             modes=("focus",),
             parse=Focus.parse,
@@ -91,7 +93,7 @@ class EditRequest:
     controls: Annotated[
         Sequence[Control],
         Knob(
-            "For mode control: a map of the image (canny, lines, depth) as a reference; repeatable.",
+            "Control map made from the image: canny, lines or depth, with a strength of 0–2. Repeatable.",
             modes=CONTROLLED,
             needed=True,
             parse=Control.parse,
@@ -100,31 +102,41 @@ class EditRequest:
         ),
     ] = ()
     """For `control` and `control-inpaint`; with the images they are at most three."""
-    steps: Annotated[int | None, Knob("Of the sampler.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)] = None
+    steps: Annotated[
+        int | None, Knob("Number of sampling steps.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)
+    ] = None
     """Calls of the sampler; by default what suits it."""
     cfg_scale: Annotated[
-        float | None, Knob("Guidance of flow matching, 1 for none.", "4 for flow matching", 1, MAX_CFG_SCALE)
+        float | None,
+        Knob("Guidance scale for flow matching. 1 turns guidance off.", "4 for flow matching", 1, MAX_CFG_SCALE),
     ] = None
     """Classifier-free guidance where the sampler has it: 1 is without; by default what suits the base."""
     strength: Annotated[
         float | None,
         Knob(
-            *("How far from the source, over 0 to 1, in modes that have it.", "by the mode", 0, 1, True),
+            *("Denoising strength, 0–1: how far the result may move from the source.", "by the mode", 0, 1, True),
             modes=WITH_STRENGTH,
         ),
     ] = None
     """How far from the source, in (0, 1]: the share of the way that `img2img`, `variation` (and `inpaint`, if given) walk again,
     and the share of inverted steps that `invert` walks back with the instruction."""
-    sampler: Annotated[SamplerName | None, Knob(default="as the adapter was trained")] = None
+    sampler: Annotated[
+        SamplerName | None, Knob("Sampler to use instead of the adapter's own.", "as the adapter was trained")
+    ] = None
     """By default as the first adapter was trained."""
-    seed: Annotated[int, Knob("Of the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
-    count: Annotated[int, Knob("Pictures, with the seeds seed, seed + 1, …", "1", 1, MAX_COUNT)] = 1
+    seed: Annotated[int, Knob("Random seed for the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
+    count: Annotated[
+        int, Knob("Number of images, made with the seeds seed, seed + 1 and so on.", "1", 1, MAX_COUNT)
+    ] = 1
     """Pictures; picture i has the seed `seed + i`, and is the one that this seed gives alone."""
-    size: Annotated[Size | None, Knob("In multiples of 32.", "as the first image", parse=parse_size, metavar="WxH")] = (
-        None
-    )
+    size: Annotated[
+        Size | None,
+        Knob(
+            "Size of the result in pixels, in multiples of 32.", "as the first image", parse=parse_size, metavar="WxH"
+        ),
+    ] = None
     """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
-    aspect: Annotated[AspectName | None, Knob("Shape of the result.", "as the first image")] = None
+    aspect: Annotated[AspectName | None, Knob("Aspect ratio of the result.", "as the first image")] = None
     """The result's shape instead of its size: as many pixels as the source would have."""
     bridge_image: int = 0
     """Which of the images an edit begins at, as in a dataset file."""
