@@ -165,8 +165,10 @@ def _cell(value: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--evaluation", type=Path, default=Path("runs/demo/evaluation"), help="what eval/run.py wrote")
-    parser.add_argument("--model", default="models/tiny", help="the model directory, for its VAE")
+    parser.add_argument(
+        "--evaluation", type=Path, default=Path("runs/demo/evaluation"), help="Folder that eval/run.py wrote."
+    )
+    parser.add_argument("--model", default="models/tiny", help="Model folder whose VAE is used.")
     args = parser.parse_args()
     report = json.loads((args.evaluation / "report.json").read_text(encoding="utf-8"))
     examples = list(read_examples(report["settings"]["dataset"]))

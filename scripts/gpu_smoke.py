@@ -288,17 +288,17 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains a random transformer of the real size and checks the plan.")
     parser.add_argument(
-        "--size", choices=SIZES, default="full", help="of the transformer and the images (default full)"
+        "--size", choices=SIZES, default="full", help="Size of the transformer and the images (default full)."
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder to write to.")
     parser.add_argument(
         "--vary",
         action="append",
         default=[],
         metavar="key=value,…",
-        help="a run for each value; several times: for each combination",
+        help="Run once for each value. Repeatable: every combination is run.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of train/run.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Settings, as for train/run.py.")
     return parser.parse_intermixed_args()
 
 

@@ -103,19 +103,29 @@ def write_products(out: Path, splits: dict[str, list[Path]], number: int, size: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
-    parser.add_argument("--train", type=int, default=300, help="crops of the training photographs; two rows each")
-    parser.add_argument("--validation", type=int, default=8, help="crops of the held-out photographs; two rows each")
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=300,
+        help="Number of crops of the training photographs, each of which makes two rows.",
+    )
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=8,
+        help="Number of crops of the held-out photographs, each of which makes two rows.",
+    )
     parser.add_argument(
         "--selection",
         action="store_true",
-        help="keep two training photographs back, to choose settings on, as validation",
+        help="Hold two training photographs back as validation, to choose settings on.",
     )
     parser.add_argument(
         "--products",
         type=int,
-        help="write photographs and so many stickers, a quarter of them held out, instead of pairs",
+        help="Write photographs and this many stickers instead of pairs. A quarter is held out.",
     )
-    parser.add_argument("--size", type=int, default=128, help="pixels, a multiple of 32")
+    parser.add_argument("--size", type=int, default=128, help="Side of the images in pixels, a multiple of 32.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -171,24 +171,39 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="bash scripts/accept.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("model", nargs="?", default="2511", help="2511, 2509, a folder or a hub id (default 2511)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/accept"), help="folder of all results (default runs/accept)"
+        "model", nargs="?", default="2511", help="Model to check: 2511, 2509, a folder or a hub id (default 2511)."
     )
-    parser.add_argument("--only", action="append", metavar="PART", help=f"one of {', '.join(PARTS)}; may be repeated")
     parser.add_argument(
-        "--again", action="append", default=[], metavar="PART", help="do it again though it passed; may be repeated"
+        "--out", type=Path, default=Path("runs/accept"), help="Folder for all results (default runs/accept)."
     )
-    parser.add_argument("--lightning", type=Path, metavar="FILE", help="a Lightning LoRA to edit with in 4 steps")
-    parser.add_argument("--side", type=int, default=1024, help="of the pictures, in pixels (default 1024)")
-    parser.add_argument("--rank", type=int, default=64, help="of the LoRA (default 64)")
-    parser.add_argument("--train-steps", type=int, default=20, help="of each training (default 20)")
-    parser.add_argument("--base-steps", type=int, default=40, help="of the base model's edit (default 40)")
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default bfloat16)"
+        "--only", action="append", metavar="PART", help=f"Run only this part: {', '.join(PARTS)}. Repeatable."
+    )
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="Run this part again although it passed before. Repeatable.",
+    )
+    parser.add_argument("--lightning", type=Path, metavar="FILE", help="Lightning LoRA to edit with in 4 steps.")
+    parser.add_argument("--side", type=int, default=1024, help="Side of the images in pixels (default 1024).")
+    parser.add_argument("--rank", type=int, default=64, help="Rank of the LoRA (default 64).")
+    parser.add_argument("--train-steps", type=int, default=20, help="Steps of each training (default 20).")
+    parser.add_argument(
+        "--base-steps", type=int, default=40, help="Sampling steps of the base model's edit (default 40)."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="Data type of the weights (default bfloat16).",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="race DiffSynth at the tiny model's sizes")
+    parser.add_argument(
+        "--tiny", action="store_true", help="Compare the speed with DiffSynth's at the tiny model's sizes."
+    )
     return parser.parse_args(words)
 
 

@@ -274,29 +274,33 @@ def main(options: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"Parts among {', '.join(PARTS)} (default all).")
-    parser.add_argument("--model", default="models/tiny", help="Model directory for `write` (default models/tiny).")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="Where `write` computes (default cpu)."
+        "--only", default=",".join(PARTS), help=f"Parts to run, out of {', '.join(PARTS)} (default all)."
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Numbers of `write` (default float32).")
-    parser.add_argument("--rows", type=int, default=64, help="Rows that are written (default 64).")
+    parser.add_argument("--model", default="models/tiny", help="Model folder for `write` (default models/tiny).")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Device for `write` (default cpu).")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Data type for `write` (default float32).")
+    parser.add_argument("--rows", type=int, default=64, help="Number of rows to write (default 64).")
     parser.add_argument(
-        "--write-side", type=int, default=128, help="Pixels of the side of what is written (default 128)."
+        "--write-side", type=int, default=128, help="Side of the images to write, in pixels (default 128)."
     )
-    parser.add_argument("--records", type=int, default=128, help="Records that are read (default 128).")
-    parser.add_argument("--side", type=int, default=1024, help="Pixels of the side of what is read (default 1024).")
-    parser.add_argument("--text", type=int, default=211, help="Tokens of the text of what is read (default 211).")
+    parser.add_argument("--records", type=int, default=128, help="Number of records to read (default 128).")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="Side of the images of the records to read, in pixels (default 1024)."
+    )
+    parser.add_argument("--text", type=int, default=211, help="Text tokens of each record to read (default 211).")
     parser.add_argument("--width", type=int, default=3584, help="Width of the text's hidden states (default 3584).")
     parser.add_argument(
-        "--memory-rows", type=int, default=1_000_000, help="Rows of the dataset of `memory` (default 1000000)."
+        "--memory-rows", type=int, default=1_000_000, help="Rows of the dataset for `memory` (default 1000000)."
     )
-    parser.add_argument("--repeat", type=int, default=5, help="Timed runs of each (default 5).")
+    parser.add_argument("--repeat", type=int, default=5, help="Timed runs per measurement (default 5).")
     parser.add_argument(
-        "--random", action="store_true", help="Random weights of Qwen-Image-Edit-2511's sizes for `write`."
+        "--random", action="store_true", help="Use random weights of Qwen-Image-Edit-2511's sizes for `write`."
     )
-    parser.add_argument("--tiny", action="store_true", help="Small sizes and one timed run, to see that it works.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="File to write, whole after each row.")
+    parser.add_argument(
+        "--tiny", action="store_true", help="Use small sizes and one timed run, to check that the benchmark works."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.only = options.only.split(",")

@@ -238,18 +238,20 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", help="folder or hub id")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default all)")
-    parser.add_argument("--size", type=int, default=1024, help="side of the picture (default 1024)")
-    parser.add_argument("--steps", type=int, default=40, help="of flow matching (default 40)")
-    parser.add_argument("--rank", type=int, default=64, help="of the adapters (default 64)")
-    parser.add_argument("--repeat", type=int, default=3, help="edits that are counted (default 3)")
+    parser.add_argument("--model", help="Model: a folder or a hub id.")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"Parts to run, out of {', '.join(PARTS)} (default all)."
+    )
+    parser.add_argument("--size", type=int, default=1024, help="Side of the image in pixels (default 1024).")
+    parser.add_argument("--steps", type=int, default=40, help="Sampling steps of flow matching (default 40).")
+    parser.add_argument("--rank", type=int, default=64, help="Rank of the adapters (default 64).")
+    parser.add_argument("--repeat", type=int, default=3, help="Number of timed edits (default 3).")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's block")
-    parser.add_argument("--random", action="store_true", help="random weights of Qwen-Image-Edit-2511's sizes")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model, small pictures and adapters")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument("--compile", action="store_true", help="Compile the transformer's block.")
+    parser.add_argument("--random", action="store_true", help="Use random weights of Qwen-Image-Edit-2511's sizes.")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model, small images and small adapters.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args(words)
     if options.tiny:
         options.size, options.rank = 64, 4

@@ -227,14 +227,20 @@ def report(found: Mapping[str, Figures]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/tiny", help="folder or hub id")
-    parser.add_argument("--grow", type=int, default=0, metavar="BLOCKS", help="measure a random transformer instead")
+    parser.add_argument("--model", default="models/tiny", help="Model: a folder or a hub id.")
+    parser.add_argument(
+        "--grow",
+        type=int,
+        default=0,
+        metavar="BLOCKS",
+        help="Measure a random transformer with this many blocks instead.",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--size", type=int, default=256, help="side of the edited picture")
+    parser.add_argument("--size", type=int, default=256, help="Side of the edited image in pixels.")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeat", type=int, default=2, help="edits after the first, of which the fastest counts")
-    parser.add_argument("--vae-size", type=int, default=1024, help="side of the picture for the VAE")
+    parser.add_argument("--repeat", type=int, default=2, help="Number of edits after the first. The fastest counts.")
+    parser.add_argument("--vae-size", type=int, default=1024, help="Side of the image for the VAE in pixels.")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     return parser.parse_args()
 

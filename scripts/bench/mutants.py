@@ -205,7 +205,9 @@ def plant(folder: Path, fault: Fault) -> str:
 def main() -> int:
     """Plants all of them, or those whose file or test module is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="Parts of the names of files or test modules, separated by commas.")
+    parser.add_argument(
+        "--only", default="", help="Plant only the faults whose file or test module has one of these parts in its name."
+    )
     wanted = parser.parse_args().only.split(",")
     faults = [fault for fault in FAULTS if any(part in f"{fault.file} {fault.tests}" for part in wanted)]
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a file that changes twice in a second would look the same

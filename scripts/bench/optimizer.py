@@ -134,8 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", type=int, default=1440)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="tensors of a 48th of each dimension")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--tiny", action="store_true", help="Use tensors with a 48th of each dimension.")
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to.")
     options = parser.parse_args()
     sizes = shapes(options.tensors, 48 if options.tiny else 1)
     device_name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"

@@ -101,11 +101,15 @@ def main(options: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default all)")
-    parser.add_argument("--commands", default=",".join(COMMANDS), help="of which (default all)")
-    parser.add_argument("--repeat", type=int, default=5, help="timed processes of each (default 5)")
-    parser.add_argument("--tiny", action="store_true", help="one timed process of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"Parts to run, out of {', '.join(PARTS)} (default all)."
+    )
+    parser.add_argument(
+        "--commands", default=",".join(COMMANDS), help="Commands to time, separated by commas (default all)."
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="Number of timed processes per measurement (default 5).")
+    parser.add_argument("--tiny", action="store_true", help="Time only one process per measurement.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args()
     options.repeat = 1 if options.tiny else options.repeat
     options.only, options.commands = options.only.split(","), options.commands.split(",")

@@ -186,14 +186,18 @@ def row_of(names: Set[str], forward: Traffic, backward: Traffic) -> dict[str, fl
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="blocks of a step (default the model's 60)")
-    parser.add_argument("--side", type=int, default=1024, help="of target and reference, in pixels (default 1024)")
-    parser.add_argument("--text", type=int, default=250, help="tokens of instruction and images (default 250)")
+    parser.add_argument("--layers", type=int, help="Number of the transformer's blocks (default the model's 60).")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="Side of target and reference, in pixels (default 1024)."
+    )
+    parser.add_argument("--text", type=int, default=250, help="Tokens of the instruction and the images (default 250).")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--gpu", choices=BANDWIDTH, default="H200", help="whose bandwidth (default H200)")
-    parser.add_argument("--top", type=int, default=14, help="operations to list (default 14)")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model's sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--gpu", choices=BANDWIDTH, default="H200", help="GPU whose memory bandwidth is assumed (default H200)."
+    )
+    parser.add_argument("--top", type=int, default=14, help="Number of operations to list (default 14).")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model's sizes.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to.")
     options = parser.parse_args()
     if options.tiny:
         options.side, options.text, options.rank = min(options.side, 64), min(options.text, 12), min(options.rank, 4)

@@ -381,21 +381,36 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ["theirs", *ROWS, *OPTIMIZERS]
-    parser.add_argument("--rows", default=DEFAULT_ROWS, help=f"of {', '.join(known)} (default {DEFAULT_ROWS})")
-    parser.add_argument("--layers", type=int, help="blocks (default the model's 60)")
-    parser.add_argument("--side", type=int, default=1024, help="of target and reference, in pixels (default 1024)")
-    parser.add_argument("--text", type=int, default=250, help="tokens of instruction and images (default 250)")
+    parser.add_argument(
+        "--rows", default=DEFAULT_ROWS, help=f"Rows to measure, out of {', '.join(known)} (default {DEFAULT_ROWS})."
+    )
+    parser.add_argument("--layers", type=int, help="Number of the transformer's blocks (default the model's 60).")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="Side of target and reference, in pixels (default 1024)."
+    )
+    parser.add_argument("--text", type=int, default=250, help="Tokens of the instruction and the images (default 250).")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2, help="of each side, before the other's turn (default 2)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default 2)")
-    parser.add_argument("--seconds", type=float, default=220, help="after which no row begins (default 220)")
-    parser.add_argument("--alone", action="store_true", help="without the other side: faster, and no ratio")
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on CUDA")
-    parser.add_argument("--profile", default="", metavar="ROWS", help="rows of which one more step is profiled")
-    parser.add_argument("--top", type=int, default=25, help="kernels of a profile (default 25)")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="Training steps of each side before the other's turn (default 2)."
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="Number of turns of each side (default 2).")
+    parser.add_argument(
+        "--seconds", type=float, default=220, help="Seconds after which no new row is started (default 220)."
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="Leave out the other side, which is faster but gives no ratio."
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="Compile the transformer's block. auto compiles it on CUDA.",
+    )
+    parser.add_argument("--profile", default="", metavar="ROWS", help="Rows for which one more step is profiled.")
+    parser.add_argument("--top", type=int, default=25, help="Number of kernels to list in a profile (default 25).")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model's sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model's sizes.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args()
     if options.tiny:
         options.side, options.text, options.rank = min(options.side, 64), min(options.text, 12), min(options.rank, 4)

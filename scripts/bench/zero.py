@@ -160,11 +160,11 @@ def main(options: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, help="of the pictures, in pixels (default 1024, with --tiny 64)")
-    parser.add_argument("--layers", type=int, help="of the transformer (default all)")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step (default 1)")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model, on the CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument("--side", type=int, help="Side of the images in pixels (default 1024, with --tiny 64).")
+    parser.add_argument("--layers", type=int, help="Number of the transformer's blocks (default all).")
+    parser.add_argument("--accumulate", type=int, default=1, help="Micro-batches per step (default 1).")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model on the CPU.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args()
     options.side = options.side or (64 if options.tiny else 1024)
     if options.accumulate < 1 or options.side % 32:
