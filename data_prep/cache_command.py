@@ -88,7 +88,7 @@ def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run
     kept, unreadable = read_indexes(path for path in paths if path not in doomed)
     for path, error in unreadable.items():
         if error.is_newer:  # what it names cannot be known, and would go
-            raise InputError(f"{path} is of a later version of this program: prune with that one")
+            raise InputError(f"{path} was written by a later version of this program: prune it with that version")
     doomed += unreadable
     files = {**unwanted(store, kept), **{path: file_size(path) or 0 for path in doomed}}
     for path in doomed:

@@ -54,7 +54,9 @@ def edit(
     knobs = given_knobs(wanted)
     if table.csv:
         if image or mask or repeat:
-            raise InputError("--csv names its images and masks itself: leave out --image, --mask and --repeat")
+            raise InputError(
+                "the table of --csv names its own images and masks: leave out --image, --mask and --repeat"
+            )
         edit_table(table, knobs, model, place, out)
         return
     table.check_unused()
@@ -80,7 +82,7 @@ def edit_image(
         InputError: something of it is wrong; nothing has been loaded or written then.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("one image is edited by one process: launch several with --csv alone")
+        raise InputError("one image is edited by one process: launch several processes only with --csv")
     check_output(out)
     check_kept(out, knobs.get("count", 1), [*image, *([mask] if mask else []), *([made.path] if made else [])])
     try:
@@ -123,7 +125,7 @@ def check_output(out: Path) -> None:
         raise InputError(f"--out must end in .png, which can carry the settings, got {out}")
     folder = next(path for path in out.absolute().parents if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out} cannot be written: {folder} is no folder that may be written to")
+        raise InputError(f"--out {out} cannot be written: {folder} is not a folder that you may write to")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a file")
 

@@ -112,7 +112,7 @@ class RowOptions:
             InputError: no ground truth is named, or two are.
         """
         if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
-            raise InputError("name the ground truth by --dataset, or by --sources and --targets, two folders")
+            raise InputError("give the ground truth with --dataset, or with the two folders --sources and --targets")
 
     def read(self, seed: int) -> tuple[list[Row], str | None]:
         """The rows, as far as they are wanted, and what is to be said of rows that may not be held out.
@@ -336,17 +336,17 @@ def score(
     """
     if sum(map(bool, (model.model, pictures, runs))) != 1:
         raise InputError(
-            "name one of --model, whose edits are scored, --pictures that are there, and --runs to compare"
+            "give exactly one of --model (to score its edits), --pictures (finished images) and --runs (to compare)"
         )
     if runs:
         others = given_options(edit, knobs, rows, metrics, replace(publish, title=PublishOptions.title), model, place)
-        check_alone("--runs", "compares validations that are there", [*others, *(["--seed"] if seed else [])])
+        check_alone("--runs", "compares finished validations", [*others, *(["--seed"] if seed else [])])
         compare(runs, publish, out)
         return
     if pictures:
         card = replace(publish, title=PublishOptions.title, wandb=None)
         others = given_options(edit, knobs, card, model, replace(place, device=None))
-        check_alone("--pictures", "scores what is there, without a model or an adapter", others)
+        check_alone("--pictures", "scores finished images without a model or an adapter", others)
     rows.check()
     check_names([metrics.rank_by], list(METRICS))
     card = publish.check(edit.adapter or [])
@@ -367,7 +367,7 @@ def check_alone(way: str, does: str, others: Sequence[str]) -> None:
     if others:
         raise InputError(f"{way} {does}: leave out {', '.join(others)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{way} is done by one process: launch several with --model alone")
+        raise InputError(f"{way} runs in one process: launch several processes only with --model")
 
 
 def compare(runs: list[Path], publish: PublishOptions, out: Path) -> None:

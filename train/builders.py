@@ -122,17 +122,20 @@ def check_frozen(name: str, path: Path, linear: dict[str, nn.Linear], in_full: l
         InputError: says which.
     """
     if extra_file(path):
-        raise InputError(f"adapter.frozen: {name} was trained with modules beside LoRA, which cannot lie under another")
+        raise InputError(
+            f"adapter.frozen: {name} was trained with modules beside LoRA, so it cannot be frozen under another adapter"
+        )
     inside = tuple(f"{module}." for module in in_full)
     for module, part in read_adapter(path, linear).items():
         if f"{module}.".startswith(inside):
             raise InputError(
-                f"adapter.frozen: {name} changes {module}, which adapter.train_modules trains in full: leave it out of one"
+                f"adapter.frozen: {name} changes {module}, which adapter.train_modules trains in full: remove it from one "
+                "of the two"
             )
         if exported and part.products:
             raise InputError(
-                f"{path} is a LoKr adapter, which adapter.export_frozen=true cannot put into a LoRA: leave that out, and "
-                "edit with both"
+                f"{path} is a LoKr adapter, which adapter.export_frozen=true cannot merge into a LoRA: leave that out, and "
+                "edit with both adapters"
             )
 
 

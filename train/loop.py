@@ -228,7 +228,7 @@ def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: 
     shown = {name: [round(x, 4) for x in value.tolist()] for name, value in terms.logged.items()}
     raise TrainingDiverged(
         f"step {step + 1}: loss or gradient is not finite for the records {', '.join(guilty)}; terms {shown}. "
-        "Nothing was saved: resume from the last checkpoint with a smaller learning rate, or look at these records"
+        "Nothing was saved: resume from the last checkpoint with a smaller learning rate, or check these records"
     )
 
 

@@ -77,7 +77,7 @@ def read_split(
     kept = [row for row in held_out if isinstance(row, RejectedRow) or row.edit_image]
     if len(kept) < len(held_out):
         say(
-            f"validation: {len(held_out) - len(kept)} rows without edit_image are left out, for there is nothing to edit"
+            f"validation: {len(held_out) - len(kept)} rows without edit_image are left out, because they have no image to edit"
         )
     return training, kept
 
@@ -221,7 +221,7 @@ def train_phase(
         check_identity(checkpoint.path, checkpoint.run, identity)
     first_step = checkpoint.step if checkpoint else 0
     if first_step >= settings.num_steps:
-        processes.say(f"{run_dir} has its {settings.num_steps} steps: nothing to train")
+        processes.say(f"{run_dir} already has all {settings.num_steps} steps: nothing is left to train")
         return 0
 
     # whatever may fail in a second comes before the weights are read
@@ -234,7 +234,7 @@ def train_phase(
     with request or StopRequest() as request, closing(stream), loggers:
         decided = processes.gather(plan and plan.decided)[0]
         if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
-            processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
+            processes.say("parallel=zero3 has nothing to shard on one process: training as parallel=single")
         start = {"adapter.init_from": None} if checkpoint else {}
         adapter, parallel = build_model(apply(config, decided | start), model, processes)
         optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
@@ -342,9 +342,9 @@ def check_folder(key: str, folder: Path) -> None:
     """Raises `InputError` if the folder neither exists nor can be made, before anything that takes long."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise InputError(f"{key}={folder} cannot be a folder, since {there} is a file: choose another")
+        raise InputError(f"{key}={folder} cannot be a folder, because {there} is a file: choose another")
     if not os.access(there, os.W_OK):
-        raise InputError(f"{key}={folder} cannot be written, since {there} is not yours to write: choose another")
+        raise InputError(f"{key}={folder} cannot be written, because you may not write to {there}: choose another")
 
 
 def run(config: Config) -> int:
@@ -375,13 +375,17 @@ def run(config: Config) -> int:
         plan = plan_run(config, model, processes.world_size)
         print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
         if config.phases == ["plan"] and not plan.fits:
-            raise InputError(f"the plan of {config.name} does not fit {plan.gpu.name}: change what it suggests")
+            raise InputError(
+                f"{config.name} does not fit {plan.gpu.name}: use one of the settings that the plan suggests"
+            )
     exit_code = 0
     with locked(Path(config.run_dir)) if "train" in config.phases and processes.is_main else nullcontext():
         if "cache" in config.phases:
             cache_phase(config, model, geometry, processes, newest)
         if "train" in config.phases and processes.any(bool(request.reason)):
-            processes.say(f"stopped by {request.reason or 'another rank'} after caching: the same command trains")
+            processes.say(
+                f"stopped by {request.reason or 'another rank'} after caching: run the same command again to train"
+            )
             exit_code = request.exit_code
         elif "train" in config.phases:
             if torch.cuda.is_available():  # what phase 1 needed is free again

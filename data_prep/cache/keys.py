@@ -152,8 +152,8 @@ def check_files(reader: CacheReader, workers: int = 8) -> None:
     digests.save(digests.new)
     if found:
         raise InputError(
-            f"row {found[0].number} ({found[0].image}) has other pictures now than in the cache at {reader.folder.path}, as "
-            f"{len(found)} of {len(reader)} rows have: {BUILD}"
+            f"the images of {len(found)} of {len(reader)} rows have changed since they were cached at {reader.folder.path}, "
+            f"the first is row {found[0].number} ({found[0].image}): {BUILD}"
         )
 
 

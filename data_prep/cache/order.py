@@ -172,7 +172,7 @@ def draws_per_epoch(weights: np.ndarray | None) -> np.ndarray | None:
         return None
     if weights.max() > LARGEST_RATIO * weights.min():
         raise InputError(
-            f"the weights of two rows are {weights.min():g} and {weights.max():g}, more than a million times as much: look at "
+            f"the weights of two rows are {weights.min():g} and {weights.max():g}, more than a million times as much: check "
             "the column weight, and at weight, repeats and resolutions of data.dataset"
         )
     return MOST_OFTEN * weights / weights.max()

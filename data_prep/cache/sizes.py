@@ -207,7 +207,7 @@ def estimated_sizes(
     sample = _sample(usable, limit)
     sizes = [size for row in sample if (size := _row_size(row, geometry, vision_side, preserve))]
     if not sizes:
-        raise InputError(f"the images of none of {len(sample)} rows can be read: look at data.dataset and data.root")
+        raise InputError(f"none of the images of {len(sample)} rows can be read: check data.dataset and data.root")
     looked = f"{len(sizes)} of {len(usable)} rows" if len(sizes) != len(usable) else f"{len(sizes)} rows"
     return DatasetSizes(tuple(sizes), len(usable), f"the image headers of {looked}; text lengths estimated")
 

@@ -230,7 +230,7 @@ class _Rejections:
         if not rejected or (self.on_error == "skip" and len(rejected) < self.num_rows):
             return
         self.ranks.forget()  # waits: the first process to fail may take the others with it
-        way_out = "mend them" if len(rejected) == self.num_rows else "mend them or set data.on_error=skip"
+        way_out = "fix them" if len(rejected) == self.num_rows else "fix them or set data.on_error=skip"
         raise InputError(
             f"{rejected[0]}. {len(rejected)} of {self.num_rows} rows cannot be used, all listed in {self.path}: {way_out}"
         )

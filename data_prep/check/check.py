@@ -121,8 +121,8 @@ def _finish(facts: Facts, cleaned: Path, fix: bool) -> None:
         print(f"{kept} rows without errors in {cleaned}; {facts.num_errors} left out{use}")
     elif facts.num_errors:
         raise InputError(
-            f"{facts.num_errors} of {facts.survey.num_rows} rows must be fixed, all listed in check.json: mend them, write the "
-            f"others to {cleaned} with --fix, or say --ignore KIND for what is meant"
+            f"{facts.num_errors} of {facts.survey.num_rows} rows must be fixed, all listed in check.json: fix them, write the "
+            f"others to {cleaned} with --fix, or add --ignore KIND for findings that are intended"
         )
 
 
@@ -136,7 +136,7 @@ def _geometry(max_pixels: int, vision_pixels: int, reference_pixels: int | None)
 def _batch_sizes(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--micro-batch-sizes must be whole numbers above 0 with commas between, got {text!r}")
+        raise InputError(f"--micro-batch-sizes must be whole numbers above 0, separated by commas, got {text!r}")
     return [int(part) for part in parts]
 
 

@@ -130,7 +130,7 @@ def check_mask_shape(mask: Image.Image, image: Image.Image, path: Path) -> None:
     aspect_ratio = (mask.width * image.height) / (mask.height * image.width)
     if abs(aspect_ratio - 1) > MASK_TOLERANCE:
         sizes = f"{image_size_text(mask)}, its image is {image_size_text(image)}"
-        raise RejectedImage(path, f"the mask has another shape than its image: {sizes}")
+        raise RejectedImage(path, f"the mask and its image have different shapes: {sizes}")
 
 
 def file_digest(path: str | Path) -> str:

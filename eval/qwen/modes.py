@@ -103,7 +103,7 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
         plan = _flow(request)
     if request.count > 1 and not plan.sampler.draws:
         raise InputError(
-            f"mode={request.mode} with sampler={plan.name} draws nothing, so that all {request.count} pictures would be the "
+            f"mode={request.mode} with sampler={plan.name} uses no random noise, so all {request.count} images would be the "
             "same: leave out count" + (", or use sampler=bridge-stochastic" if plan.name in BRIDGES else "")
         )
     return plan
@@ -120,7 +120,7 @@ def _flow(request: EditRequest) -> Plan:
     if name == "lightning":
         if request.cfg_scale not in (None, 1.0):
             raise InputError(
-                f"sampler=lightning was distilled to do without guidance: leave out cfg_scale={request.cfg_scale}"
+                f"sampler=lightning was distilled to work without guidance: leave out cfg_scale={request.cfg_scale}"
             )
         sampler, steps = FlowSampler(1.0, shift="lightning"), LIGHTNING_STEPS
     else:
@@ -142,17 +142,19 @@ def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any
     name = request.sampler or own
     if request.mode in FROM_NOISE:
         raise InputError(
-            f"mode={request.mode} starts from noise, and the adapter is a bridge (objective lbm): use mode=edit"
+            f"mode={request.mode} starts from noise, but the adapter is a bridge (objective lbm): use mode=edit"
         )
     if name not in BRIDGES:
         raise InputError(
-            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}; loss.preserve would "
-            "have kept sampler=flow"
+            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}. Only a bridge trained "
+            "with loss.preserve can use sampler=flow"
         )
     if request.strength not in (None, 1.0):
-        raise InputError(f"a bridge is walked whole: leave out strength={request.strength}")
+        raise InputError(f"a bridge has no denoising strength: leave out strength={request.strength}")
     if name == "bridge-white" and loss.get("sub_prob") == 0:
-        raise InputError("sampler=bridge-white needs a sub stream, and the adapter was trained without (sub_prob=0)")
+        raise InputError(
+            "sampler=bridge-white needs a sub stream, but the adapter was trained without one (sub_prob=0)"
+        )
     start = "white" if name == "bridge-white" else "source"
     sampler = replace(trained, start=start, stochastic=name == "bridge-stochastic")
     return Plan(name, sampler, request.steps or BRIDGE_STEPS)

@@ -66,7 +66,7 @@ class BaseEditor(ABC):
         Raises:
             InputError: something is missing, it would not stay loaded, or this base loads with its first edit alone.
         """
-        raise InputError(f"{self.abilities.base} loads with its first edit: leave out --preload")
+        raise InputError(f"{self.abilities.base} is only loaded by its first edit: leave out --preload")
 
     @abstractmethod
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:

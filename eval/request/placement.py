@@ -90,7 +90,7 @@ class Placement:
     def _check_offload(self) -> None:
         if self.offload == "layer" and self.device.type == "cpu":
             raise InputError(
-                "offload=layer streams blocks to a device such as cuda, and device is cpu: use offload=model, which frees "
+                "offload=layer streams blocks to a device such as cuda, but the device is cpu: use offload=model, which frees "
                 "the parts that are not in use"
             )
 
@@ -98,14 +98,16 @@ class Placement:
         if self.gguf:
             _check_gguf(self.gguf)
         if self.gguf and self.weights != "full":
-            raise InputError(f"gguf and weights={self.weights} both say what the transformer is stored in: give one")
+            raise InputError(
+                f"gguf and weights={self.weights} both set the format of the transformer's weights: use only one of them"
+            )
         if (self.gguf or self.weights != "full") and self.dtype == torch.float16:
             raise InputError("quantised weights compute in bfloat16 or float32: float16 would overflow")
         if self.weights == "fp8" and self.device.type == "mps":
-            raise InputError("weights=fp8 does not exist on mps: use weights=int8")
+            raise InputError("weights=fp8 is not supported on mps: use weights=int8")
         check_weights(self.format, "weights")
         if self.weights == "nf4" and self.device.type == "mps":
-            raise InputError("weights=nf4 does not exist on mps: use weights=int8")
+            raise InputError("weights=nf4 is not supported on mps: use weights=int8")
 
 
 def make_placement(

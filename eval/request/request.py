@@ -150,7 +150,9 @@ class EditRequest:
             with_maps = f" and {len(self.controls)} control maps" if self.controls else ""
             raise InputError(f"an edit takes 1 to {MAX_SOURCES} images, got {len(self.images)}{with_maps}")
         if not 0 <= self.bridge_image < len(self.images):
-            raise InputError(f"bridge_image={self.bridge_image} of {len(self.images)} image(s), counted from 0")
+            raise InputError(
+                f"bridge_image={self.bridge_image} is not one of the {len(self.images)} image(s), counted from 0"
+            )
         for each in KNOBS:
             each.knob.check(each.field, getattr(self, each.field))
         self._check_size()
@@ -164,7 +166,7 @@ class EditRequest:
         if self.aspect is not None and self.aspect not in ASPECTS:
             raise InputError(f"aspect must be one of {', '.join(ASPECTS)}, got {self.aspect!r}")
         if self.size and self.aspect:
-            raise InputError(f"size and aspect both say how large the result is: leave out aspect={self.aspect}")
+            raise InputError(f"size and aspect both set the size of the result: leave out aspect={self.aspect}")
 
     def _check_mode(self) -> None:
         if self.mode == "variation" and self.prompt.strip():

@@ -173,7 +173,7 @@ def edited_methods(jobs: Sequence[Job], done: Sequence[KeyedJob], folder: Path) 
         subject, count, row = keyed.job.id.split("/", 2)
         groups[subject, count][row] = keyed
     if empty := ", ".join("/".join(names) for names, made in groups.items() if not made):
-        raise InputError(f"every row failed for {empty}, {folder / FAILED} says why: mend that, or leave it out")
+        raise InputError(f"every row failed for {empty}, {folder / FAILED} says why: fix the rows, or leave it out")
     known, methods = read_seconds(folder), []
     for (subject, count), made in groups.items():
         files = {row: folder / keyed.outputs[0] for row, keyed in made.items()}
@@ -203,8 +203,8 @@ def found_methods(folders: Sequence[Path], rows: Sequence[Row]) -> list[Method]:
                 files[row.id] = pictures[found]
                 if (owner := owners.setdefault(found, row.id)) != row.id:
                     raise InputError(
-                        f"{pictures[found]} could be of the rows {owner} and {row.id}: call pictures by the rows' ids, "
-                        "or put them into folders as the targets are"
+                        f"{pictures[found]} could belong to the rows {owner} and {row.id}: name the images by the rows' ids, "
+                        "or put them into the same folders as the targets"
                     )
         methods.append(Method(name, files))
     return methods
@@ -220,7 +220,7 @@ def named_pictures(folder: Path) -> dict[str, Path]:
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if (first := pictures.setdefault(name, path)) != path:
-            raise InputError(f"{first} and {path} have one name: keep one of them, or rename it")
+            raise InputError(f"{first} and {path} have the same name: rename or remove one of them")
     return pictures
 
 

@@ -146,7 +146,7 @@ def test_bad_files_are_rejected_with_row_path_and_reason(name, planted):
         ("only source", "only source.png", "there is no file of this name in {folder}/target"),
         ("only target", "only target.png", "there is no file of this name in {folder}/source"),
         ("broken source", "broken source.jpg", "truncated"),
-        ("wide mask", "wide mask.png", "the mask has another shape than its image: 64x32, its image is 64x48"),
+        ("wide mask", "wide mask.png", "the mask and its image have different shapes: 64x32, its image is 64x48"),
         ("broken mask", "broken mask.png", "truncated"),
     ],
 )

@@ -103,7 +103,9 @@ def test_an_unreadable_index_stops_nobody_and_goes(caches, capsys):
     assert f"  {two} " in said
 
     write_schema(99)
-    with pytest.raises(InputError, match=f"{one}-0.arrow is of a later version of this program: prune with that one"):
+    with pytest.raises(
+        InputError, match=f"{one}-0.arrow was written by a later version of this program: prune it with that version"
+    ):
         command("prune", cache)
     write_schema(1)
     command("prune", cache)
@@ -140,7 +142,10 @@ def test_caches_of_earlier_versions_go(caches, capsys):
     ("arguments", "message"),
     [
         (("prune", Path("nowhere")), "there is no folder nowhere: name the cache's with --dir"),
-        (("list", Path(), ["x"]), "--dataset, --older-than and --dry-run are options of `cache prune`, not of `cache list`"),
+        (
+            ("list", Path(), ["x"]),
+            "--dataset, --older-than and --dry-run are options of `cache prune`, not of `cache list`",
+        ),
         (("prune", Path(), ["x"]), "has no dataset x: `cache list` shows what it has"),
     ],
 )

@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(key, tmp_path):
     (tmp_path / "file").write_text("")
     config = compose(["+exp=tiny_lbm", DATA, f"{key}={tmp_path}/file/x/y"])
     with pytest.raises(
-        InputError, match=rf"{key}={tmp_path}/file/x/y cannot be a folder, since {tmp_path}/file is a file"
+        InputError, match=rf"{key}={tmp_path}/file/x/y cannot be a folder, because {tmp_path}/file is a file"
     ):
         run(config)
 

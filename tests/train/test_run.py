@@ -162,7 +162,7 @@ def test_accumulation_does_not_change_what_is_trained_on(command, tmp_path):
 def test_a_finished_run_is_a_no_op(command, tmp_path):
     run_script(*command(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert "nothing to train" in run_script(*command(tmp_path)).stderr
+    assert "nothing is left to train" in run_script(*command(tmp_path)).stderr
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     jump = run_script(*command(tmp_path, "train.num_steps=8"), check=False)
     assert (jump.returncode, "choose with optim.schedule_steps=6" in jump.stderr) == (2, True)
@@ -299,9 +299,9 @@ WRONG_LATER = {
     "plan.gpu=4091": "plan.gpu=4091 is not known: did you mean 'RTX 4090'?",
     "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
     "resume=nowhere": "no checkpoint at nowhere",
-    "adapter.train_modules=[norm_uot]": "names 'norm_uot', which is no module with weights: did you mean 'norm_out'?",
+    "adapter.train_modules=[norm_uot]": "names 'norm_uot', which is not a module with weights: did you mean 'norm_out'?",
     "adapter=ste adapter.modules.ste.hidden=9": "hidden must be a multiple of 8, got 9",
-    "adapter.modules={a:{_target_:losses.FlowMatchingLoss}}": "is no subclass of train.model.extra.ExtraModule",
+    "adapter.modules={a:{_target_:losses.FlowMatchingLoss}}": "must be a subclass of train.model.extra.ExtraModule",
 }
 
 
@@ -344,7 +344,7 @@ def test_a_picture_that_changed_since_it_was_cached_is_refused_where_nothing_cac
     picture = tmp_path / "pairs" / row["image"]
     ImageOps.invert(Image.open(picture).convert("RGB")).save(picture)
     with pytest.raises(
-        InputError, match=r"row 1 \(.*\) has other pictures now than in the cache at .*: run with phases="
+        InputError, match=r"rows have changed since they were cached at .*, the first is row 1 \(.*\): run with phases="
     ):
         run(compose([*command(tmp_path / "run", *data)[1:], "phases=[train]"]))
 
@@ -364,7 +364,10 @@ def test_a_launcher_that_goes_while_it_caches_is_missed(command, tmp_path, monke
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr("train.phases.cache_phase", lambda *_: monkeypatch.setattr("os.getppid", lambda: 1))
     assert run(compose(command(tmp_path)[1:])) == 1
-    assert "stopped by the end of its launcher after caching: the same command trains" in capsys.readouterr().err
+    assert (
+        "stopped by the end of its launcher after caching: run the same command again to train"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -378,7 +381,7 @@ def test_a_run_of_another_version_is_not_continued_as_if_nothing_were(command, t
         changed = {name: value for name, value in values["run"].items() if name not in ("order", "group_size")}
         changed |= {"order": order} if order else {}
         state.write_text(json.dumps(values | {"run": changed}))
-        with pytest.raises(InputError, match="was made by another version of this program, in which records came in"):
+        with pytest.raises(InputError, match="was made by another version of this program, which drew the records in"):
             run(compose(command(tmp_path, "train.num_steps=4", "optim.schedule_steps=2")[1:]))
     state.write_text(json.dumps(values))
     other = ("train.micro_batch_size=1", "train.grad_accum_steps=2", "train.num_steps=4", "optim.schedule_steps=2")

@@ -244,7 +244,7 @@ class TrainConfig:
         at_once = self.micro_batch_size * world_size
         if self.global_batch_size % at_once:
             raise InputError(
-                f"train.global_batch_size={self.global_batch_size} is no multiple of train.micro_batch_size x processes = "
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size x processes = "
                 f"{self.micro_batch_size} x {world_size} = {at_once}: choose a multiple, or another number of processes"
             )
         return self.global_batch_size // at_once

@@ -196,8 +196,8 @@ class Adapter:
             sides, theirs = (len(mine[0]), mine[-1].shape[1]), (len(factor[0]), factor[-1].shape[1])
             if len(mine) != len(factor) or sides != theirs:
                 raise InputError(
-                    f"{path} has another {side} in {name}, {_described(factor)} and not {_described(mine)}: set adapter.rank, "
-                    "decompose_both and decompose_factor as they were for it"
+                    f"{path} has a different {side} in {name}, {_described(factor)} instead of {_described(mine)}: set "
+                    "adapter.rank, decompose_both and decompose_factor as in its training"
                 )
             if len(mine) == 1:
                 mine[0].copy_(factor[0])
@@ -383,7 +383,7 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str], train_modules: 
             valid = sorted({name.split(".", 2)[-1] for name in linear} | {name.rsplit(".", 1)[-1] for name in linear})
             nearest = difflib.get_close_matches(target, valid, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"adapter.target_modules names {target!r}, which is no linear module: did you mean {nearest!r}?"
+                f"adapter.target_modules names {target!r}, which is not a linear module: did you mean {nearest!r}?"
             )
         matched |= hits
     in_full = trained_modules(dit, train_modules)
@@ -391,7 +391,7 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str], train_modules: 
     left = [name for name in linear if name in matched - unused - {*in_full} and not name.startswith(inside)]
     if not left:
         raise InputError(
-            "adapter.train_modules takes all of adapter.target_modules, and LoRA needs at least one module"
+            "adapter.train_modules covers all of adapter.target_modules, but LoRA needs at least one module"
         )
     return left
 
@@ -411,7 +411,7 @@ def by_suffix(
     known = list(known)
     for suffix in pattern:
         if not any(ends_in(name, suffix) for name in known):
-            raise InputError(f"{key} names {suffix!r}, in which the name of no linear layer ends")
+            raise InputError(f"{key} names {suffix!r}, but no linear layer's name ends in it")
     longest_first = sorted(pattern, key=len, reverse=True)
     return {
         name: next((pattern[suffix] for suffix in longest_first if ends_in(name, suffix)), default) for name in names

@@ -53,7 +53,7 @@ class Checkpoint:
         kind = type(optimizer.torch_optimizer).__name__
         if self.run["optimizer"] != kind:
             raise InputError(
-                f"{self.path} was trained with {self.run['optimizer']}, not {kind}: set optim as it was, or a new run_dir"
+                f"{self.path} was trained with {self.run['optimizer']}, not {kind}: set optim as it was, or choose a new run_dir"
             )
         restore_optimizer_state(optimizer.torch_optimizer, self.optimizer_tensors, self.optimizer_values)
 
@@ -134,7 +134,7 @@ class Checkpoints:
             return
         if name not in numbers:
             raise InputError(
-                f"train.best_by={name} is no number of the validation: it has {', '.join(sorted(numbers))}"
+                f"train.best_by={name} is not a number that the validation reports. It reports {', '.join(sorted(numbers))}"
             )
         best = self.best()
         if step and (not best or best["name"] != name or is_better(name, numbers[name], best["value"])):

@@ -81,7 +81,7 @@ def make_column_map(options: Iterable[str], templated: bool) -> ColumnMap:
         if len(several) > limit:
             raise InputError(f"--column {name}=… is given {len(several)} times, at most {limit} can be")
     if templated and "prompt" in columns:
-        raise InputError("--column prompt=… and a prompt template both say the instruction: give one of them")
+        raise InputError("--column prompt=… and a prompt template both give the instruction: use only one of them")
     return ColumnMap(tuple((name, tuple(several)) for name, several in columns.items()), templated)
 
 

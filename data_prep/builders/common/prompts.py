@@ -61,7 +61,7 @@ def make_templates(prompt: str | None, file: Path | None, seed: int) -> Template
         InputError: both are given, or they cannot be read, are empty, or not templates.
     """
     if prompt is not None and file is not None:
-        raise InputError("--prompt and --templates both say the instruction: give one of them")
+        raise InputError("--prompt and --templates both give the instruction: use only one of them")
     if prompt is not None:
         return _checked([prompt], "--prompt", seed)
     return read_templates(file, seed) if file is not None else None

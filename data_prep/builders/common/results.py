@@ -43,5 +43,7 @@ def exact_mask(source: Image.Image, target: Image.Image) -> Image.Image:
     red, green, blue = ImageChops.difference(source, target).split()
     mask = ImageChops.lighter(ImageChops.lighter(red, green), blue).point([255] + [0] * 255)
     if mask.getextrema() == (255, 255):
-        raise BadRow("the edit changes no pixel: what is laid on is transparent, or has the colour of what is there")
+        raise BadRow(
+            "the edit changes no pixel: the overlay is transparent, or has the same colours as the image below it"
+        )
     return mask

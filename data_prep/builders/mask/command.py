@@ -90,7 +90,7 @@ def command(
     if binarise is not None and not 1 <= binarise <= 255:
         raise InputError(f"--binarise must be in 1 to 255, got {binarise}")
     if dataset.exists() and (out / DATASET_FILE).exists() and dataset.samefile(out / DATASET_FILE):
-        raise InputError(f"the new dataset would take the place of {dataset}: give another folder as --out")
+        raise InputError(f"the new dataset would overwrite {dataset}: give another folder as --out")
     if dilate is None:
         dilate = 4 if origin == "difference" else 0
     if origin == "difference":
@@ -127,7 +127,7 @@ class DifferenceMask:
         source = open_image(row["edit_image"][item.values["bridge_image"]])
         edited = self.difference(ImageOps.fit(source, target.size, Image.Resampling.LANCZOS), target)
         if not edited.any():
-            raise BadRow("source and target are the same but for noise: there is no edit to mask")
+            raise BadRow("source and target differ only by noise: there is no edit to mask")
         return [row | {"back_mask": _saved(soft_mask(edited, self.dilate, self.feather), item, out)}]
 
 
@@ -156,7 +156,7 @@ class GivenMask:
 
 def _saved(mask: Image.Image, item: Item, out: Path) -> Path:
     if mask.getextrema() == (255, 255):
-        raise BadRow("nothing of the mask is black, which marks the edit: look at --dilate, --invert and --binarise")
+        raise BadRow("the mask has no black pixels, which mark the edit: check --dilate, --invert and --binarise")
     return save_result(mask, out / "masks", item.id)
 
 

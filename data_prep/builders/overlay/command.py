@@ -242,7 +242,7 @@ def _checked_text(text: str) -> str:
     if not text:
         raise BadRow("is empty")
     if len(text) > MAX_TEXT:
-        raise BadRow(f"has {len(text)} characters, {MAX_TEXT} is the most")
+        raise BadRow(f"has {len(text)} characters, at most {MAX_TEXT} are allowed")
     if controls := sorted({each for each in text if unicodedata.category(each) == "Cc" and each != "\n"}):
         raise BadRow(f"has control characters ({', '.join(map(ascii, controls))}): is it a text file?")
     return text

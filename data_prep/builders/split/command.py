@@ -147,12 +147,12 @@ class Content:
         size = len(usable)
         number = wanted if isinstance(wanted, int) else max(1, round(wanted * size))
         if number >= size:
-            raise InputError(f"--validation {wanted} would leave no row for training: {size} can be used")
+            raise InputError(f"--validation {wanted} would leave no row for training: only {size} rows can be used")
         groups = self.groups()
         chosen = choose_validation(groups, np.array(self.stratum_of)[usable], number, rng)
         largest = np.bincount(groups).max()
         if not chosen.any():
-            raise InputError(f"all {size} rows show the same content, so they cannot be split: look at column group")
+            raise InputError(f"all {size} rows show the same content, so they cannot be split: check the column group")
         if chosen.sum() != number:
             print(
                 f"validation has {chosen.sum()} rows, not {number}: rows of the same content stay together, and the "
@@ -198,8 +198,8 @@ def _check_splits(rows: Iterable[Row | RejectedRow]) -> None:
     for row in rows:
         if isinstance(row, Row) and row.split not in ("train", "validation"):
             raise InputError(
-                f"row {row.number} has the split {row.split!r}: split makes train and validation anew, and would train on "
-                "it; take such rows out first"
+                f"row {row.number} has the split {row.split!r}, but this command assigns every row to train or validation: "
+                "remove such rows first"
             )
 
 

@@ -86,7 +86,8 @@ def command(
         raise InputError(f"--per-image must be 1 or more, got {per_image}")
     if out.resolve().is_relative_to(images.resolve()):
         raise InputError(
-            f"--out {out} is in the folder of the photographs: the next run would take its pictures for some"
+            f"--out {out} is inside the folder of photographs, so the next run would use its images as photographs: choose "
+            "another folder"
         )
     if lut:
         load_cube(lut)  # a wrong one is told before any work is done
@@ -267,7 +268,7 @@ def draw_held_out(originals: dict[Path, str], number: int, seed: int) -> frozens
             held_out += groups[name]
     if number and not held_out:
         raise InputError(
-            f"no photograph can be held out: each has doubles, and together they are more than --validation {number}"
+            f"no photograph can be held out: each has duplicates, which together are more than --validation {number}"
         )
     return frozenset(held_out)
 

@@ -236,7 +236,7 @@ REJECTED = {
     "smaller.png": "24x16, its annotations are for 48x32",
     "reshaped.png": "another shape: 32x32, the photograph is 48x32",
     "stranger.png": "unknown category_id 99",
-    "outside.png": "leaves the root folder",
+    "outside.png": "is outside the root folder",
     "nobody.png": "name of this target",
     "again.png": "already used by united.png",
     "half category.png": "is not UTF-8 text",

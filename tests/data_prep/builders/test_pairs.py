@@ -174,7 +174,7 @@ WRONG = {
         "--prompt", "{colour}",
     ),
     "is not a template": lambda folder: ("--prompt", "an open { brace"),
-    "give one of them": lambda folder: ("--prompt", "p", "--templates", folder / "x"),
+    "use only one of them": lambda folder: ("--prompt", "p", "--templates", folder / "x"),
     "cannot be read: No such file": lambda folder: ("--templates", folder / "x"),
     "--prompt is empty": lambda folder: ("--prompt", " "),
     "has 4 folders of sources (source, source_0, source_1, source_2), the model takes at most 3": lambda folder: [

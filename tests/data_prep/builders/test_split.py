@@ -170,7 +170,7 @@ def test_rows_of_another_split_are_refused_before_any_work(tmp_path):
     dataset.write_text("".join(json.dumps(row | part) + "\n" for part in parts))
     done, _ = split(dataset, out, "--validation", "1", check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: row 4 has the split 'test': split makes train and validation anew")
+    assert done.stderr.startswith("error: row 4 has the split 'test', but this command assigns every row")
     assert list(tmp_path.iterdir()) == [dataset]
 
 

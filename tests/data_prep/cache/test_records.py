@@ -262,7 +262,7 @@ def test_pictures_that_changed_in_place_are_refused_and_those_rewritten_alike_ar
     check_files(reader)
     write_image(tmp_path / "r2.png", 77, 96)
     with pytest.raises(
-        InputError, match=r"row 3 \(.*t2.png\) has other pictures .* as 1 of 3 rows have: run with phases="
+        InputError, match=r"the images of 1 of 3 rows have changed .* the first is row 3 \(.*t2.png\): run with phases="
     ):
         check_files(reader)
     build(rows[1:2] + rows[2:], caption_dropout=True, negative=True, on_error="skip")

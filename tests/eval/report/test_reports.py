@@ -438,7 +438,7 @@ def test_two_folders_stand_in_for_a_dataset(tmp_path):
     ]
     expected = -10 * np.log10(np.square(pictures[0] - pictures[1]).mean())
     assert report["per_row"][0]["scores"]["made"]["psnr"] == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(InputError, match="--dataset, or by --sources and --targets"):
+    with pytest.raises(InputError, match="--dataset, or with the two folders --sources and --targets"):
         run.score(pictures=[tmp_path / "made"], sources=tmp_path / "sources", device="cpu", out=tmp_path / "out")
 
 

@@ -73,8 +73,8 @@ class Extras:
             if mine is None or mine.shape != tensor.shape:
                 key = "adapter.modules" if name.startswith(ADDED) else "adapter.train_modules"
                 raise InputError(
-                    f"{weights.file} has {name} of shape {tuple(tensor.shape)}, which {key} leaves out or makes otherwise: set "
-                    "it as that adapter was trained"
+                    f"{weights.file} has {name} of shape {tuple(tensor.shape)}, which {key} leaves out or gives another shape: "
+                    "set it as in that adapter's training"
                 )
             mine.copy_(tensor)
 
@@ -111,7 +111,7 @@ class ExtraWeights:
             wanted = {key: tuple(each.shape) for key, each in module.state_dict().items()}
             if wanted != {key: tuple(each.shape) for key, each in own.items()}:
                 raise InputError(
-                    f"{self.file}: the module {name} has other weights than its class {node['_target_']} here: use the "
+                    f"{self.file}: the module {name} has different weights from its class {node['_target_']} here: use the "
                     "version that it was trained with, and the same base model"
                 )
             module.load_state_dict(own)

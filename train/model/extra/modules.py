@@ -136,9 +136,9 @@ def build_module(where: str, node: Mapping[str, Any], token_width: int, seed: in
     try:
         kind = resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{where} is of {target}, which cannot be imported ({error}): put it on PYTHONPATH") from error
+        raise InputError(f"{where} names {target}, which cannot be imported ({error}): put it on PYTHONPATH") from error
     if not (isinstance(kind, type) and issubclass(kind, ExtraModule)):
-        raise InputError(f"{where}: {target} is no subclass of train.model.extra.ExtraModule, which it must be")
+        raise InputError(f"{where}: {target} must be a subclass of train.model.extra.ExtraModule")
     digest = hashlib.blake2b(f"{seed}/{where}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(digest) >> 1)
@@ -171,6 +171,6 @@ def check_identity(where: str, module: ExtraModule) -> None:
             raise InputError(f"{where}: {type(module).__name__} failed on a small scene: {error}") from error
         if not torch.equal(returned, tokens):
             raise InputError(
-                f"{where}: {type(module).__name__} does not begin as the identity, and would change what the model can do "
-                "before it has learned anything: let its last layer begin at zero"
+                f"{where}: {type(module).__name__} does not start as the identity, so it would change the model's output "
+                "before any training: initialise its last layer with zeros"
             )

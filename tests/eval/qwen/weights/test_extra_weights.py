@@ -115,5 +115,7 @@ def test_files_that_do_not_belong_together_are_refused(tiny_model_dir, adapters,
     with pytest.raises(InputError, match="has other weights than its class"):
         made(parts, tmp_path, ("both", 1.0))
     extra.unlink()
-    with pytest.raises(InputError, match=r"was trained with modules beside LoRA, and extra_modules\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"was trained with modules beside LoRA, but their file extra_modules\.safetensors"
+    ):
         made(parts, tmp_path, ("both", 1.0))
