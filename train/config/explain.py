@@ -43,9 +43,7 @@ def unknown_key(name: str) -> str:
     if name in keys:
         return f"{name} takes its keys one by one: +{name}.NAME=VALUE"
     key = nearest_key(name)
-    return (
-        f"unknown key {name}: {meant(key)}" if key else f"unknown key {name}: --keys WORD lists the keys that there are"
-    )
+    return f"unknown key {name}: {meant(key)}" if key else f"unknown key {name}: --keys WORD searches all keys"
 
 
 def meant(key: Key) -> str:

@@ -13,16 +13,16 @@ class AdamW:
     """AdamW with warm-up and a constant or cosine schedule (Loshchilov & Hutter, arXiv 1711.05101).
 
     Args:
-        lr: the peak learning rate.
-        betas: decay of the averages of the gradient and of its square.
-        weight_decay: share of the learning rate by which weights shrink in a step.
-        eps: added to the denominator.
+        lr: peak learning rate.
+        betas: decay rates of the running averages of the gradient and of its square.
+        weight_decay: decoupled weight decay. Each step shrinks the weights by this share times the learning rate.
+        eps: small number that is added to the denominator for numerical stability.
         warmup_steps: number of steps in which the learning rate rises linearly from 0.
-        schedule: how the learning rate goes on: "constant", or "cosine" down to 0 at `schedule_steps`, where it stays.
-        schedule_steps: where the cosine ends; None: at `num_steps`.
-        ema: decay of an exponential moving average of the weights, such as 0.999, which is validated and exported; None: the
-            weights themselves are. It is min(ema, (1 + step) / (10 + step)), so that the start is soon forgotten.
-        bits: size of each number of the two moments; 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861), with
+        schedule: learning rate after the warm-up: "constant", or "cosine", which falls to 0 at `schedule_steps` and stays there.
+        schedule_steps: step at which the cosine reaches 0. By default it is `train.num_steps`.
+        ema: decay of an exponential moving average of the weights, such as 0.999. The average is validated and exported instead
+            of the weights themselves. The decay at a step is min(ema, (1 + step) / (10 + step)), so the start is soon forgotten.
+        bits: bits per number of the two moments. 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) and needs
             bitsandbytes.
         num_steps: length of the run, given by it.
 

@@ -20,7 +20,7 @@ class Prodigy:
     Many tensors are updated at once. Options that need the library's own step, tensor by tensor, get it, and a warning.
 
     Args:
-        lr: a factor on the estimated step size; leave it at 1.
+        lr: factor on the estimated step size. Leave it at 1.
         options: of `prodigyplus.ProdigyPlusScheduleFree`.
 
     Raises:

@@ -31,7 +31,7 @@ class WandB(Logger):
         record: what else was there at the start: git commit, versions, machine, data fingerprint.
         resumed_step: training steps done.
         state: of the checkpoint that is continued, or nothing.
-        artifact: upload the adapter of every checkpoint.
+        artifact: upload the adapter of every checkpoint to W&B as an artifact.
     """
 
     def __init__(

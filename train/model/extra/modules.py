@@ -61,8 +61,8 @@ class SpatialTemporalEncoder(ExtraModule):
 
     Args:
         token_width: D.
-        hidden: channels of the network, a multiple of 8.
-        depth: residual layers; with n of them a cell sees n + 1 cells of 16 pixels in each direction.
+        hidden: number of channels of the added network, a multiple of 8.
+        depth: number of residual layers. With n layers, a cell of 16 pixels sees n + 1 cells in each direction.
 
     Raises:
         ValueError: an argument is out of its range.
