@@ -289,7 +289,7 @@ def test_another_model_is_found_before_its_weights_are_read(folder, tiny_model_d
         file.write(" ")
     for weights in (tmp_path / "model/text_encoder").glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InputError, match=f"made with a different model from {tmp_path}/model holds now"):
+    with pytest.raises(InputError, match=f"made with a different model from the one in {tmp_path}/model now"):
         command("--repeat", tmp_path / "result.png", "--image", "photo.png", "--out", tmp_path / "again.png")
 
 
