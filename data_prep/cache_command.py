@@ -61,7 +61,7 @@ def listing(store: CacheFolder) -> Iterator[str]:
     indexes, unreadable = read_indexes(_index_paths(store))
     rest = _total(unwanted(store, indexes))
     files = {name: size for index in indexes for name, size in index.sizes.items()}
-    yield f"{store.path}: {len(indexes)} datasets of {_bytes(sum(files.values()))}, and {_bytes(rest)} that none of them wants"
+    yield f"{store.path}: {len(indexes)} datasets of {_bytes(sum(files.values()))}, and {_bytes(rest)} that none of them uses"
     for index in sorted(indexes, key=lambda index: -index.path.stat().st_mtime):
         used = datetime.fromtimestamp(index.path.stat().st_mtime).isoformat(" ", "minutes")
         size = _bytes(sum(index.sizes.values()))

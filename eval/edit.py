@@ -110,7 +110,7 @@ def edit_image(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{error}\nout of memory: a smaller --size, --offload or --weights needs less", file=sys.stderr)
+        print(f"{error}\nout of memory: use a smaller --size, --offload or --weights", file=sys.stderr)
         raise typer.Exit(1) from None
     for name, result in zip(numbered(out.name, request.count), results, strict=True):
         write_png(result, sources, out.with_name(name))

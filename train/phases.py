@@ -145,7 +145,9 @@ def cache_phase(
         )
         weighted = split == "train" and any(each.weight for each in config.data.datasets)
         lost = rejected_share(rows, summary.rejected) if weighted else 0.0
-        of_draws = f"; the rejected rows had {lost:.3g} of the draws, which all others share" if lost else ""
+        of_draws = (
+            f"; the rejected rows had {lost:.3g} of the draws, which are now divided among all others" if lost else ""
+        )
         processes.say(f"{split}: {summary}{of_draws}")
 
 
@@ -240,7 +242,7 @@ def train_phase(
         optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
         if checkpoint:
             checkpoint.restore(adapter, optimizer)
-            processes.say(f"continuing from {checkpoint.path}")
+            processes.say(f"resuming from {checkpoint.path}")
         checkpoint = None  # its tensors are in the optimizer now
         run = Training(
             processes,
@@ -302,7 +304,7 @@ def held_out_validation(
         return None
     if dataset is None:
         processes.say(
-            f"no validation: data.validation is not set and no row has split=validation and a source{other_splits(config)}"
+            f"no validation: data.validation is not set, and no row with a source has split=validation{other_splits(config)}"
         )
         return None
     held_out = CacheReader(
@@ -322,7 +324,7 @@ def other_splits(config: Config) -> str:
     """Of rows that are for neither training nor validation, how many there are and what their splits are called."""
     found = Counter(row.split for row in configured_rows(config) if isinstance(row, Row))
     others = ", ".join(f"{found[name]} have split={name}" for name in found if name not in ("train", "validation"))
-    return f" ({others}, which is left alone: is it meant for validation?)" if others else ""
+    return f" ({others}, which is not used: is it meant for validation?)" if others else ""
 
 
 def where(run: Training, run_dir: Path) -> str:
@@ -335,7 +337,7 @@ def to_continue(run: Training, run_dir: Path) -> str:
     """From what, and with which command."""
     start = f"from {run_dir / CHECKPOINTS}/step-{run.saved:06d}" if run.saved else "from the beginning"
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    return f"the same command continues {start}: {launcher} {shlex.join(sys.argv)}"
+    return f"the same command resumes {start}: {launcher} {shlex.join(sys.argv)}"
 
 
 def check_folder(key: str, folder: Path) -> None:

@@ -103,8 +103,8 @@ class BatchStream:
             ", by weight" if order.rates is not None else ""
         )
         return (
-            f"{order.num_records} records in {buckets}: {epoch:.4g} steps an "
-            f"epoch, each of {self.global_batch_size} places in groups of {self.group_size} from one bucket; "
+            f"{order.num_records} records in {buckets}: {epoch:.4g} steps per "
+            f"epoch, each with {self.global_batch_size} places in groups of {self.group_size} from one bucket; "
             f"{order.empty_share:.1%} of the places stay empty"
         )
 

@@ -239,7 +239,7 @@ def _to_srgb(image: Image.Image, profile: bytes, path: Path, conversions: list[s
     if mode not in (
         ("CMYK",) if image.mode == "CMYK" else ("L", "RGB") if image.mode in ("1", "L", "LA") else ("RGB",)
     ):
-        conversions.append("its ICC profile is broken or of another colour space, and is left out")
+        conversions.append("its ICC profile is broken or for another colour space, and is ignored")
         return image
     if transform is None:
         return image

@@ -172,9 +172,9 @@ def _untrained_steps(num_steps: int, sigmas: list[float] | None) -> tuple[str, .
     if not (untrained := others(num_steps)):
         return ()
     suited = [str(count) for count in range(1, MAX_SUGGESTED_STEPS + 1) if not others(count)]
-    instead = f"; {' or '.join(suited)} would not" if suited else ""
+    instead = f"; {' or '.join(suited)} steps would not" if suited else ""
     values, visited = (", ".join(f"{sigma:.3g}" for sigma in some) for some in (sigmas, untrained))
-    return (f"the adapter was trained at sigma {values}, and {num_steps} steps visit {visited} too{instead}",)
+    return (f"the adapter was trained at sigma {values}, but {num_steps} steps also visit {visited}{instead}",)
 
 
 def result_size(request: EditRequest, geometry: Geometry) -> Size:

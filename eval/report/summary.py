@@ -59,7 +59,7 @@ def build_report(
 def unmeasured(chosen: Iterable[str], methods: Sequence[Measured], unavailable: Mapping[str, str]) -> dict[str, str]:
     """Why each chosen metric is not in the report, in the order of tables: its own reason, or no row has what it looks at."""
     found = {name for each in methods for scores in _all_scores(each) for name in scores}
-    reasons = dict.fromkeys(chosen, "no row has what it looks at: a mask, or a face") | dict(unavailable)
+    reasons = dict.fromkeys(chosen, "no row has what it needs: a mask, or a face") | dict(unavailable)
     return {name: reasons[name] for name in METRICS if name in reasons and name not in found}
 
 

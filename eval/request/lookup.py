@@ -25,7 +25,7 @@ def find_model(text: str) -> str:
             return str(path)
     if HUB_ID.fullmatch(text):
         return text
-    where = f"looked at {listed(tried)}" if parent else f"${MODEL_DIR}, where models may be, is not set"
+    where = f"looked at {listed(tried)}" if parent else f"${MODEL_DIR}, a folder for models, is not set"
     raise InputError(
         f"no model at {text}{nearest(text, _model_names(parent))}: name a folder or a hub id such as "
         f"Qwen/Qwen-Image-Edit-2511 ({where})"

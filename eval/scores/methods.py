@@ -107,8 +107,8 @@ class Contest:
         masked = sum(row.back_mask is not None for row in rows)
         seeing = [name for name, uses in self.subjects.items() if any(added_modules(use.path) for use in uses)]
         return [
-            f"{masked} of {len(rows)} rows have a mask, and the modules that {name} adds see none here: in training and in its "
-            "validation they see it, so those figures may be better"
+            f"{masked} of {len(rows)} rows have a mask, but the modules that {name} adds do not see it here. In training and in "
+            "its validation they do, so those scores may be better"
             for name in (seeing if masked else [])
         ]
 
@@ -155,7 +155,7 @@ def usable(row: Row | RejectedRow) -> Row | RejectedRow:
         return RejectedRow(row.number, row.id, str(row.image), "it has no source: there is nothing to edit")
     for path in filter(None, (row.image, row.ref_gt, row.back_mask)):
         if not path.is_file() or (path != row.back_mask and image_size(path) is None):
-            return RejectedRow(row.number, row.id, str(path), "there is no such picture, or it cannot be read")
+            return RejectedRow(row.number, row.id, str(path), "the image does not exist or cannot be read")
     return row
 
 
@@ -248,7 +248,7 @@ def with_all(rows: Sequence[Row], methods: Sequence[Method]) -> Iterator[Row | R
     """The rows, rejected where a method has no picture."""
     for row in rows:
         missing = next((method.name for method in methods if row.id not in method.files), None)
-        reason = f"{missing} has no picture called {row.id} or {row.image.stem}"
+        reason = f"{missing} has no image named {row.id} or {row.image.stem}"
         yield RejectedRow(row.number, row.id, str(row.image), reason) if missing else row
 
 
@@ -261,7 +261,7 @@ def rows_of_folders(sources: Path, targets: Path) -> list[Row | RejectedRow]:
     named = named_pictures(sources)
     rows: list[Row | RejectedRow] = []
     for number, (name, path) in enumerate(named_pictures(targets).items(), start=1):
-        reason = f"{sources} has no picture called {name}"
+        reason = f"{sources} has no image named {name}"
         rows.append(
             Row(number, name, EMPTY_PROMPT, path.absolute(), (named[name].absolute(),))
             if name in named

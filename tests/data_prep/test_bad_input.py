@@ -178,7 +178,7 @@ def test_with_skip_the_exit_code_is_0_and_the_files_are_the_same(planted):
     folder, _ = planted
     before = [(folder / name).read_bytes() for name in ("dataset.jsonl", "rejected.jsonl")]
     done = prepare("pairs", "--folder", folder, "--prompt", "p", "--on-error", "skip", "--processes", 2)
-    assert f"{len(BAD) + 5} could not be used, listed in" in done.stdout
+    assert f"{len(BAD) + 5} could not be used and are listed in" in done.stdout
     assert [(folder / name).read_bytes() for name in ("dataset.jsonl", "rejected.jsonl")] == before
 
 

@@ -93,7 +93,9 @@ def test_the_command_writes_pngs_that_say_how_to_make_them_again(folder, tmp_pat
 def test_steps_that_were_not_trained_are_named_once(folder, tiny_model_dir, tmp_path, capsys):
     """For one edit, and for a table of two rows."""
     adapter = write_adapter(tmp_path / "adapter", tiny_model_dir, "lbm", SMALL, sigmas=[1.0, 0.5])
-    note = "note: the adapter was trained at sigma 1, 0.5, and 3 steps visit 0.667, 0.333 too; 1 or 2 would not\n"
+    note = (
+        "note: the adapter was trained at sigma 1, 0.5, but 3 steps also visit 0.667, 0.333; 1 or 2 steps would not\n"
+    )
     (tmp_path / "jobs.csv").write_text("image,prompt\nphoto.png,a\nother.png,b\n")
     common = ("--model", "tiny", "--adapter", adapter, "--device", "cpu")
     one, table = ("--image", "photo.png", "--prompt", "x"), ("--csv", tmp_path / "jobs.csv", "--root", folder)

@@ -79,7 +79,7 @@ def test_an_adapter_over_another_says_so(runs):
     over, both, first = (AdapterUse(runs / name / "checkpoints" / "step-000002") for name in ("over", "both", "first"))
     assert all(product.abs().max() < 1e-9 for product in products(runs / "over").values())
     (note,) = left_out([over])
-    assert note.endswith(f"was trained over {runs}/first, which is not in use: add --adapter {runs}/first")
+    assert note.endswith(f"was trained on top of {runs}/first, which is not in use: add --adapter {runs}/first")
     assert left_out([over, first]) == left_out([both]) == []
     assert "frozen" not in read_metadata(both.path)
 

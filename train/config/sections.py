@@ -60,7 +60,7 @@ class DatasetConfig:
             )
         require(
             self.weight is None or self.repeats == 1,
-            f"data.dataset: {name} has weight={self.weight} and repeats={self.repeats}, which both say how often it is drawn: "
+            f"data.dataset: {name} has weight={self.weight} and repeats={self.repeats}, which both set how often it is drawn: "
             "leave one out",
         )
         for area, share in self.resolutions.items():
@@ -93,7 +93,7 @@ class AugmentConfig:
         require(0 < self.crop <= 1, f"data.augment.crop must lie in (0, 1], got {self.crop}")
         require(
             self.crop < 1 or self.copies <= int(self.flip),
-            f"data.augment.copies={self.copies} asks for more versions than there are without crops, which is "
+            f"data.augment.copies={self.copies} is more than the number of versions without crops, which is "
             f"{'one, the mirrored one' if self.flip else 'none'}: set data.augment.crop=0.9, or fewer copies",
         )
 
@@ -221,15 +221,15 @@ class TrainConfig:
         require(
             self.attention == "auto" or self.gradient_checkpointing in ("off", "full"),
             f"train.attention={self.attention} needs train.gradient_checkpointing=off or full, got "
-            f"{self.gradient_checkpointing}: its output cannot be kept by itself",
+            f"{self.gradient_checkpointing}: its output cannot be kept separately",
         )
         require(
             self.grad_accum_steps is None or self.global_batch_size is None,
-            f"train.grad_accum_steps={self.grad_accum_steps} and train.global_batch_size={self.global_batch_size} both say "
-            "how many forwards make a step: set one of them to null",
+            f"train.grad_accum_steps={self.grad_accum_steps} and train.global_batch_size={self.global_batch_size} both set "
+            "the number of forward passes per step: set one of them to null",
         )
         require(self.save_minutes > 0, f"train.save_minutes must be positive, got {self.save_minutes}")
-        require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
+        require(self.device in (None, "cpu"), f"train.device must be cpu or null (automatic), got {self.device!r}")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")
 
@@ -261,7 +261,7 @@ class AdapterConfig:
     """Rank of the LoRA. For LoKr it is the rank of the second factor, which is a full matrix if the rank is at least half its
     longer side."""
     alpha: float | None = None
-    """Alpha of the LoRA, which is scaled by alpha / rank in all layers. By default alpha is equal to the rank, so the scale is 1."""
+    """Alpha of the LoRA, which is scaled by alpha / rank in all layers. By default alpha is the rank, so the scale is 1."""
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
     """Linear layers that get a LoRA, given by the end of their names."""
     rank_pattern: dict[str, int] | None = None
@@ -305,7 +305,7 @@ class AdapterConfig:
                 )
         require(
             not (self.dora and self.export_frozen),
-            "adapter.export_frozen=true adds adapters up, which a DoRA adapter cannot: leave it out, or set adapter.dora=false",
+            "adapter.export_frozen=true adds adapters up, which does not work with DoRA: leave it out, or set adapter.dora=false",
         )
         lokr = self.kind == "lokr"
         for name, reason in {
@@ -320,7 +320,8 @@ class AdapterConfig:
         for name in ("decompose_both", "decompose_factor"):
             value = getattr(self, name)
             require(
-                lokr or value in (False, -1), f"adapter.{name}={value} is LoKr's: use adapter=lokr, or leave it out"
+                lokr or value in (False, -1),
+                f"adapter.{name}={value} is for LoKr only: use adapter=lokr, or leave it out",
             )
         require(
             self.decompose_factor == -1 or self.decompose_factor >= 2,
@@ -433,11 +434,11 @@ class Config:
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
         require(
             not self.data.preserve_prompts or bool(self.loss.get("preserve")),
-            "data.preserve_prompts is what loss.preserve keeps, which is 0: set it too, for example loss.preserve=0.25",
+            "data.preserve_prompts is only used with loss.preserve, which is 0: set it too, for example loss.preserve=0.25",
         )
         require(
             not (self.adapter.train_modules and self.loss.get("preserve")),
-            "loss.preserve asks the base model, whose own weights adapter.train_modules changes: leave one of them out",
+            "loss.preserve needs the base model's own weights, which adapter.train_modules changes: leave one of them out",
         )
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
@@ -449,8 +450,8 @@ class Config:
         prodigy = "Prodigy" in str(self.optim["_target_"])
         require(
             not (prodigy and self.train.max_grad_norm is not None),
-            f"train.max_grad_norm={self.train.max_grad_norm} together with Prodigy: clipping hides from it the "
-            "gradients that its step size is estimated from; set train.max_grad_norm=null",
+            f"train.max_grad_norm={self.train.max_grad_norm} does not work with Prodigy: clipping changes the "
+            "gradients that it estimates its step size from; set train.max_grad_norm=null",
         )
 
 

@@ -146,7 +146,7 @@ def describe_products(weights: Weights, device: torch.device, dtype: torch.dtype
         return f"{name} weights"
     if has_products(device, STORED[weights], dtype):
         return f"{weights} weights, multiplied in 8 bits: activations and their gradients are rounded too, row by row"
-    return f"{weights} weights, widened to {name} layer by layer: nothing else is rounded"
+    return f"{weights} weights, dequantised to {name} layer by layer: nothing else is rounded"
 
 
 def round_weight(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:

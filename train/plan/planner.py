@@ -108,21 +108,21 @@ class Planner:
             gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if config.parallel.cuts_blocks(world_size) else 0
             parts["gathered weights"] = gathered * self.dtype.itemsize
             if config.parallel.cuts_blocks(world_size) and not offloaded:
-                parts["DeepSpeed's parts of what is whole besides, and a block on its way"] = (
+                parts["DeepSpeed's shards of weights that are also kept whole, and a block in transfer"] = (
                     lora + frozen - blocks
                 ) // world_size + block
-        parts[f"blocks that come from CPU memory, {NUM_SLOTS} at a time"] = min(NUM_SLOTS, waiting) * block
+        parts[f"offloaded blocks, {NUM_SLOTS} at a time"] = min(NUM_SLOTS, waiting) * block
         parts[f"{trained} weights"] = lora
         parts[f"{trained} gradients"] = lora // world_size if zero == 2 else lora
         if zero == 2:
-            parts["DeepSpeed's copy of what is trained"] = lora // world_size
+            parts["DeepSpeed's copy of the trained weights"] = lora // world_size
             parts["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
             parts[f"{trained} masters, on every rank"] = lora
         if not config.adapter.dora and config.adapter.kind == "lora":
             parts["LoRA weights for products"] = num_lora * self.dtype.itemsize
         parts["optimizer state"] = 0 if offloaded else optimizer
         parts[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
-        parts["products with quantised weights, for the moment"] = self.workspace_bytes(config, gpu)
+        parts["temporary memory for products with quantised weights"] = self.workspace_bytes(config, gpu)
         if pixels:
             parts["pixel loss through the VAE (LPIPS not counted)"] = pixels
         parts["between steps, beyond activations"] = max(0, between - backward - pixels)

@@ -188,7 +188,7 @@ class Checkpoints:
             try:
                 return read_checkpoint(path)
             except InputError as error:
-                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                print(f"warning: {error}; trying the previous one", file=sys.stderr)
         if self.all():
             raise InputError(f"no checkpoint in {self.folder} can be read: move the folder away to start again")
         return None

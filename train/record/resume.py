@@ -17,7 +17,7 @@ from train.parallel.processes import Processes
 from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint, read_run
 from train.record.run_files import CHECKPOINTS
 
-OTHER_DATA = "the training data was another: its rows, their order, their weights or their pictures have changed"
+OTHER_DATA = "the training data has changed: its rows, their order, their weights or their images"
 MAY_CHANGE = (
     *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel", "plan"),
     *("data.dataset", "data.root", "data.on_error", "data.validation", "model.path"),

@@ -127,7 +127,7 @@ class WandB(Logger):
             folder = Path(self.run.settings.sync_dir)
             parts = sorted(folder.parent.glob(f"offline-run-*-{self.run.id}*"))
             waiting = [str(part) for part in parts if not list(part.glob("*.wandb.synced"))]
-            print(f"W&B was offline; to upload: wandb sync {shlex.join(waiting)}", file=sys.stderr, flush=True)
+            print(f"W&B was offline. To upload the run: wandb sync {shlex.join(waiting)}", file=sys.stderr, flush=True)
 
 
 def artifact_name(run_name: str) -> str:

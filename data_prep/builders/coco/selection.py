@@ -92,7 +92,7 @@ class Choice:
             (without_target, "have no edited picture"),
         ):
             if count:
-                print(f"{count} {what}: no rows of them")
+                print(f"{count} {what}: they make no rows")
 
     def _objects(self, image: CocoImage) -> list[dict[str, Any]]:
         for each in image.objects:

@@ -117,7 +117,7 @@ def tell_rejected(first: RejectedRow | None, number: int, report: Path, on_error
             f"{first}. {number} could not be used, all listed in {report}: fix or remove them, or add --on-error skip"
         )
     if first:
-        print(f"{number} could not be used, listed in {report}")
+        print(f"{number} could not be used and are listed in {report}")
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_csv_bad_rows_and_another_folder(folder, tmp_path):
         assert row.bridge_image == old.bridge_image
     out.unlink()
     done, _ = split(folder / "rows.csv", out, "--validation", "1", "--on-error", "skip")
-    assert "2 could not be used, listed in" in done.stdout
+    assert "2 could not be used and are listed in" in done.stdout
 
 
 def test_a_root_is_no_longer_needed(folder, tmp_path):

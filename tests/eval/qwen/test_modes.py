@@ -180,9 +180,10 @@ def test_sizes():
         (
             3,
             [1.0, 0.75, 0.5, 0.25],
-            "the adapter was trained at sigma 1, 0.75, 0.5, 0.25, and 3 steps visit 0.667, 0.333 too; 1 or 2 or 4 would not",
+            "the adapter was trained at sigma 1, 0.75, 0.5, 0.25, but 3 steps also visit 0.667, 0.333; 1 or 2 or 4 steps would "
+            "not",
         ),
-        (2, [0.9], "the adapter was trained at sigma 0.9, and 2 steps visit 1, 0.5 too"),
+        (2, [0.9], "the adapter was trained at sigma 0.9, but 2 steps also visit 1, 0.5"),
         (7, None, None),
     ],
 )

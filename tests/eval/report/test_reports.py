@@ -419,7 +419,7 @@ def test_pictures_of_another_tool_are_scored_without_a_model(scored, measured, t
     assert score(report, "made", "psnr") == score(measured, "flow/steps_2", "psnr")
     assert (report["settings"]["model"], report["settings"]["pictures"]["made"]) == (None, str(made))
     next(made.iterdir()).unlink()
-    with pytest.raises(InputError, match=r"1 of 4 rows cannot be scored, .*made has no picture called"):
+    with pytest.raises(InputError, match=r"1 of 4 rows cannot be scored, .*made has no image named"):
         run.score(**wanted, out=tmp_path / "out")
     run.score(**wanted, on_error="skip", out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_rows"] == 3

@@ -119,5 +119,5 @@ def test_a_note_says_that_modules_edit_rows_with_masks_without(tmp_path):
     contest = Contest(cast(BaseEditor, None), uses, base=False, knobs={})
     plain = row(1, Path("/photos/x.png"))
     (note,) = contest.notes([plain, replace(plain, back_mask=Path("m.png"))])
-    assert note.startswith("1 of 2 rows have a mask, and the modules that ste adds see none here")
+    assert note.startswith("1 of 2 rows have a mask, but the modules that ste adds do not see it here")
     assert contest.notes([plain]) == []

@@ -107,7 +107,7 @@ def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkey
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     assert counters["stats"]["unique_graphs"] == 2
     assert [line for line in said if "without torch.compile" in line] == [
-        "a kind of batch is computed without torch.compile: 2 graphs are made already"
+        "a kind of batch runs without torch.compile, because there are already 2 graphs"
     ]
 
 

@@ -433,8 +433,8 @@ def test_where_products_are_in_8_bits(monkeypatch):
         assert formats == expected
         assert not any(has_products(cuda, stored, F32) for stored in STORED.values())
     assert "multiplied in 8 bits" in describe_products("fp8", cuda, BF16)
-    assert "widened to float32" in describe_products("fp8", cuda, F32)
-    assert "widened to bfloat16" in describe_products("int8", CPU, BF16)
+    assert "dequantised to float32" in describe_products("fp8", cuda, F32)
+    assert "dequantised to bfloat16" in describe_products("int8", CPU, BF16)
 
 
 def test_a_missing_package_gets_a_sentence(monkeypatch):

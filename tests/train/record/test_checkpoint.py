@@ -148,7 +148,7 @@ def test_a_damaged_one_gives_way(adapter, tmp_path, capsys, name, damage):
     assert found.step == 1
     warning = capsys.readouterr().err
     assert f"step-000002/{name} is damaged or missing" in warning
-    assert "trying the one before" in warning
+    assert "trying the previous one" in warning
 
 
 def test_all_damaged_is_an_error(adapter, tmp_path):
