@@ -393,7 +393,7 @@ class Found:
 def score_pictures(
     pictures: list[Path], rows: RowOptions, metrics: MetricOptions, place: PlaceOptions, seed: int
 ) -> Found:
-    """Those of folders."""
+    """Scores the images of folders."""
     from eval.scores.methods import found_methods
 
     placement = place.place()
@@ -414,7 +414,7 @@ def score_edits(
     seed: int,
     folder: Path,
 ) -> Found | None:
-    """Those that a table of edits gives; None on other processes than the first."""
+    """Scores the results of a table of edits. None on all processes but the first."""
     from eval.scores.methods import Contest, edited_methods
     from eval.tables.engine import Engine, check_done
 

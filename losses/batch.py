@@ -48,7 +48,7 @@ class Scene(_Record):
     mask: Tensor | None = None
 
     def take(self, places: Tensor) -> "Scene":
-        """Of the samples at these places of the batch, (B',)."""
+        """The scene of the samples at these places of the batch, (B',)."""
         white, mask = (None if each is None else each[places] for each in (self.sub_noise, self.mask))
         return Scene(self.source_latents[places], white, mask)
 

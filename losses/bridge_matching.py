@@ -22,7 +22,7 @@ that pairs which hardly differ do not dominate."""
 
 
 SIGMA_PROBABILITIES = (0.55, 0.15, 0.15, 0.15)
-"""Of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is all there is when editing in one step."""
+"""Probabilities of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is the only one for edits in one step."""
 
 
 class LatentBridgeMatchingLoss:

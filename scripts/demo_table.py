@@ -89,7 +89,7 @@ def read_examples(dataset: str) -> Iterator[Example]:
 
 
 def score_fills(examples: Sequence[Example]) -> Scores:
-    """Of the harmonic fill of the known masks: means over the rows that have one."""
+    """Scores of the harmonic fill of the known masks: means over the rows that have one."""
     measured = []
     for example in examples:
         if example.background is not None:
@@ -100,7 +100,7 @@ def score_fills(examples: Sequence[Example]) -> Scores:
 
 
 def score_round_trips(examples: Sequence[Example], model: str) -> Scores:
-    """Of the targets through the VAE and back: what no edit that ends in its decoder can be expected to exceed."""
+    """Scores of the targets through the VAE and back: what no edit that ends in its decoder can be expected to exceed."""
     vae = load_vae(ModelDirectory.resolve(model), dtype=torch.float32)
     with torch.no_grad():
         trips = [vae.decode(vae.encode(example.target[None] * 2 - 1))[0] for example in examples]
@@ -108,12 +108,12 @@ def score_round_trips(examples: Sequence[Example], model: str) -> Scores:
 
 
 def score(example: Example, prediction: Tensor) -> Scores:
-    """Of a prediction for an example, (3, H, W) in about [0, 1]."""
+    """Scores of a prediction for an example, (3, H, W) in about [0, 1]."""
     return Pixels()(replace(example, prediction=prediction.clamp(0, 1)))
 
 
 def means(measured: Sequence[Scores]) -> Scores:
-    """Of each column, over the rows that have it."""
+    """Means of each column, over the rows that have it."""
     return {name: fmean(each[name] for each in measured if name in each) for name in COLUMNS}
 
 

@@ -65,9 +65,9 @@ SIZES = {
 
 
 Figures = dict[str, str | float]
-"""Of a run, by name."""
+"""Measurements of a run, by name."""
 PARTS = ("data", "forward", "backward", "optimizer")
-"""Of a step."""
+"""Parts of a step."""
 TABLE = ("s/step", *PARTS, "first step", "planned s", "planned GiB", "measured GiB", "GiB before")
 
 
@@ -91,7 +91,7 @@ class RandomModel(ModelDirectory):
     device: torch.device | str = "cpu"
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """Those of the component that `config.json` describes."""
+        """Shapes of the tensors of the component that `config.json` describes."""
         build = {"transformer": build_dit, "vae": build_vae, "text_encoder": build_text_encoder}[component]
         with torch.device("meta"):
             state = build(self.config(component)).state_dict()

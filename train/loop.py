@@ -101,7 +101,7 @@ class Stopwatch:
         self.parts.append((name, start, _now()))
 
     def read(self) -> dict[str, float]:
-        """Of each part, and of the whole `step` until now, when all that was launched is done."""
+        """Seconds of each part, and of the whole `step` until now, after everything that was launched is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}

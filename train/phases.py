@@ -321,7 +321,7 @@ def held_out_validation(
 
 
 def other_splits(config: Config) -> str:
-    """Of rows that are for neither training nor validation, how many there are and what their splits are called."""
+    """How many rows are for neither training nor validation, and what their splits are called."""
     found = Counter(row.split for row in configured_rows(config) if isinstance(row, Row))
     others = ", ".join(f"{found[name]} have split={name}" for name in found if name not in ("train", "validation"))
     return f" ({others}, which is not used: is it meant for validation?)" if others else ""

@@ -29,7 +29,7 @@ class MicroBatch:
     random: SampleRandom
     """The draws of its samples, by their global numbers."""
     share: float
-    """Of the step's loss, which is the mean over all its samples: this micro-batch's samples over those of the global batch.
+    """Share of the step's loss (the mean over all its samples): this micro-batch's samples over those of the global batch.
     The shares of all ranks add up to 1. It is 0 for a micro-batch that is another rank's, repeated to keep pace."""
 
 
@@ -38,9 +38,9 @@ class _Piece:
     """A part of a group."""
 
     indices: list[int]
-    """Of the records."""
+    """Indices of the records."""
     numbers: range
-    """Of the samples."""
+    """Numbers of the samples in the run."""
 
 
 class BatchStream:

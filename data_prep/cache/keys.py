@@ -50,11 +50,11 @@ class KeyedRow:
 
     row: Row
     key: str
-    """Of all of it."""
+    """Key of the whole record."""
     latents: str
-    """Of its images' latents and its mask."""
+    """Key of its images' latents and its mask."""
     texts: dict[str, str]
-    """Of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, …"""
+    """Key of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, …"""
 
 
 def key_rows(

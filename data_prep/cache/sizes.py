@@ -25,7 +25,7 @@ TOKENS_PER_IMAGE, TOKENS_PER_ROW, BYTES_PER_TOKEN = 7, 5, 3
 """The edit template's own words, after its 64 dropped tokens, and UTF-8 bytes of a prompt per token (English has about
 4, Chinese 3 to 5)."""
 VALUES_PER_TOKEN = 64
-"""Of an image's latents: 16 channels, 2 x 2 cells."""
+"""Numbers per token of an image's latents: 16 channels, 2 x 2 cells."""
 TURNED = range(5, 9)
 """EXIF orientations that swap height and width."""
 
@@ -64,13 +64,13 @@ class Bucket:
     target: Size
     references: tuple[Size, ...]
     text_tokens: int
-    """Of the row with the longest text."""
+    """Text tokens of the row with the longest text."""
     share: float
-    """Of all draws, in (0, 1]: of the rows, where all are drawn alike."""
+    """Share of all draws, in (0, 1]; the share of the rows if all are drawn equally often."""
 
     @property
     def image_tokens(self) -> int:
-        """Of the target and all references."""
+        """Tokens of the target and all references."""
         return num_tokens(self.target) + sum(map(num_tokens, self.references))
 
     @property
@@ -242,7 +242,7 @@ def _cropped(size: Size, side: float) -> Size:
 
 
 def estimated_tokens(text: str) -> int:
-    """Of an instruction, where no tokenizer is at hand."""
+    """Estimated tokens of an instruction, without a tokenizer."""
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 

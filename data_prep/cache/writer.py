@@ -200,7 +200,7 @@ class _Rejections:
 
     ranks: Ranks
     num_rows: int
-    """Of the dataset."""
+    """Number of rows of the dataset."""
     path: Path
     on_error: Literal["raise", "skip"]
     found: list[RejectedRow] = field(default_factory=list)

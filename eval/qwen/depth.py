@@ -60,7 +60,7 @@ class DepthFiles:
     """A folder or a hub id."""
     folder: Path
     fingerprint: str
-    """Of its configuration and weights."""
+    """Fingerprint of its configuration and weights."""
 
 
 class DepthSource:

@@ -178,7 +178,7 @@ def _untrained_steps(num_steps: int, sigmas: list[float] | None) -> tuple[str, .
 
 
 def result_size(request: EditRequest, geometry: Geometry) -> Size:
-    """Of the pictures: the request's, or as many pixels as the source has in the request's aspect, or as the source."""
+    """Size of the results: the request's, or as many pixels as the source has in the request's aspect, or as the source."""
     if request.size:
         return request.size
     own = geometry.target_size(Size.of(request.images[0]))

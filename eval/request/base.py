@@ -23,7 +23,7 @@ class BaseEditor(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Of the model's contents. A model that is only a hub id is downloaded for it."""
+        """Fingerprint of the model's contents. A model that is only a hub id is downloaded for it."""
 
     def identity(self, request: EditRequest) -> dict[str, str]:
         """Fingerprints of all models that the request's pictures depend on, by what they are."""

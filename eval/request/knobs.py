@@ -30,12 +30,12 @@ class Knob:
     default: str = ""
     """What it is where nobody says, in words."""
     least: float | None = None
-    """Of a number, or of the characters of a text."""
+    """Least value of a number, or least number of characters of a text."""
     most: float | None = None
     above: bool = False
     """The least value itself is out of range."""
     modes: tuple[ModeName, ...] = MODES
-    """Those that take it."""
+    """The modes that take it."""
     needed: bool = False
     """Whether these modes cannot do without."""
     parse: Callable[[str], Any] | None = None
@@ -81,7 +81,7 @@ class Declared:
 
     @property
     def name(self) -> str:
-        """Of its option and its column."""
+        """Name of its option and its column."""
         return self.knob.option or self.field
 
     @property

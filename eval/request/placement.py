@@ -28,12 +28,12 @@ class Placement:
     device: torch.device = CPU
     dtype: torch.dtype = torch.bfloat16
     encoder_device: torch.device | None = None
-    """Of the text encoder and the VAE; None for `device`."""
+    """Device of the text encoder and the VAE; None for `device`."""
     offload: OffloadName = "none"
     """`model`: only the parts in use are on `device`, the others wait in CPU memory (freed if `device` is the CPU).
     `layer`: the transformer's blocks come from CPU memory one after the other, the next while one computes."""
     weights: WeightsName = "full"
-    """Of the linear layers in the transformer's blocks: `full` as `dtype` says, or rounded as they are read. `device` may
+    """Format of the linear layers in the transformer's blocks: `full` for `dtype`, or quantised as they are read. `device` may
     multiply int8 and fp8 as they are, and then rounds activations too."""
     gguf: Path | None = None
     """A GGUF file to read the transformer from instead of the model's own; its layers stay as they are in it."""

@@ -28,11 +28,11 @@ MASKED: tuple[ModeName, ...] = ("inpaint", "control-inpaint")
 CONTROLLED: tuple[ModeName, ...] = ("control", "control-inpaint")
 WITH_STRENGTH: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
-"""Of the modes that begin at the source; the others walk the whole way."""
+"""Default strengths of the modes that begin at the source. The others always take the whole path."""
 BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
 MAX_STEPS, MAX_COUNT, MAX_CFG_SCALE, MAX_PROMPT = 1000, 64, 100, 10_000
 MAX_PIXELS = 4096 * 4096
-"""Of a result: no base was trained beyond a quarter of it."""
+"""Largest area of a result: no base was trained beyond a quarter of it."""
 FEATHER, MAX_FEATHER = 8.0, 1024
 
 OnProgress = Callable[[int, int], None]
@@ -135,7 +135,7 @@ class EditRequest:
             "Size of the result in pixels, in multiples of 32.", "as the first image", parse=parse_size, metavar="WxH"
         ),
     ] = None
-    """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
+    """Size of the result, in multiples of 32; by default that of the first image, within the geometry's `max_pixels`."""
     aspect: Annotated[AspectName | None, Knob("Aspect ratio of the result.", "as the first image")] = None
     """The result's shape instead of its size: as many pixels as the source would have."""
     bridge_image: int = 0
@@ -202,7 +202,7 @@ class EditResult:
     image: Image.Image
     seed: int
     seconds: float
-    """Of this picture: encoding, sampling, decoding, with models loaded."""
+    """Seconds for this image: encoding, sampling, decoding, with models loaded."""
     settings: dict[str, Any]
     """Everything but the images that is needed to make it again, and what made it; values that JSON knows."""
     maps: Sequence[Image.Image] = field(default=())
@@ -220,7 +220,7 @@ class Abilities:
     modes: tuple[ModeName, ...]
     max_images: int
     samplers: tuple[SamplerName, ...] = ()
-    """Those that a request may name; empty: it must leave the choice to the base."""
+    """The samplers that a request may name. Empty: it must leave the choice to the base model."""
 
     def check(self, request: EditRequest) -> None:
         """Nothing is loaded for it.

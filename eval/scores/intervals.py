@@ -32,7 +32,7 @@ class Comparison:
     first: str
     second: str
     difference: Interval
-    """Of the first minus the second."""
+    """Interval of the first minus the second."""
     p: float | None
     """Probability of a difference this large if the two were alike; None with fewer than two rows."""
     p_holm: float | None = None

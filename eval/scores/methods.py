@@ -40,7 +40,7 @@ class Method:
     """One for each row, by its id."""
     steps: int | None = None
     seconds: tuple[float, ...] = ()
-    """Of sampling and decoding, of the pictures for which that is known."""
+    """Seconds of sampling and decoding, of the images for which they are known."""
     sampler: dict[str, Any] | None = None
     """What made them."""
 

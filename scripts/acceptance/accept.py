@@ -146,7 +146,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def key_of(options: Options, part: str) -> str:
-    """Of the model's contents and the options that the part's results depend on."""
+    """Key of the model's contents and the options that the part's results depend on."""
     left_out = {"out", "model", "name"} | (OF_EDITS if part != "edits" else set())
     values = {name: str(value) for name, value in asdict(options).items() if name not in left_out}
     values["fingerprint"] = ModelDirectory(Path(options.model)).fingerprint(*COMPONENTS)

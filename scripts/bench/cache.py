@@ -258,7 +258,7 @@ def anonymous_memory() -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files in it."""
+    """Bytes of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -200,7 +200,7 @@ def timed(device: torch.device, work: Callable[[], Any]) -> float:
 
 
 def median(repeat: int, device: torch.device, work: Callable[[], Any]) -> float:
-    """Of so many, after one that is not counted."""
+    """Median seconds of this many runs, after one that is not counted."""
     timed(device, work)
     return statistics.median(timed(device, work) for _ in range(repeat))
 

@@ -49,7 +49,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one option."""
+    """The measurements of one option."""
 
     stored: int
     """Bytes of the transformer's weights."""

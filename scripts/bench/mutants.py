@@ -179,7 +179,7 @@ def run_tests(folder: Path, tests: str) -> int:
 
 
 def outcome(folder: Path, tests: str) -> str:
-    """Of a test module, run in a fork up to its first failure."""
+    """Outcome of a test module, run in a fork up to its first failure."""
     if (process := os.fork()) == 0:
         code = 3  # pytest's for an error of its own
         try:

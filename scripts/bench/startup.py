@@ -36,11 +36,11 @@ COMMANDS = {
 PARTS = ("help", "import", "first-step")
 COLUMNS = {"what": -44, "median s": 10, "fastest s": 11, "runs": 6}
 SIZE = 64
-"""Of the pictures, in pixels."""
+"""Side of the images, in pixels."""
 
 
 def seconds(*words: str) -> float:
-    """Of a process, which must succeed."""
+    """Seconds of a process, which must succeed."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:

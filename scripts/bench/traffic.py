@@ -64,7 +64,7 @@ BANDWIDTH = {
 """TB/s, from the maker's data sheet."""
 CHECKPOINTING = ("full", "selective", "off")
 SHARE = 0.85
-"""Of the bandwidth, which a large pointwise kernel reaches."""
+"""Share of the bandwidth that a large pointwise kernel reaches."""
 COLUMNS = {"operation": -46, "forward GB": 12, "calls": 7, "backward GB": 13, "calls ": 7}
 
 

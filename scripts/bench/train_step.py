@@ -77,7 +77,7 @@ class Row:
         return self.weights == "bf16" and not self.waiting
 
     def lengths(self, text: int) -> list[int]:
-        """Of each sample's text, the longest first."""
+        """Length of each sample's text, the longest first."""
         shorter = text - max(1, text * 37 // 250) if self.mixed else text
         return [text, *[shorter] * (self.micro_batch - 1)]
 
@@ -127,7 +127,7 @@ class Contender:
     first: float = 0.0
     """Seconds of the first step, which compiles."""
     said: list[str] = field(default_factory=list)
-    """Of its compilation."""
+    """Messages of its compilation."""
 
     def warm_up(self) -> None:
         """Two steps, once."""
@@ -245,7 +245,7 @@ class Race:
         return numbers
 
     def numbers(self, contender: Contender, times: list[Seconds]) -> dict[str, Any]:
-        """Of timed steps."""
+        """Numbers of timed steps."""
         steps = [seconds["step"] for seconds in times]
         step = statistics.median(steps)
         numbers: dict[str, Any] = {

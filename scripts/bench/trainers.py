@@ -28,7 +28,7 @@ from train.parallel.strategies import Replicas
 
 DTYPE = torch.bfloat16
 Seconds = dict[str, float]
-"""Of a step: data, forward, backward, optimizer, and `step`, all together."""
+"""Seconds of a step: data, forward, backward, optimizer, and `step`, all together."""
 
 
 def make_batch(lengths: Sequence[int], side: int, text_width: int) -> Batch:

@@ -53,7 +53,7 @@ COLUMNS = {
 WARM_UP, TIMED = 2, 5
 TEXT = 250
 RELEASED = {"param_persistence_threshold": 0, "max_live_parameters": 30_000, "max_reuse_distance": 30_000}
-"""Of `--tiny`: sizes at which ZeRO-3 treats small weights as it does those of 20 B. By default it would keep them all."""
+"""Settings of `--tiny`: sizes at which ZeRO-3 treats small weights like those of 20 B. By default it would keep them all."""
 
 
 def configure(strategy: str, folder: Path, options: argparse.Namespace) -> Config:

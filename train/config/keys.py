@@ -58,7 +58,7 @@ class Key:
     """Empty where it must be set."""
     meaning: str
     files: tuple[str, ...] = ()
-    """Of an open group: the choices, such as `optim=adamw`, that have the key."""
+    """For an open group: the choices, such as `optim=adamw`, that have the key."""
 
     @property
     def kind(self) -> str:
@@ -77,7 +77,7 @@ class Constructor:
 
 
 def all_keys() -> list[Key]:
-    """Of sections, then of open groups, each name once."""
+    """The keys of sections, then those of open groups."""
     return [*section_keys(), *group_keys()]
 
 

@@ -366,7 +366,7 @@ class ParallelConfig:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO; 0 without it."""
+        """Stage of ZeRO; 0 without ZeRO."""
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
 
     def cuts_blocks(self, world_size: int) -> bool:

@@ -27,7 +27,7 @@ class Modulation(NamedTuple):
 
     @classmethod
     def of(cls, params: Tensor) -> "Modulation":
-        """Of (B, 6 D)."""
+        """From (B, 6 D)."""
         return cls(*params.unsqueeze(1).chunk(6, dim=-1))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 
 ALIGNMENT = 256
-"""Of each tensor in a piece of memory, in bytes."""
+"""Alignment of each tensor in a piece of memory, in bytes."""
 NUM_SLOTS = 2
 
 
@@ -335,7 +335,7 @@ class InOrder:
 
 
 def streams_of(device: torch.device) -> Streams:
-    """Of a GPU, a stream of its own for the copies; of other devices the one that they have."""
+    """For a GPU, a separate stream for the copies; for other devices the one that they have."""
     if device.type != "cuda":
         stream = InOrder()
         return Streams(stream, lambda: stream, contextlib.nullcontext)

@@ -26,13 +26,13 @@ Weights = Literal["bf16", "fp8", "int8", "nf4"]
 BLOCKS = "transformer_blocks."
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-"""Of the 8-bit formats, the largest value that is used."""
+"""The largest value of each 8-bit format that is used."""
 UNITS = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
 """CUDA's first compute capability whose matrix units multiply it."""
 NF4_BLOCK = 64
 """Weights that share a scale, in the order of memory."""
 SUMS_BYTES = 256 * 2**20
-"""Of 8-bit products' sums, that are there at a time: all of a picture of one megapixel."""
+"""Memory for the sums of 8-bit products at a time: all of a picture of one megapixel."""
 FEWEST_ROWS = 17
 """`torch._int_mm` takes no fewer on CUDA."""
 UNIT_SIZE = 16

@@ -31,7 +31,7 @@ class Gpu:
     int8: float | None = None
     """TOP/s of int8 products."""
     bandwidth: float = 0.0
-    """Of its memory, GB/s."""
+    """Bandwidth of its memory, GB/s."""
     pcie: float = 0.0
     """From the machine's memory, GB/s."""
     nvlink: float | None = None

@@ -55,21 +55,21 @@ class Plan:
     data: DatasetSizes
     buckets: list[Bucket]
     memory: Memory
-    """Of phase 2."""
+    """Memory of phase 2."""
     cache_phase: Memory
-    """Of phase 1."""
+    """Memory of phase 1."""
     cache_bytes: int
     caching_flops: float | None
-    """Of phase 1, for each row; None where every row is cached."""
+    """Operations of phase 1 for each row; None if every row is cached."""
     checkpoint_bytes: int
-    """Of one."""
+    """Bytes of one checkpoint."""
     num_checkpoints: int
     decided: Change
     """What every `auto` about memory comes to, by full key."""
     group_size: int
     """Places that are filled from one bucket."""
     empty_share: float
-    """Of all places, those that stay empty."""
+    """Share of all places that stay empty."""
     weights: str
     """Format of the frozen weights."""
     parallel: str
@@ -216,7 +216,7 @@ class Plan:
 
 
 def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
-    """Of the training rows: from the cache if it is finished and has this geometry, else from the images' headers.
+    """Sizes of the training rows: from the cache if it is finished and has this geometry, else from the images' headers.
 
     Raises:
         InputError: the dataset cannot be read, or none of its rows can be used.

@@ -26,7 +26,7 @@ class Targets:
 
     @classmethod
     def of(cls, folder: Path) -> "Targets":
-        """Those of a folder. Raises `InputError` if it has none."""
+        """The targets in a folder. Raises `InputError` if there are none."""
         paths: dict[str, list[Path]] = {}
         for path in list_images(Path(os.path.abspath(folder))):
             paths.setdefault(path.stem, []).append(path)

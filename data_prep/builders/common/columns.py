@@ -22,7 +22,7 @@ class ColumnMap:
     """Dataset column -> the table's columns. Columns that are already called as in a dataset file map to themselves."""
 
     given: tuple[tuple[str, tuple[str, ...]], ...]
-    """Of one of several candidates `a|b`, the table must have exactly one."""
+    """Dataset column -> table columns. `a|b` names candidates, of which the table must have exactly one."""
     templated: bool
     """Whether the instruction comes from templates, and not from a column."""
 

@@ -141,7 +141,7 @@ class MakeOverlay:
     font_digests: tuple[str, ...]
     """Another font in a file of the same name makes other pictures."""
     direction: DirectionName
-    """Of rows that do not say theirs."""
+    """The direction of rows that do not give one."""
     prompt_add: Templates | None
     prompt_remove: Templates | None
     seed: int

@@ -35,10 +35,10 @@ PALETTE: tuple[RGB, ...] = (
 """White, black, and colours near enough to one of them to be read on the other."""
 
 MARGIN = 0.02
-"""Of the photograph's shorter side, kept free around an overlay."""
+"""Space that is kept free around an overlay, as a share of the photograph's shorter side."""
 
 BOX_COVER = 215
-"""Of 255: how much a box behind text hides of the photograph."""
+"""Opacity of a box behind text, out of 255."""
 
 SAMPLE = 128
 """Pixels of the longest side of a region in which contrast is measured."""

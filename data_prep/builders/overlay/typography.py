@@ -42,7 +42,7 @@ class TextBlock:
     font: ImageFont.FreeTypeFont
     align: AlignName
     direction: Literal["ltr", "rtl"]
-    """Of the paragraph: where numbers and foreign words stand in a line depends on it."""
+    """Direction of the paragraph, which decides where numbers and foreign words are in a line."""
     cuts_words: bool
     """Whether a word was longer than a line."""
 

@@ -63,7 +63,7 @@ class PairFolders:
     captions: list[Files]
     """Where captions may be: the caption folder alone, if there is one, else the targets' and the sources' folders."""
     stems: list[str]
-    """Of all targets and sources, sorted."""
+    """The stems of all targets and sources, sorted."""
 
     def have_captions(self) -> bool:
         """Whether any target has a caption file."""

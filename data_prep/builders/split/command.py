@@ -115,13 +115,13 @@ class Content:
     """What is known of the rows: about 120 bytes of each, whatever their prompts and paths."""
 
     group_of: array = field(default_factory=lambda: array("q"))
-    """Of all rows of the file, a number for its `group`; 0 for none."""
+    """For every row of the file, the number of its `group`; 0 for none."""
     stratum_of: array = field(default_factory=lambda: array("q"))
-    """Of all rows of the file."""
+    """The stratum of every row of the file."""
     numbers: array = field(default_factory=lambda: array("q"))
-    """Of the usable rows, from 1."""
+    """The numbers of the usable rows, from 1."""
     hashes: bytearray = field(default_factory=bytearray)
-    """Of the usable rows, two of each."""
+    """The hashes of the usable rows, two for each."""
 
     def items(self, rows: Iterator[Row | RejectedRow], stratify: Stratify) -> Iterator[Item | RejectedRow]:
         """Passes rows on to be hashed, and notes the rest of what is asked of them."""

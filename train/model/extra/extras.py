@@ -90,7 +90,7 @@ class ExtraWeights:
 
     @property
     def in_full(self) -> dict[str, Tensor]:
-        """Of the transformer."""
+        """The transformer's weights that are trained in full."""
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(ADDED)}
 
     @property

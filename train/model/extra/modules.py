@@ -98,7 +98,7 @@ class SpatialTemporalEncoder(ExtraModule):
 
 
 def places(grid: Tensor) -> Tensor:
-    """Of each cell's middle the place in the picture, down and across in (-1, 1): (B, C, h, w) -> (B, 2, h, w)."""
+    """Position of each cell's middle in the image, down and across in (-1, 1): (B, C, h, w) -> (B, 2, h, w)."""
     axes = [(2 * torch.arange(n, device=grid.device) + 1) / n - 1 for n in grid.shape[-2:]]
     both = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return both.to(grid.dtype).expand(len(grid), -1, -1, -1)
