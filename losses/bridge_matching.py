@@ -22,7 +22,7 @@ that pairs which hardly differ do not dominate."""
 
 
 SIGMA_PROBABILITIES = (0.55, 0.15, 0.15, 0.15)
-"""Probabilities of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is the only one for edits in one step."""
+"""Probabilities of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is the only one in one-step edits."""
 
 
 class LatentBridgeMatchingLoss:

@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.errors import InputError
 
 ORDER_VERSION = 2
-"""Version of the order and of all draws of a sample. Checkpoints record it: a run of another version cannot be resumed exactly."""
+"""Version of the order and of all draws. Checkpoints record it: a run of another version cannot be resumed exactly."""
 MOST_OFTEN = 0.5
 """Draws an epoch of the records with the greatest weight: at 1/2 and below, every draw has a whole epoch to be in."""
 LARGEST_RATIO = 1e6
