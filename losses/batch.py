@@ -113,7 +113,7 @@ class Edit(_Record):
         sub_noise: latents of pure white at the target's size, (B, 16, h, w); None where nothing starts there.
         condition: instruction and references.
         negative: the same without the instruction, for classifier-free guidance, or None.
-        ids: of the rows, B strings.
+        ids: ids of the rows, B strings.
     """
 
     source_latents: Tensor | None

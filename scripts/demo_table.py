@@ -122,8 +122,8 @@ def table(report: dict, fill: Scores, trip: Scores) -> list[str]:
 
     Args:
         report: content of an evaluation's `report.json`, whose adapters are called `lbm`, `flow`, `lbm-1`, `flow-1` and so on.
-        fill: of the harmonic fill.
-        trip: of the VAE's round trip.
+        fill: scores of the harmonic fill.
+        trip: scores of the VAE's round trip.
 
     Raises:
         InputError: the evaluation lacks one of the lines.

@@ -113,7 +113,7 @@ def check_frozen(name: str, path: Path, linear: dict[str, nn.Linear], in_full: l
 
     Args:
         name: as the configuration has it.
-        path: of its file.
+        path: path of its file.
         linear: the transformer's linear modules.
         in_full: names of the modules that are trained in full.
         exported: `adapter.export_frozen`.
@@ -261,7 +261,7 @@ def build_checkpoints(config: Config, metadata: dict[str, str]) -> Checkpoints:
     """The run's checkpoints.
 
     Args:
-        metadata: of the exported adapters.
+        metadata: metadata of the exported adapters.
     """
     settings, folder = config.train, Path(config.run_dir) / CHECKPOINTS
     dtype = getattr(torch, config.model.dtype)

@@ -63,7 +63,7 @@ class BatchStream:
 
         Args:
             reader: the cache.
-            seed: of the run.
+            seed: random seed of the run.
             global_batch_size: places of an optimizer step, over all ranks and accumulation steps.
             micro_batch_size: samples of one forward pass.
             group_size: places that are filled from one bucket; the micro-batch by default.

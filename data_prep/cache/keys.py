@@ -129,7 +129,7 @@ def check_files(reader: CacheReader, workers: int = 8) -> None:
     cannot contradict its record.
 
     Args:
-        reader: of the dataset.
+        reader: cache reader of the dataset.
         workers: threads that look at files.
 
     Raises:

@@ -57,10 +57,10 @@ class Order:
 
     Args:
         buckets: bucket -> indices of its records; the order of the mapping does not matter.
-        seed: of the run.
+        seed: random seed of the run.
         group_size: records of a group. The last one of each bucket may have fewer; none is empty.
-        groups_per_step: of one optimizer step, over all ranks and accumulation steps.
-        weights: of all records, by index, each above 0; None: all the same.
+        groups_per_step: number of groups of one optimizer step, over all ranks and accumulation steps.
+        weights: weights of all records, by index, each above 0; None: all the same.
 
     Raises:
         InputError: a weight is more than a million times another.

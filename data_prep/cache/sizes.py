@@ -124,9 +124,9 @@ def record_bytes(latent_tokens: int, text_tokens: int, text_width: int, num_prom
     """What a cached record takes on disk, in 16 bits a value.
 
     Args:
-        latent_tokens: of the target, the references, and the source where none of these is of the target's size.
+        latent_tokens: latent tokens of the target, the references, and the source where none of these is of the target's size.
         text_tokens: length of the prompt embeddings.
-        text_width: of the text encoder's hidden states.
+        text_width: width of the text encoder's hidden states.
         num_prompts: embeddings per row: one more with caption dropout, and one more where instructions are preserved.
     """
     return 2 * (latent_tokens * VALUES_PER_TOKEN + num_prompts * text_tokens * text_width)

@@ -109,9 +109,9 @@ def build_cache(
         geometry: sizes of everything.
         load_encoders: called once, and only if this rank has something to encode.
         folder: on a disk that all ranks share.
-        fingerprint: of the weights that `load_encoders` loads.
+        fingerprint: fingerprint of the weights that `load_encoders` loads.
         rejected_path: the report, one JSON object per rejected row: row, id, path, reason.
-        name: of the dataset, for people who look at what the folder holds.
+        name: name of the dataset, for people who look at what the folder holds.
         dtype: what tensors are stored as.
         encoder_dtype: what the encoders compute in, since another one gives other values; None: the same.
         batch_size: images of one size per call of the VAE.

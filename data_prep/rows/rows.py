@@ -183,7 +183,7 @@ def plain_text(value: Any, name: str) -> str:
 
     Args:
         value: the cell.
-        name: of its column.
+        name: name of its column.
 
     Raises:
         BadRow: not text, not UTF-8, or with a zero byte.
@@ -238,7 +238,7 @@ def resolve_path(value: Any, name: str, root: Path) -> Path:
 
     Args:
         value: the cell.
-        name: of its column.
+        name: name of its column.
         root: an absolute folder.
 
     Raises:

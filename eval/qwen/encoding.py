@@ -102,10 +102,10 @@ class RequestEncoder:
         Args:
             images: the source and further references.
             negative_prompt: None where no negative condition is needed.
-            size: of the result.
+            size: size of the result.
             mask: at that size.
             maps: control maps, given as further references.
-            strengths: of the maps, 1 as they are.
+            strengths: strengths of the maps, 1 as they are.
             empty: also encode the condition without an instruction.
             white: also encode a white canvas, from which the sub stream starts.
             bridge_image: the source's place among the images.

@@ -42,8 +42,8 @@ def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) 
     """The sampler for what the adapter was trained with; without an adapter (no metadata), flow matching.
 
     Args:
-        metadata: of the adapter's file: `objective` ("lbm" or "flow") and `loss`, the loss's arguments as JSON.
-        cfg_scale: of classifier-free guidance, for flow matching alone; 4 by default.
+        metadata: metadata of the adapter's file: `objective` ("lbm" or "flow") and `loss`, the loss's arguments as JSON.
+        cfg_scale: guidance scale of classifier-free guidance, for flow matching alone; 4 by default.
 
     Raises:
         InputError: guidance is asked of a bridge, or the objective is unknown.
@@ -84,7 +84,7 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     """The sampler and its steps: what the request says, and else what suits its mode and its first adapter.
 
     Args:
-        metadata: of the first adapter's file; empty without one.
+        metadata: metadata of the first adapter's file; empty without one.
 
     Raises:
         InputError: the adapter cannot be sampled as asked.
@@ -210,7 +210,7 @@ def check_request(request: EditRequest, size: Size) -> None:
     """What can be said without a model.
 
     Args:
-        size: of the result.
+        size: size of the result.
 
     Raises:
         InputError: the mask does not suit, or the disc is smaller than a pixel.

@@ -26,12 +26,12 @@ def build_report(
     """The content of `report.json`: JSON values only.
 
     Args:
-        title: of the page.
+        title: title of the page.
         methods: what was measured; the sources unchanged and the targets among them.
         prompts: instruction by row's id.
         unavailable: reason by metric's name.
         settings: how it was made.
-        seed: of the resampling.
+        seed: random seed of the resampling.
     """
     names = [name for name in METRICS if any(name in scores for each in methods for scores in _all_scores(each))]
     return {

@@ -78,7 +78,7 @@ class Repeat:
 
         Args:
             identity: the fingerprints of the models that are to make it, as `BaseEditor.identity` gives them.
-            folder: of the base model.
+            folder: folder of the base model.
 
         Raises:
             InputError: a model has other contents than the one that the picture was made with.

@@ -124,7 +124,7 @@ def count(config: dict, checkpointing: str, side: int, text: int, rank: int) -> 
     """Forward and backward of the whole model, recomputation in the latter.
 
     Args:
-        config: of `transformer/config.json`.
+        config: contents of `transformer/config.json`.
         checkpointing: `full`, `selective` or `off`.
     """
     with META:

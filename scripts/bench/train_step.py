@@ -141,7 +141,7 @@ class Race:
     """Both trainers at one size, and whatever takes turns on them.
 
     Args:
-        options: of the command line.
+        options: options of the command line.
         folder: for the model's `config.json` files.
     """
 

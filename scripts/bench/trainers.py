@@ -35,8 +35,8 @@ def make_batch(lengths: Sequence[int], side: int, text_width: int) -> Batch:
     """Random records with one reference of the target's size.
 
     Args:
-        lengths: of the texts, one for each record.
-        side: of the pictures, in pixels.
+        lengths: lengths of the texts, one for each record.
+        side: side of the pictures, in pixels.
     """
     generator = torch.Generator().manual_seed(1)
     latents = (len(lengths), LATENT_CHANNELS, side // LATENT_CELL, side // LATENT_CELL)

@@ -91,7 +91,7 @@ class Adapter:
         """Gives the layers their weights in the model's dtype, to be multiplied by; `refresh` keeps them up to date.
 
         Args:
-            blocks: of the transformer (`Block`); they say which layers read the same input.
+            blocks: blocks of the transformer (`Block`); they say which layers read the same input.
         """
         plain = {layer: None for layer in self.layers.values() if is_plain(layer)}
         groups = [group for block in blocks for group in block.inputs if all(layer in plain for layer in group)]
@@ -146,9 +146,9 @@ class Adapter:
         trained in full here gets the other, of whatever kind, into its weight.
 
         Args:
-            path: of the other's file, for messages.
-            parts: of the other, by module (`read_adapter`).
-            extra: of the other (`read_extras`).
+            path: path of the other's file, for messages.
+            parts: parts of the other, by module (`read_adapter`).
+            extra: modules beside LoRA of the other (`read_extras`).
 
         Raises:
             InputError: the other has a module that this one lacks, or more rank, or only one of them has DoRA or LoKr in a layer.
@@ -273,7 +273,7 @@ def attach_lora(
         target_modules: suffixes of linear modules' names, such as `to_q` or `img_mlp.net.2`.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
-        seed: of A's initialisation, which depends on each module's name and on nothing else.
+        seed: random seed of A's initialisation, which depends on each module's name and on nothing else.
         rank_pattern, alpha_pattern: suffix of modules' names -> another rank or alpha for them; see `by_suffix`.
         train_modules: suffixes of names of modules that get none, since they are trained in full (`attach_extras`).
 

@@ -121,7 +121,7 @@ class Offload:
         blocks: all blocks of the transformer, in order.
         count: how many are offloaded.
         device: where they compute.
-        streams: of the device, by default.
+        streams: streams of the device, by default.
 
     Raises:
         InputError: there are fewer blocks.
@@ -189,7 +189,7 @@ class Offload:
         stay as they are.
 
         Args:
-            change: of a block's weights, in their place; None to compute with what waits.
+            change: changes a block's weights in place; None to compute with the weights in CPU memory.
         """
         self._change = change
         self.held = [None] * len(self.slots)  # what is there was changed otherwise

@@ -21,7 +21,7 @@ class Prodigy:
 
     Args:
         lr: factor on the estimated step size. Leave it at 1.
-        options: of `prodigyplus.ProdigyPlusScheduleFree`.
+        options: options of `prodigyplus.ProdigyPlusScheduleFree`.
 
     Raises:
         ValueError: options that make it do nothing: `fused_back_pass` turns `step` into a no-op, and with the default

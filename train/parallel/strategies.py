@@ -124,7 +124,7 @@ class Zero2:
     Args:
         denoiser: with LoRA attached.
         adapter: its weights become masters, replicated on every rank.
-        processes: of the run.
+        processes: processes of the run.
         settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
     """
 

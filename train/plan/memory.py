@@ -147,8 +147,8 @@ class Transformer:
     """The transformer of a model directory: shapes and no numbers.
 
     Args:
-        config: of `transformer/config.json`.
-        dtype: of the frozen weights.
+        config: contents of `transformer/config.json`.
+        dtype: data type of the frozen weights.
         zero_cond_t: whether references have their own modulation.
 
     Attributes:
@@ -348,8 +348,8 @@ def optimizer_bytes(
     """The size of the optimizer's state, from one real step on one LoRA parameter of each shape.
 
     Args:
-        shapes: of all parameters of LoRA or LoKr.
-        extra: of all others; of a large one some rows are measured.
+        shapes: shapes of all parameters of LoRA or LoKr.
+        extra: shapes of all others; of a large one some rows are measured.
         zero: of those of `shapes` that start at zero, which some optimizers make use of; by default LoRA's B, which are taller
             than wide.
     """

@@ -33,7 +33,7 @@ class Format(NamedTuple):
         weights: `model.weights`.
         products: whether the GPU multiplies in 8 bits.
         compiled: whether blocks are compiled, so that rounding is one pass.
-        itemsize: of `model.dtype`.
+        itemsize: bytes per number of `model.dtype`.
     """
 
     weights: str

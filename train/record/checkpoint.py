@@ -68,7 +68,7 @@ class Checkpoints:
         best_by: the validation's number that decides which one is best; `auto`: PSNR at the most steps; None: none is.
         metadata: goes into the exported adapter's header.
         config: text of the resolved configuration.
-        dtype: of the exported adapter.
+        dtype: data type of the exported adapter.
     """
 
     def __init__(

@@ -26,11 +26,11 @@ class WandB(Logger):
 
     Args:
         run_dir: where the folder `wandb` is made.
-        name: of the run.
+        name: name of the run.
         config: the resolved configuration.
         record: what else was there at the start: git commit, versions, machine, data fingerprint.
         resumed_step: training steps done.
-        state: of the checkpoint that is continued, or nothing.
+        state: state of the checkpoint that is continued, or nothing.
         artifact: upload the adapter of every checkpoint to W&B as an artifact.
     """
 

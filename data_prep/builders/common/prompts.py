@@ -44,7 +44,7 @@ class Templates:
         """The instruction of a row.
 
         Args:
-            id: of the row.
+            id: id of the row.
             values: field -> text.
 
         Raises:

@@ -93,7 +93,7 @@ def contrast(colour: RGB, region: Image.Image, opacity: float = 1.0) -> float:
     Args:
         colour: sRGB, 0 to 255.
         region: mode RGB.
-        opacity: of the colour; what shines through lowers the contrast.
+        opacity: opacity of the colour; what shines through lowers the contrast.
     """
     pixels = np.asarray(region, dtype=np.float64)
     over, under = _luminance(pixels + (np.array(colour) - pixels) * opacity), _luminance(pixels)

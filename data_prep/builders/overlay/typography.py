@@ -144,10 +144,10 @@ def lay_out(text: str, path: Path, size: int, width: float, align: AlignName) ->
 
     Args:
         text: its line ends are kept.
-        path: of the font.
+        path: path of the font.
         size: pixels per em.
-        width: of the longest line, in pixels; one character is always allowed.
-        align: of lines shorter than the longest.
+        width: largest width of a line, in pixels; one character is always allowed.
+        align: alignment of lines shorter than the longest.
     """
     font, direction = load_font(path, size), _direction(text)
 

@@ -25,7 +25,7 @@ def framed(photograph: Image.Image, size: int, rng: np.random.Generator, whole: 
     Args:
         photograph: RGB.
         size: the square root of the area in pixels.
-        rng: of the draws.
+        rng: random generator of the draws.
         whole: as much of the photograph as the shape allows, from the middle; otherwise a random part of it.
 
     Raises:

@@ -73,7 +73,7 @@ def lay_out(
     """Buckets and disk. Rows are taken by their sizes, of which even a large dataset has few.
 
     Args:
-        text_width: of the text encoder's hidden states.
+        text_width: width of the text encoder's hidden states.
         vision_side: pixels of the side of one vision token.
     """
     target_size, reference_sizes = functools.cache(geometry.target_size), functools.cache(geometry.reference_sizes)

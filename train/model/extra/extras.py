@@ -52,8 +52,8 @@ class Extras:
 
         Args:
             tensors: the weights that are to be in it, by the names of `parameters`.
-            metadata: of the adapter.
-            dtype: of the file.
+            metadata: metadata of the adapter.
+            dtype: data type of the file.
         """
         if not self.parameters:
             return
@@ -124,7 +124,7 @@ def attach_extras(denoiser: Denoiser, train_modules: Sequence[str], modules: Nod
 
     Args:
         denoiser: loaded with the same `train_modules`, and with LoRA attached to what is not among them.
-        seed: of added modules' first weights.
+        seed: random seed of added modules' first weights.
 
     Raises:
         InputError: a name matches nothing, or an added module cannot be built or named so.

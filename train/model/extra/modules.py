@@ -42,7 +42,7 @@ class ExtraModule(nn.Module):
         """What goes on into the first block.
 
         Args:
-            tokens: of the picture to be, after `img_in`, (B, h/2 * w/2, D), row by row.
+            tokens: tokens of the picture to be, after `img_in`, (B, h/2 * w/2, D), row by row.
             sigma: position on the path in [0, 1], 1 = start, (B,), float32.
             scene: source, white and mask, (B, …, h, w), in the dtype of the tokens.
 

@@ -78,7 +78,7 @@ def keep_in_float32(root: nn.Module, names: Iterable[str], dtype: torch.dtype, d
     """From now on these parameters of a module are trained in float32, and read in another dtype.
 
     Args:
-        names: of parameters.
+        names: names of parameters.
         dtype: in which they are read.
         device: where they are.
     """

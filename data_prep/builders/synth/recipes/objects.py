@@ -78,8 +78,8 @@ def put(
 
     Args:
         picture: RGBA.
-        shape: of the frame.
-        rng: of the draws.
+        shape: shape of the frame.
+        rng: random generator of the draws.
         smallest: size of the longest side, as a share of the frame's shortest.
         largest: as `smallest`.
 
