@@ -1,4 +1,4 @@
-"""The demo's table: what its evaluation measured, beside a fill and a round trip that train nothing, on the same rows.
+"""The demo's table: the scores of its evaluation, and on the same rows those of a fill and of a round trip without training.
 
 python scripts/demo_table.py --evaluation runs/demo/evaluation --model models/tiny
 """

@@ -1,14 +1,14 @@
-"""Cuts real photographs into pairs for two edits that only the instruction tells apart, and writes dataset files.
+"""Cuts real photographs into pairs for two edits that only the instruction distinguishes, and writes dataset files.
 
     python scripts/make_demo_data.py --out runs/demo/data [--train 300] [--validation 8] [--size 128] [--selection]
 
 Every source is a crop with a sticker on it. "remove the sticker" has the clean crop as its target and a mask of what
 must stay; "turn it into an old sepia print" keeps the sticker and changes every colour. Crops of the held-out photographs
-appear in validation.json alone. With --selection that file has crops of other photographs, two of those that are trained on
-without it: settings are chosen there, and the held-out photographs are not read.
+appear only in validation.json. With --selection, that file has crops of two training photographs instead, which are then not
+trained on: use it to choose settings. The held-out photographs are then not read.
 
-With --products N nothing is paired: it writes photographs and stickers, of each split apart, in the folders that
-`data_prep/run.py synth --recipes cutout` makes products on white of.
+With --products N, it makes no pairs but writes photographs and stickers for each split, in folders from which
+`data_prep/run.py synth --recipes cutout` makes products on white.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Whether this project does on real weights what its tests say: one command, one page.
+"""Checks on real weights what the tests check on the tiny model, and writes one page.
 
     bash scripts/accept.sh                                              Qwen/Qwen-Image-Edit-2511
     bash scripts/accept.sh models/Qwen-Image-Edit-2509 --out runs/accept-2509 --lightning lightning.safetensors
     bash scripts/accept.sh --only velocity --only vae
     bash scripts/accept.sh --again edits
 
-Parts that passed are not done again, unless the model or an option has changed. Each part is a process of its own, so that one
-that fails leaves the others; what it prints is in OUT/logs. The table is printed and OUT/accept.html written after each part.
-Exit code 0 if every part that was asked for has passed. docs/acceptance.md says what each part does, and why its bounds are so.
+Parts that have passed are not run again, unless the model or an option has changed. Each part is its own process, so a part
+that fails does not stop the others. Its output is in OUT/logs. The table and OUT/accept.html are renewed after each part.
+The exit code is 0 if every requested part has passed. docs/acceptance.md says what each part does, and explains its bounds.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""Writing and reading a cache, beside DiffSynth's data-process task and `torch.load`; and what a reader holds in memory.
+"""Measures writing and reading a cache, compared with DiffSynth's data-process task and `torch.load`, and a reader's memory.
 
     python scripts/bench/cache.py --model models/tiny --json cache.json
     python scripts/bench/cache.py --only write --random --device cuda --dtype bfloat16 --write-side 1024
     python scripts/bench/cache.py --only read,memory --side 512
     python scripts/bench/cache.py --tiny
 
-`write`: the same pictures (their own sizes, one reference each) through the same VAE and text encoder, loaded before. Theirs is
-DiffSynth's pipeline up to the transformer, a row at a time, its references at the sizes of ours (it would bring each to one
-megapixel), and `torch.save`; it has no source at the target's size, no mask and no white. `read`: random records of the real
-size, warm, from our files and from one `.pth` with the same tensors for each. `memory`: anonymous memory, which files that are
-mapped are no part of, of a process that has opened a dataset and laid out its epochs.
+`write` encodes the same images (in their own sizes, one reference each) with the same VAE and text encoder, already loaded.
+"Theirs" is DiffSynth's pipeline up to the transformer, one row at a time, with references at our sizes (it would resize each to
+one megapixel), and `torch.save`. It has no source at the target's size, no mask and no white. `read` reads random records of the
+real size, warm, from our files and from one `.pth` each with the same tensors. `memory` is the anonymous memory, without mapped
+files, of a process that has opened a dataset and planned its epochs.
 
-`--device cuda` lets both sides of `write` compute there; the other parts have nothing to compute. Figures alternate between the
-two `--repeat` times; the median counts.
+With `--device cuda`, both sides of `write` compute on the GPU; the other parts compute nothing. The two sides alternate
+`--repeat` times, and the median counts.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How fast `pairs` and `check` are, and whether memory stays where it is when a dataset grows.
+"""Measures how fast `pairs` and `check` are, and whether their memory stays the same when a dataset grows.
 
     python scripts/bench/data_prep.py
     python scripts/bench/data_prep.py --pairs 500 --rows 10000,100000 --only memory
 
-Speed: rows per second of both commands, as a user runs them, start included, on made pairs (pieces of photographs, JPEG of
-quality 90), for each number of processes. Memory: the most that a process held after reading dataset files of two lengths,
-and after `check` has taken in as many measured rows and looked for duplicates among them. Prints tables. Ends with code 1
-if anything but a .json file, which is read whole, takes more than --limit bytes a row. Linux only (/proc/self/status).
+Speed: rows per second of both commands, including their start, on synthetic pairs (pieces of photographs, JPEG of
+quality 90), for each number of processes. Memory: the peak of a process after reading dataset files of two lengths,
+and after `check` has stored as many measured rows and searched them for duplicates. It prints tables. The exit code is 1
+if anything but a .json file (which is read whole) takes more than --limit bytes per row. Linux only (/proc/self/status).
 """
 
 import argparse

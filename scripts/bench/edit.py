@@ -1,16 +1,16 @@
-"""Seconds from a request to its picture: a bridge in a few steps against flow matching with guidance, part by part.
+"""Measures the seconds of an edit, part by part: a bridge in a few steps, compared with flow matching with guidance.
 
     python scripts/bench/edit.py --model Qwen/Qwen-Image-Edit-2511 --device cuda --json edit.json
     python scripts/bench/edit.py --random --device cuda --json edit.json
     python scripts/bench/edit.py --tiny
 
-Each edit has a picture and an instruction of its own, so that nothing is kept from the one before, but for `the next seed`;
-the median of `--repeat` after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's.
-Adapters are random, of rank `--rank` on all modules that training takes by default: times do not depend on their numbers.
-Besides: the adapter's share of a step (none, fused, and beside the weights, as it stands beside quantised ones), a change of
-adapters, read and kept, a table with each part moved once a window, and from the start of `eval/edit.py` to its picture.
-`--random` draws weights of Qwen-Image-Edit-2511's sizes where they are computed with, so that none are needed (and `start`, which
-reads files, is left out); `--tiny` makes the tiny model.
+Each edit has a different image and instruction, so nothing is kept from the last one (except in `the next seed`). Times are
+the median of `--repeat` edits after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's.
+Adapters are random, with rank `--rank` on the default modules of training: times do not depend on their numbers.
+It also measures the adapter's share of a step (none, fused, and beside the weights as with quantised weights), a change of
+adapters, a table in which each part is moved once per window, and the time from the start of `eval/edit.py` to its result.
+`--random` draws random weights of Qwen-Image-Edit-2511's sizes on the device, so that no model is needed (`start`, which
+reads files, is then left out). `--tiny` makes the tiny model.
 """
 
 import argparse

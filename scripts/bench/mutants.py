@@ -1,11 +1,11 @@
-"""Plants faults in the core, one at a time, and asks whether the tests of the same module catch them.
+"""Plants faults in the core, one at a time, and checks whether the tests of the same module catch them.
 
     python scripts/bench/mutants.py [--only geometry,order]
 
-Each line of `FAULTS` is a change of one place. It is made in a temporary copy of the repository, never in the repository
-itself, and one test module runs on it, up to its first failure. Printed is `caught`, `missed`, or `broken` where the tests
-did not run at all; without a fault all of them must pass. The exit code is 1 if not all are caught. All of them take some
-ten minutes of one core.
+Each line of `FAULTS` changes one place. The change is made in a temporary copy of the repository, never in the repository
+itself, and one test module runs on it until its first failure. The output is `caught`, `missed`, or `broken` if the tests
+did not run at all; without a fault, all of them must pass. The exit code is 1 if not all faults are caught. All of them take
+about ten minutes on one core.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Milliseconds of an optimizer step on the LoRA weights of the real model: 471 million numbers in 1,440 tensors.
+"""Measures the milliseconds of an optimizer step on the LoRA weights of the real model: 471 million numbers in 1,440 tensors.
 
     python scripts/bench/optimizer.py --device cuda --json optimizer.json
     python scripts/bench/optimizer.py --tiny
 
-A step is all that the training loop's part `optimizer` does with these weights on one rank: the gradients' norm, whether
-it is finite, the update, clearing the gradients, the numbers to log. Optimizers: ours, and for comparison torch's AdamW
-without `fused` and ProdigyPlusScheduleFree as its library steps, tensor by tensor. The medians are of 5 steps after 2 that
-are not counted. `operations` are torch's (an operation on a list of tensors is one, and launches a kernel for about every
-hundred), `gigabytes` what they read and write, both of one more step. `--tiny` keeps the number of tensors and shrinks them.
+A step is everything that the training loop's part `optimizer` does with these weights on one rank: the gradients' norm, the
+check that it is finite, the update, clearing the gradients, and the numbers to log. The optimizers are ours, and for comparison
+torch's AdamW without `fused` and the original ProdigyPlusScheduleFree, which works tensor by tensor. The medians are of 5 steps
+after 2 that are not counted. `operations` counts torch's operations (one on a list of tensors is one, and launches a kernel for
+about every hundred), and `gigabytes` what they read and write, in one more step. `--tiny` shrinks the tensors, not their number.
 """
 
 import argparse

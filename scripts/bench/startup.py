@@ -1,12 +1,12 @@
-"""Seconds until a command answers, and until the first training step is done.
+"""Measures the seconds until a command answers, and until the first training step is done.
 
     python scripts/bench/startup.py --json startup.json
     python scripts/bench/startup.py --tiny --only help --commands train/run.py,data_prep/run.py
 
-Each figure is of a process of its own that imports its libraries itself: the median and the fastest of `--repeat`. `--help`
-is the command line alone, `import` the module that does the command's work. The first step is that of `train/run.py
-+exp=tiny_sft` on a tiny model and a few pictures, from the start of the process to the first line of metrics.jsonl: with
-caching before it, and with the cache finished. A process that is not timed runs before, so that files are in memory.
+Each measurement is a new process that imports its libraries: the median and the fastest of `--repeat`. `--help`
+is only the command line, `import` the module that does the command's work. The first step is that of `train/run.py
++exp=tiny_sft` on a tiny model and a few images, from the start of the process to the first line of metrics.jsonl: with
+caching, and with a finished cache. A process that is not timed runs first, so that files are in memory.
 """
 
 import argparse

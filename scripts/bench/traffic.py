@@ -1,17 +1,17 @@
-"""The bytes that a training step's operations read and write, counted on the meta device: no GPU, no weights, seconds.
+"""Counts the bytes that a training step's operations read and write, on the meta device, in seconds, without GPU and weights.
 
     python scripts/bench/traffic.py
     python scripts/bench/traffic.py --side 512 --gpu H100 --json traffic.json
     python scripts/bench/traffic.py --tiny
 
-The project's own denoiser with LoRA runs forward and backward with 2 and with 3 blocks; the difference is what a block
-costs, and a step is `--layers` of them. Each operation counts what it is given and what it returns, once. "Pointwise" is
-everything but matrix products and attention: what can be fused. This is eager mode; `torch.compile` fuses most of it, and
-what is left then only a GPU's profile says (`train_step.py --profile`).
+The project's own denoiser with LoRA runs forward and backward with 2 and with 3 blocks. The difference is the cost of a
+block, and a step has `--layers` blocks. Each operation counts its inputs and outputs once. "Pointwise" is
+everything but matrix products and attention, which can be fused. This is for eager mode; `torch.compile` fuses most of it, and
+only a GPU's profile shows what is left then (`train_step.py --profile`).
 
-Where the meta device computes otherwise than a GPU, this counts the GPU's: attention is flash attention's operation; RMSNorm
-is one (layer norm's, which moves the same); a linear layer with LoRA is one (`qwen_edit::low_rank_linear`), whose bytes are
-a matrix product's. The float32 weights that it is given for their gradients, but does not read, are not counted.
+If the meta device computes differently from a GPU, the GPU's operations are counted: attention is flash attention's operation;
+RMSNorm is one operation (that of layer norm, which moves the same bytes); a linear layer with LoRA is one
+(`qwen_edit::low_rank_linear`), which counts as a matrix product. Its float32 weights, which are not read, are not counted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A training step of the real size, ours and DiffSynth's by turns, so that both see the same clocks.
+"""Measures a training step of the real size, ours and DiffSynth's by turns, so that both run at the same clock speeds.
 
     python scripts/bench/train_step.py --json train_step.json
     python scripts/bench/train_step.py --rows theirs,full,auto --profile full
@@ -6,16 +6,17 @@
     python scripts/bench/train_step.py --layers 2 --side 128 --text 20 --device cpu --rows theirs,full-eager,mb4
     python scripts/bench/train_step.py --tiny
 
-Random weights of Qwen-Image-Edit's size, one reference, LoRA on all of `adapter=lora`'s modules. Both compute with the same
-frozen tensors, so that one GPU holds them. Theirs is DiffSynth's own loss, model function and modules, everything recomputed
-(`use_gradient_checkpointing`), LoRA by PEFT in bfloat16. Ours is the training loop's step, with LoRA in float32. Rows of other
-frozen weights (`fp8`, `int8`, `nf4`, and `offload`, where a third of the blocks wait in CPU memory) have a model of their own
-beside the shared one, for as long as the row takes.
+It uses random weights of Qwen-Image-Edit's size, one reference, and LoRA on all modules of `adapter=lora`. Both sides compute
+with the same frozen tensors, so that they fit on one GPU. "Theirs" is DiffSynth's own loss, model function and modules, with full
+gradient checkpointing (`use_gradient_checkpointing`) and LoRA by PEFT in bfloat16. "Ours" is the training loop's step, with LoRA
+in float32. Rows with other frozen weights (`fp8`, `int8`, `nf4`, and `offload`, with a third of the blocks in CPU memory) use a
+second model beside the shared one.
 
-A row warms up (which compiles), then alternates with what it is `against`, `--steps` of each, `--rounds` times. `samples/s`
-and `s/step` are medians; `ratio` is samples/s against the other's in the same row; `compile` is what the first step took
-longer; `GiB` the most that was allocated, without what only the other needs; `TFLOP/s` counts the model's own operations,
-not what is recomputed. `adamw` and `prodigy` are their part of a step alone. Rows that begin after --seconds are left out.
+A row warms up (which compiles), then takes turns with the row in `against`, with `--steps` steps each, `--rounds` times.
+`samples/s` and `s/step` are medians; `ratio` compares samples/s with the other's in the same row; `compile` is the additional
+time of the first step; `GiB` is the peak of the allocated memory, without what only the other side needs; `TFLOP/s` counts the
+model's own operations, not the recomputed ones. `adamw` and `prodigy` measure only the optimizer's part of a step. Rows that
+would begin after --seconds are left out.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""A training step under each strategy: its time, and what the ranks tell each other.
+"""Measures a training step with each strategy: its time, and the communication between the ranks.
 
     accelerate launch scripts/bench/zero.py --json zero.json
     accelerate launch --multi_gpu --num_processes 2 scripts/bench/zero.py --tiny
 
-Strategies: `single` and `zero3` on one process, `ddp`, `zero2` and `zero3` on several; `ratio` is the time beside the first of
-them. Random weights of the real size on random data, AdamW, everything recomputed; a step is the training loop's, on one
-micro-batch or on `--accumulate`. The seconds are the median of 5 steps after 2 that are not counted. Of one more step the
-collectives are counted: how many, how many a block and micro-batch, and the MB that each rank receives, beside what
-the plan says. `--tiny` takes the tiny model's sizes, with ZeRO's own cut to match; without a GPU the ranks talk by gloo.
+The strategies are `single` and `zero3` on one process, and `ddp`, `zero2` and `zero3` on several; `ratio` is the time compared
+with the first of them. It uses random weights of the real size on random data, AdamW and full gradient checkpointing. A step is
+that of the training loop, on one micro-batch or on `--accumulate`. The seconds are the median of 5 steps after 2 that are not
+counted. For one more step, the collectives are counted: in total, per block and micro-batch, and the MB that each rank receives,
+compared with the plan. `--tiny` uses the tiny model's sizes, with ZeRO's sizes to match. Without a GPU, the ranks use gloo.
 """
 
 import argparse
