@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and how every entry point ends."""
+"""The error for users' mistakes, and how every entry point ends."""
 
 import os
 import sys

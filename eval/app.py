@@ -1,4 +1,4 @@
-"""The web page: edit pictures, compare adapters blind, look at runs.
+"""The web page: edit images, compare adapters blind, look at runs.
 
     python eval/app.py --model models/tiny
 

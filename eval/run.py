@@ -1,4 +1,4 @@
-"""Scores pictures beside their ground truth, and writes `report.json`, `report.html` and every picture.
+"""Compares images with their ground truth, and writes `report.json`, `report.html` and every image.
 
     python eval/run.py --model models/tiny --adapter runs/lbm --adapter runs/flow --base \
         --dataset pairs.json --root photos --steps 1,4 --out runs/scores
@@ -7,8 +7,8 @@
 
     python eval/run.py --runs runs/lbm --runs runs/flow --out runs/compared
 
-The first edits a dataset's rows as a table, continued by the same command; the second scores pictures of any tool, without
-a model; the third compares the last validations of runs. docs/evaluation.md says what is measured and how it is read.
+The first command edits the rows of a dataset like a table, and continues when it is run again. The second scores images of any
+tool without a model. The third compares the last validations of runs. docs/evaluation.md explains the metrics and the report.
 """
 
 import sys

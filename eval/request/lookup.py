@@ -1,4 +1,4 @@
-"""Where base models are looked up: as named, then below `$MODEL_DIR`."""
+"""Where base models are searched: first the path itself, then below `$MODEL_DIR`."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ MODEL_DIR = "MODEL_DIR"
 
 
 def find_model(text: str) -> str:
-    """A folder as it is named, else below `$MODEL_DIR`, else a hub id, which is returned as it is.
+    """A folder with this path, otherwise one below `$MODEL_DIR`, otherwise the text itself as a hub id.
 
     Raises:
         InputError: no such folder, and the text cannot be a hub id.

@@ -98,7 +98,7 @@ def _annotation(knob: Declared) -> Any:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A base model, and the sizes of its pictures."""
+    """The options for the base model and the sizes of its images."""
 
     model: Annotated[
         str | None,
@@ -131,7 +131,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PlaceOptions:
-    """The words of a `Placement`; None for what is usual."""
+    """The options for a `Placement`; None for the default."""
 
     device: Annotated[
         str | None, typer.Option(help="Device that the models run on.", show_default="cuda if there is one")

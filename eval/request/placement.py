@@ -1,4 +1,4 @@
-"""Where the parts of a model live and in which numbers, checked before anything is loaded."""
+"""On which devices and in which data types the parts of a model are, checked before anything is loaded."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model live, and in which numbers. docs/memory.md says what each saves and costs.
+    """Devices and data types of the parts of a model. docs/memory.md says what each choice saves and costs.
 
     Raises:
         InputError: this machine, or the packages that are installed, cannot serve it.

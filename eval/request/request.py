@@ -1,4 +1,4 @@
-"""What an edit is asked for and what comes back: the same record for every base model, command and page."""
+"""The request for an edit and its result: the same records for every base model, command and page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,22 +36,22 @@ MAX_PIXELS = 4096 * 4096
 FEATHER, MAX_FEATHER = 8.0, 1024
 
 OnProgress = Callable[[int, int], None]
-"""Called after every step of a sampler with the steps done and the steps in all, over all pictures of the call. What it raises
-ends the edit: that is how one is cancelled."""
+"""Called after every step of a sampler with the steps done and the total steps, over all images of the call. An exception in it
+ends the edit, which is how an edit is cancelled."""
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What is wanted. A field with a `Knob` is an option of the command line, a column of tables and a setting of pictures too.
+    """An edit to make. A field with a `Knob` is also an option of the command line, a column of tables and a setting in results.
 
     Raises:
-        InputError: a value is out of its range, or is not one that the mode takes.
+        InputError: a value is out of its range, or the mode does not take it.
     """
 
     prompt: Annotated[str, Knob("Instruction for the edit.", most=MAX_PROMPT)]
     """The instruction; `variation` takes none."""
     images: Sequence[Image.Image]
-    """One to three RGB images; the first is the one that is edited, and the result has its shape."""
+    """One to three RGB images. The first one is edited, and the result has its shape. The others are references."""
     mode: Annotated[ModeName, Knob("Way of editing, explained in docs/editing.md.", "edit")] = "edit"
     adapters: Annotated[
         Sequence[AdapterUse],
@@ -63,14 +63,14 @@ class EditRequest:
             option="adapter",
         ),
     ] = ()
-    """Added up. The first says how it must be sampled, and at which sizes it was trained."""
+    """Adapters to add up. The first one decides the sampler and the sizes."""
     negative_prompt: Annotated[
         str, Knob("Negative prompt, used with a guidance scale above 1.", "none", most=MAX_PROMPT)
     ] = EMPTY_PROMPT
-    """Read only with classifier-free guidance."""
+    """Negative prompt, used only with classifier-free guidance."""
     mask: Image.Image | None = None
-    """Mode L, of the first image's shape: 255 where the edit may go, 0 where every pixel is kept. (A dataset's `back_mask` is
-    the other way round.) For `inpaint` and `control-inpaint`."""
+    """Mask for `inpaint` and `control-inpaint`: mode L, of the first image's shape, 255 where the image is edited, and 0
+    where every pixel is kept. (A dataset's `back_mask` is the opposite.)"""
     feather: Annotated[
         float | None,
         Knob(
@@ -78,7 +78,7 @@ class EditRequest:
             modes=MASKED,
         ),
     ] = None
-    """Width of the mask's soft rim, pixels of the result; by default FEATHER."""
+    """Width of the mask's soft edge, in pixels of the result; by default FEATHER."""
     focus: Annotated[
         Focus | None,
         Knob(
@@ -89,7 +89,7 @@ class EditRequest:
             metavar="X,Y,R",
         ),
     ] = None
-    """For `focus`; the middle by default."""
+    """Disc to edit in mode `focus`; by default in the middle."""
     controls: Annotated[
         Sequence[Control],
         Knob(
@@ -101,16 +101,16 @@ class EditRequest:
             option="control",
         ),
     ] = ()
-    """For `control` and `control-inpaint`; with the images they are at most three."""
+    """Control maps for `control` and `control-inpaint`. Together with the images, there are at most three."""
     steps: Annotated[
         int | None, Knob("Number of sampling steps.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)
     ] = None
-    """Calls of the sampler; by default what suits it."""
+    """Number of sampling steps; by default the sampler's own."""
     cfg_scale: Annotated[
         float | None,
         Knob("Guidance scale for flow matching. 1 turns guidance off.", "4 for flow matching", 1, MAX_CFG_SCALE),
     ] = None
-    """Classifier-free guidance where the sampler has it: 1 is without; by default what suits the base."""
+    """Guidance scale, if the sampler has guidance. 1 turns it off; by default it is the base model's own."""
     strength: Annotated[
         float | None,
         Knob(
@@ -123,12 +123,12 @@ class EditRequest:
     sampler: Annotated[
         SamplerName | None, Knob("Sampler to use instead of the adapter's own.", "as the adapter was trained")
     ] = None
-    """By default as the first adapter was trained."""
+    """Sampler; by default the one that the first adapter was trained for."""
     seed: Annotated[int, Knob("Random seed for the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
     count: Annotated[
         int, Knob("Number of images, made with the seeds seed, seed + 1 and so on.", "1", 1, MAX_COUNT)
     ] = 1
-    """Pictures; picture i has the seed `seed + i`, and is the one that this seed gives alone."""
+    """Number of images. Image i has the seed `seed + i`, and is the same as with this seed alone."""
     size: Annotated[
         Size | None,
         Knob(
@@ -137,11 +137,11 @@ class EditRequest:
     ] = None
     """Size of the result, in multiples of 32; by default that of the first image, within the geometry's `max_pixels`."""
     aspect: Annotated[AspectName | None, Knob("Aspect ratio of the result.", "as the first image")] = None
-    """The result's shape instead of its size: as many pixels as the source would have."""
+    """Aspect ratio of the result, with as many pixels as the source would have. It replaces `size`."""
     bridge_image: int = 0
-    """Which of the images an edit begins at, as in a dataset file."""
+    """Number of the image that a bridge starts from, as in a dataset file."""
     geometry: Geometry | None = None
-    """Sizes of images; by default what suits the base and the first adapter."""
+    """Sizes of images; by default those of the base model and the first adapter."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -182,12 +182,12 @@ class EditRequest:
 
     @property
     def rim(self) -> float:
-        """Width of the mask's soft rim, pixels."""
+        """Width of the mask's soft edge, in pixels."""
         return FEATHER if self.feather is None else self.feather
 
     @property
     def seeds(self) -> range:
-        """One for each picture."""
+        """One seed for each image."""
         return range(self.seed, self.seed + self.count)
 
 
@@ -197,23 +197,23 @@ KNOBS = tuple(declared(EditRequest))
 
 @dataclass(frozen=True)
 class EditResult:
-    """What was made of it."""
+    """The result of an edit."""
 
     image: Image.Image
     seed: int
     seconds: float
     """Seconds for this image: encoding, sampling, decoding, with models loaded."""
     settings: dict[str, Any]
-    """Everything but the images that is needed to make it again, and what made it; values that JSON knows."""
+    """Everything except the images that is needed to make it again, and what made it, as JSON values."""
     maps: Sequence[Image.Image] = field(default=())
-    """The control maps that the model was shown."""
+    """The control maps that the model saw."""
     encoding: float = 0.0
-    """The seconds of it before the first step; 0 where nobody knows."""
+    """The part of the seconds before the first step; 0 if not known."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a base model can be asked."""
+    """What a base model can do."""
 
     base: str
     """Its name: `qwen-image-edit`, `flux-kontext`, `sd15`, `sdxl`."""
@@ -223,7 +223,7 @@ class Abilities:
     """The samplers that a request may name. Empty: it must leave the choice to the base model."""
 
     def check(self, request: EditRequest) -> None:
-        """Nothing is loaded for it.
+        """Checks a request without loading anything.
 
         Raises:
             InputError: the base cannot serve the request.
