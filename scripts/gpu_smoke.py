@@ -6,11 +6,11 @@
         --vary optim=adamw,prodigy --vary train.gradient_checkpointing=full,auto
     python scripts/gpu_smoke.py --size tiny --out runs/cpu_smoke
 
-Everything of phase 2 is what a run uses; nothing is downloaded, and no weights are on the disk. The first is the
-production recipe at 1024 x 1024 with one reference. Every combination of the values of all `--vary` is a run of its own, one
-after the other in this process, and what one held is freed before the next. Prints a table and writes OUT/smoke.json, whole
-after each run. The first step of a run, which compiles and fills caches, is shown by itself; all other seconds are medians of
-the later ones. Checkpoints are removed: nobody wants these weights.
+It uses the same code as a real run. Nothing is downloaded, and no weights are read from disk. The first command is the
+production recipe at 1024 x 1024 with one reference. Every combination of the `--vary` values is a separate run in this
+process, and its memory is freed before the next. It prints a table and writes OUT/smoke.json after each run. The first step of
+a run, which compiles and fills caches, is shown separately; all other times are medians of the later steps. The checkpoints
+are deleted.
 """
 
 import argparse
