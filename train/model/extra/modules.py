@@ -21,17 +21,17 @@ class ExtraModule(nn.Module):
     """The base class of a module that is trained beside LoRA.
 
     The configuration names it: `adapter.modules={NAME: {_target_: my_package.MyModule, argument: value}}`. It is called in every
-    forward pass of the transformer, after `img_in`; several are called one after the other. It must
+    forward pass of the transformer, after `img_in`. Several modules are called one after the other. A module must
 
-    - begin as the identity: before it has learned something it returns the tokens that it is given, bit for bit. Let its last
-      layer begin at zero. This is checked.
-    - treat each sample of a batch by itself, and draw nothing.
-    - use all its parameters in every forward pass, whatever the scene. All are trained, in float32; inside `forward` they are
-      read in the dtype of the tokens. What must not be trained is a buffer that is not persistent.
-    - be importable by its name wherever the adapter is used: its class is no part of the file.
+    - start as the identity: before training, it returns its tokens unchanged, bit for bit. Initialise its last layer with zeros.
+      This is checked.
+    - treat each sample of a batch by itself, and draw no random numbers.
+    - use all its parameters in every forward pass, whatever the scene. All are trained in float32; inside `forward` they are
+      read in the dtype of the tokens. Register what must not be trained as a buffer with persistent=False.
+    - be importable by its name wherever the adapter is used, because the file does not contain its class.
 
     Args:
-        token_width: D, the width of a token, which a run gives.
+        token_width: D, the width of a token, which the run gives.
     """
 
     def __init__(self, token_width: int):
@@ -39,7 +39,7 @@ class ExtraModule(nn.Module):
         self.token_width = token_width
 
     def forward(self, tokens: Tensor, sigma: Tensor, scene: Scene) -> Tensor:
-        """What goes on into the first block.
+        """The tokens for the first block.
 
         Args:
             tokens: tokens of the picture to be, after `img_in`, (B, h/2 * w/2, D), row by row.
