@@ -34,7 +34,7 @@ def test_list_shows_datasets_and_prune_keeps_what_another_dataset_wants(caches, 
     command("list", cache)
     total, *lines = capsys.readouterr().out.splitlines()
     assert "2 datasets" in total
-    assert total.endswith("and 0 B that none of them wants")
+    assert total.endswith("and 0 B that none of them uses")
     assert re.fullmatch(rf"  {two} +2 rows +[\d.]+ KiB  last used [-\d]+ [\d:]+  two.json \(train\)", lines[0])
     assert lines[1].endswith("one.json (train)")
 

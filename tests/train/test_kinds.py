@@ -132,5 +132,5 @@ def test_a_lokr_adapter_lies_under_a_lora_but_not_in_its_file(runs, tiny_model_d
     model = ModelDirectory.resolve(tiny_model_dir)
     base = ["+exp=tiny_lbm", f"model.path={tiny_model_dir}", "data.dataset=rows.json", f"adapter.frozen=[{runs}/whole]"]
     check_adapters(compose(base), model)
-    with pytest.raises(InputError, match=r"is a LoKr adapter, which adapter.export_frozen=true cannot put into a LoRA"):
+    with pytest.raises(InputError, match=r"is a LoKr adapter, which adapter.export_frozen=true cannot merge into a LoRA"):
         check_adapters(compose([*base, "adapter.export_frozen=true"]), model)

@@ -244,6 +244,6 @@ def test_best_is_the_lowest_of_a_distance(adapter, tmp_path):
         checkpoints.judge(step, {"validation/steps_4/lpips": score})
     assert checkpoints.best() == {"step": 1, "name": "validation/steps_4/lpips", "value": 0.3}  # step 0 has none
     with pytest.raises(
-        InputError, match=r"best_by=validation/steps_4/lpips is no number .* it has validation/steps_1/psnr"
+        InputError, match=r"best_by=validation/steps_4/lpips is not a number .* It reports validation/steps_1/psnr"
     ):
         checkpoints.judge(0, {"validation/steps_1/psnr": 20.0})
