@@ -255,7 +255,7 @@ def test_the_view_follows_the_file_and_names_do_not_matter(tmp_path, tiny_model_
     [
         {"fingerprint": "another model"},
         {"geometry": Geometry(64 * 64, vision_pixels=112 * 112)},
-        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
         {"caption_dropout": True},
         {"negative": True},
     ],

@@ -99,7 +99,7 @@ def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkey
     """And the graphs that there are stay in use."""
     monkeypatch.setattr("train.model.execution.MAX_GRAPHS", 2)
     denoiser, adapter = small(torch.float32)
-    cases = [ONE[0], SEVERAL[1], ONE[1], SEVERAL[1]]
+    cases = [ONE[0], SEVERAL[1], case(8, 8, [11], (8, 8)), SEVERAL[1]]
     expected = results(denoiser, adapter, cases)
     run_with(denoiser, Compiled(RUNS["nothing"], said.append, backend="aot_eager"))
     with torch._dynamo.config.patch(recompile_limit=2):
