@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.cache.encoding import Encoders
+from data_prep.cache.index import CacheHeader
 from data_prep.cache.writer import build_cache
 from data_prep.errors import BadPrompt, InputError, exit_codes
 from data_prep.files import write_text
@@ -136,12 +137,10 @@ def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folde
     width = model.config("transformer")["joint_attention_dim"]
     build_cache(
         read_rows(folder / "rows.json"),
-        geometry,
+        CacheHeader(model.fingerprint(*ENCODERS), geometry, encoder_dtype=config.model.dtype),
         lambda: Encoders(RandomVae(), RandomPrompts(width)),
         config.cache.dir,
-        fingerprint=model.fingerprint(*ENCODERS),
         rejected_path=folder / "rejected.jsonl",
-        encoder_dtype=getattr(torch, config.model.dtype),  # as training will ask for
     )
 
 

@@ -1,5 +1,6 @@
 """The phases of a run: planning, caching, training. What `train/run.py` does once the configuration is known."""
 
+import functools
 import os
 import shlex
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.cache.batches import BatchStream, checked_group_size
 from data_prep.cache.encoding import Encoders
-from data_prep.cache.index import DatasetDigest
+from data_prep.cache.index import CacheHeader, DatasetDigest
 from data_prep.cache.keys import check_files
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import build_cache
@@ -27,11 +28,11 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.rows import RejectedRow, Row
 from train.builders import (
     adapter_metadata,
-    build,
     build_checkpoints,
     build_loggers,
     build_loss,
     build_model,
+    build_optimizer,
     build_validation,
     check_nodes,
     lazy_decode,
@@ -39,12 +40,15 @@ from train.builders import (
 from train.config import Config, to_yaml
 from train.config.training_rows import configured_rows, dataset_names, preserved_prompts, validation_rows
 from train.loop import Intervals, Training, train
+from train.model.adapter import Adapter
+from train.optim import Optimizer
 from train.parallel.processes import Processes
 from train.parallel.stopping import StopRequest
+from train.parallel.strategies import Parallel
 from train.plan.gpus import find_gpu
 from train.plan.plan import Plan, dataset_sizes, make_plan
 from train.plan.planner import apply, geometry_of
-from train.record.checkpoint import read_run
+from train.record.checkpoint import Checkpoint, read_run
 from train.record.lock import locked
 from train.record.loggers import STOPPED, Loggers
 from train.record.provenance import provenance
@@ -122,20 +126,22 @@ def cache_phase(
             continue
         summary = build_cache(
             rows,
-            geometry,
+            CacheHeader(
+                model.fingerprint(*ENCODERS),
+                geometry,
+                encoder_dtype=config.model.dtype,
+                caption_dropout=split == "train" and config.data.caption_dropout > 0,
+                negative=split == "validation",
+                preserve=preserved_prompts(config) if split == "train" else (),
+            ),
             load_encoders,
             config.cache.dir,
-            fingerprint=model.fingerprint(*ENCODERS),
             name=f"{(split == 'validation' and config.data.validation) or dataset_names(config)} ({split})",
             rejected_path=Path(config.run_dir)
             / ("rejected.jsonl" if split == "train" else "rejected_validation.jsonl"),
-            encoder_dtype=dtype,
             batch_size=config.cache.batch_size,
             shard_size=config.cache.shard_size,
             workers=config.cache.workers,
-            caption_dropout=split == "train" and config.data.caption_dropout > 0,
-            negative=split == "validation",
-            preserve=preserved_prompts(config) if split == "train" else (),
             on_error=config.data.on_error,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -161,14 +167,9 @@ def rejected_share(rows: Sequence[Row | RejectedRow], rejected: Sequence[Rejecte
 
 def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:
     """What the run will need, from sizes alone: nothing is loaded."""
-
-    def build_optimizer(node: dict[str, Any], parameters: list[nn.Parameter]) -> Any:
-        return build(node, "optim", parameters, num_steps=config.train.num_steps)
-
-    gpu = find_gpu(config.plan.gpu)
-    return make_plan(
-        config, model, dataset_sizes(config, model), config.plan.world_size or world_size, gpu, build_optimizer
-    )
+    gpu, planned = find_gpu(config.plan.gpu), config.plan.world_size or world_size
+    optimizer = functools.partial(build_optimizer, settings=config.train)
+    return make_plan(config, model, dataset_sizes(config, model), planned, gpu, optimizer)
 
 
 def train_phase(
@@ -187,32 +188,9 @@ def train_phase(
     Returns:
         The exit code: 0 if the training is complete, 1 if something beside it failed, else what `StopRequest` says.
     """
-    run_dir, dtype, settings = Path(config.run_dir), getattr(torch, config.model.dtype), config.train
-    fingerprint = model.fingerprint(*ENCODERS)
+    run_dir, dtype = Path(config.run_dir), getattr(torch, config.model.dtype)
     training, held_out = processes.gather(dataset_digests(config) if processes.is_main else None)[0]
-    reader = CacheReader(
-        config.cache.dir,
-        training,
-        fingerprint=fingerprint,
-        geometry=geometry,
-        caption_dropout=config.data.caption_dropout > 0,
-        encoder_dtype=config.model.dtype,
-        preserve=preserved_prompts(config),
-    )
-    if processes.is_main and "cache" not in config.phases:
-        check_files(reader, config.cache.workers)
-    stream = BatchStream(
-        reader,
-        seed=config.seed,
-        global_batch_size=global_batch_size(config, processes.world_size),
-        micro_batch_size=settings.micro_batch_size,
-        group_size=settings.group_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        caption_dropout=config.data.caption_dropout,
-        preserve=preserved_prompts(config),
-    )
-    processes.say(f"batches: {stream}")
+    stream = open_stream(config, model, geometry, processes, training)
     decode = lazy_decode(model, processes.device, dtype)
     loss = build_loss(config, decode)
     checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry))
@@ -222,27 +200,20 @@ def train_phase(
         check_settings(config, checkpoint.path)
         check_identity(checkpoint.path, checkpoint.run, identity)
     first_step = checkpoint.step if checkpoint else 0
-    if first_step >= settings.num_steps:
-        processes.say(f"{run_dir} already has all {settings.num_steps} steps: nothing is left to train")
+    if first_step >= config.train.num_steps:
+        processes.say(f"{run_dir} already has all {config.train.num_steps} steps: nothing is left to train")
         return 0
 
     # whatever may fail in a second comes before the weights are read
-    validate = held_out_validation(config, held_out, fingerprint, geometry, decode, processes)
+    validate = held_out_validation(config, held_out, model, geometry, decode, processes)
     if processes.is_main:
         write_text(run_dir / "config.yaml", to_yaml(config))
-    record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
+    record = provenance(processes.world_size) | {"data": identity["data"], "cache": model.fingerprint(*ENCODERS)}
     states = continued_states(checkpoint, checkpoints)
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
     with request or StopRequest() as request, closing(stream), loggers:
         decided = processes.gather(plan and plan.decided)[0]
-        if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
-            processes.say("parallel=zero3 has nothing to shard on one process: training as parallel=single")
-        start = {"adapter.init_from": None} if checkpoint else {}
-        adapter, parallel = build_model(apply(config, decided | start), model, processes)
-        optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
-        if checkpoint:
-            checkpoint.restore(adapter, optimizer)
-            processes.say(f"resuming from {checkpoint.path}")
+        adapter, parallel, optimizer = build_trained(config, decided, model, processes, checkpoint)
         checkpoint = None  # its tensors are in the optimizer now
         run = Training(
             processes,
@@ -254,10 +225,9 @@ def train_phase(
             checkpoints,
             loggers,
             validate,
-            Intervals(settings.save_every, settings.validate_every, settings.save_minutes),
-            settings.num_steps,
+            Intervals(config.train.save_every, config.train.validate_every, config.train.save_minutes),
+            config.train.num_steps,
             identity,
-            settings.max_grad_norm,
             lambda: bool(request.reason),
             step=first_step,
             saved=first_step,
@@ -279,6 +249,66 @@ def train_phase(
     return 1 if loggers.problems else 0
 
 
+def open_stream(
+    config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, dataset: str
+) -> BatchStream:
+    """The batches of the training rows, from the cache.
+
+    Args:
+        dataset: the digest of the training rows.
+
+    Raises:
+        InputError: the cache does not hold them as configured; or their files changed since, where no phase looked.
+    """
+    reader = CacheReader(
+        config.cache.dir,
+        dataset,
+        fingerprint=model.fingerprint(*ENCODERS),
+        geometry=geometry,
+        caption_dropout=config.data.caption_dropout > 0,
+        encoder_dtype=config.model.dtype,
+        preserve=preserved_prompts(config),
+    )
+    if processes.is_main and "cache" not in config.phases:
+        check_files(reader, config.cache.workers)
+    stream = BatchStream(
+        reader,
+        seed=config.seed,
+        global_batch_size=global_batch_size(config, processes.world_size),
+        micro_batch_size=config.train.micro_batch_size,
+        group_size=config.train.group_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        caption_dropout=config.data.caption_dropout,
+        preserve=preserved_prompts(config),
+    )
+    processes.say(f"batches: {stream}")
+    return stream
+
+
+def build_trained(
+    config: Config,
+    decided: dict[str, Any],
+    model: ModelDirectory,
+    processes: Processes,
+    checkpoint: Checkpoint | None,
+) -> tuple[Adapter, Parallel, Optimizer]:
+    """The adapter on its model and the optimizer of its weights, as the checkpoint has them, if there is one.
+
+    Args:
+        decided: what the plan chose for the settings that are `auto`.
+    """
+    if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
+        processes.say("parallel=zero3 has nothing to shard on one process: training as parallel=single")
+    start = {"adapter.init_from": None} if checkpoint else {}
+    adapter, parallel = build_model(apply(config, decided | start), model, processes)
+    optimizer = build_optimizer(config.optim, adapter.parameters(), config.train)
+    if checkpoint:
+        checkpoint.restore(adapter, optimizer)
+        processes.say(f"resuming from {checkpoint.path}")
+    return adapter, parallel, optimizer
+
+
 def global_batch_size(config: Config, world_size: int) -> int:
     """Samples per optimizer step over all processes."""
     return config.train.micro_batch_size * config.train.accumulation(world_size) * world_size
@@ -294,7 +324,7 @@ def known_identity(config: Config, model: ModelDirectory, world_size: int) -> di
 def held_out_validation(
     config: Config,
     dataset: str | None,
-    fingerprint: str,
+    model: ModelDirectory,
     geometry: Geometry,
     decode: Callable[[Tensor], Tensor],
     processes: Processes,
@@ -310,7 +340,7 @@ def held_out_validation(
     held_out = CacheReader(
         config.cache.dir,
         dataset,
-        fingerprint=fingerprint,
+        fingerprint=model.fingerprint(*ENCODERS),
         geometry=geometry,
         negative=True,
         encoder_dtype=config.model.dtype,

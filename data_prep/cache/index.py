@@ -61,11 +61,11 @@ class CacheHeader:
     fingerprint: str
     """Fingerprint of the weights and settings of the VAE and the text encoder."""
     geometry: Geometry
-    dtype: str
-    """What tensors are stored as, e.g. `bfloat16`."""
-    caption_dropout: bool
+    dtype: str = "bfloat16"
+    """What tensors are stored as."""
+    caption_dropout: bool = False
     """Whether records have `empty_prompt_emb`."""
-    negative: bool
+    negative: bool = False
     """Whether records have `negative_prompt_emb`."""
     schema_version: int = SCHEMA_VERSION
     encoder_dtype: str = ""

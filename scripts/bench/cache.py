@@ -117,19 +117,12 @@ def write(report: Report, options: argparse.Namespace, folder: Path) -> None:
         model = random_model(model.path, options.device, tiny=options.tiny)
     dtype, side = DTYPES[options.dtype], options.write_side
     encoders = Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
-    rows = make_rows(folder / "pictures", options.rows, side)
+    rows, stored = make_rows(folder / "pictures", options.rows, side), str(dtype).removeprefix("torch.")
     theirs = Theirs(model, encoders.prompt_encoder, device, dtype)
 
     def ours(out: Path) -> None:
-        build_cache(
-            rows,
-            Geometry(side * side),
-            lambda: encoders,
-            out,
-            fingerprint="bench",
-            rejected_path=folder / "r",
-            dtype=dtype,
-        )
+        header = CacheHeader("bench", Geometry(side * side), stored, encoder_dtype=stored)
+        build_cache(rows, header, lambda: encoders, out, rejected_path=folder / "r")
 
     names = f"write {side}x{side}, ours", "DiffSynth's data-process task"
     race(report, names, (ours, lambda out: theirs.write(rows, out)), folder, options.repeat, len(rows))

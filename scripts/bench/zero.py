@@ -33,7 +33,6 @@ from scripts.bench.trainers import make_batch
 from scripts.gpu_smoke import SIZES, RandomModel, free, write_model
 from train.builders import build, build_model
 from train.config import Config, compose
-from train.loop import gradient_norm
 from train.parallel.processes import Processes
 from train.plan.gpus import find_gpu
 from train.plan.planner import Planner
@@ -100,16 +99,14 @@ def measure(config: Config, model: RandomModel, processes: Processes, side: int)
     optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=WARM_UP + TIMED + 1)
     batch = make_batch([TEXT], side, model.config("transformer")["joint_attention_dim"]).to(processes.device)
     loss, accumulated = FlowMatchingLoss(), config.train.accumulation(processes.world_size)
-    parallel.publish()
 
     def step(number: int) -> float:
         for micro in range(accumulated):
             samples = [(number * accumulated + micro) * processes.world_size + processes.rank]
             value = loss(parallel.denoiser, batch, SampleRandom(0, samples)).loss.mean()
             parallel.backward(value, last=micro == accumulated - 1)
-        gradient_norm(adapter.parameters(), None)
-        optimizer.step(number)
-        parallel.publish()
+        optimizer.clip_gradients()
+        parallel.step(optimizer, number)
         return value.item()
 
     seconds = []

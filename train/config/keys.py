@@ -24,7 +24,7 @@ OPEN_GROUPS = ("loss", "optim", "logger", "validate")
 MODULES = "adapter.modules"
 """A key of a section under which there are such nodes, by name."""
 GIVEN = (
-    *("params", "num_steps", "decode", "reader", "folder", "processes"),
+    *("params", "num_steps", "max_grad_norm", "decode", "reader", "folder", "processes"),
     *("run_dir", "name", "config", "record", "resumed_step", "state", "token_width"),
 )
 """Arguments that a run gives to the objects of open groups."""

@@ -447,12 +447,6 @@ class Config:
             f"adapter.dora=true needs the lengths of the full weights, which model.weights={self.model.weights} rounds: use "
             "model.weights=bf16",
         )
-        prodigy = "Prodigy" in str(self.optim["_target_"])
-        require(
-            not (prodigy and self.train.max_grad_norm is not None),
-            f"train.max_grad_norm={self.train.max_grad_norm} does not work with Prodigy: clipping changes the "
-            "gradients that it estimates its step size from; set train.max_grad_norm=null",
-        )
 
 
 def check_whole_blocks(config: Config, world_size: int) -> None:

@@ -100,7 +100,8 @@ class Adapter:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the layers' weights, and their copies for products, what the adapter's weights are."""
+        """Makes the layers' weights, and their copies for products, what the adapter's weights are. Whoever changes those calls
+        it: `load_state_dict`, and `train.parallel` after the optimizer."""
         if self.masters is not None:
             torch._foreach_copy_(list(self.layer_parameters().values()), list(self.masters.values()))  # pyright: ignore
         if self.copies[0]:
@@ -139,6 +140,7 @@ class Adapter:
             )
         for name, parameter in mine.items():
             parameter.copy_(state[name])
+        self.refresh()
 
     @torch.no_grad()
     def start_from(self, path: Path, parts: Mapping[str, LowRank], extra: ExtraWeights | None = None) -> None:

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from train.optim.state import clip_gradients
 
 
 class AdamW:
@@ -25,6 +27,7 @@ class AdamW:
         bits: bits per number of the two moments. 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) and needs
             bitsandbytes.
         num_steps: length of the run, given by it.
+        max_grad_norm: the norm that the gradients are scaled down to (`train.max_grad_norm`), given by the run; None: never.
 
     Raises:
         ValueError: an argument is out of its range, or bitsandbytes is not installed.
@@ -43,6 +46,7 @@ class AdamW:
         schedule_steps: int | None = None,
         ema: float | None = None,
         num_steps: int = 1,
+        max_grad_norm: float | None = None,
     ):
         if lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {lr}")
@@ -57,7 +61,7 @@ class AdamW:
         options |= {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
         self.torch_optimizer = kind(params, **options)
         self.peak, self.warmup_steps, self.schedule = lr, warmup_steps, schedule
-        self.schedule_steps, self.ema = schedule_steps or num_steps, ema
+        self.schedule_steps, self.ema, self.max_grad_norm = schedule_steps or num_steps, ema, max_grad_norm
 
     def lr_at(self, step: int) -> float:
         """A pure function of the step, so that resuming needs no scheduler state."""
@@ -66,6 +70,10 @@ class AdamW:
             return self.peak * warmup
         progress = max(0.0, step - self.warmup_steps) / max(1, self.schedule_steps - self.warmup_steps)
         return self.peak * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def clip_gradients(self) -> Tensor:
+        """As `Optimizer.clip_gradients`."""
+        return clip_gradients(self.torch_optimizer, self.max_grad_norm)
 
     def step(self, step: int) -> None:
         """One update at this step's learning rate."""

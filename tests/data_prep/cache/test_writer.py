@@ -255,7 +255,7 @@ def test_the_view_follows_the_file_and_names_do_not_matter(tmp_path, tiny_model_
     [
         {"fingerprint": "another model"},
         {"geometry": Geometry(64 * 64, vision_pixels=112 * 112)},
-        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
         {"caption_dropout": True},
         {"negative": True},
     ],
@@ -477,7 +477,7 @@ def test_a_data_set_without_a_usable_row_is_an_error(tmp_path, tiny_model_dir):
     with pytest.raises(InputError, match="1 of 1 rows cannot be used"):
         cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, on_error="skip")
     with pytest.raises(InputError, match="no rows to cache"):
-        build_cache([], GEOMETRY, refuse_to_load, tmp_path / "no", fingerprint="tiny", rejected_path=tmp_path / "r")
+        build_cache([], CacheHeader("tiny", GEOMETRY), refuse_to_load, tmp_path / "no", rejected_path=tmp_path / "r")
 
 
 def test_damaged_and_lost_parts_are_made_again(tmp_path, tiny_model_dir):
