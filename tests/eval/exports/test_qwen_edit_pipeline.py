@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry, Size
+from data_prep.rows.images import open_image
 from eval.exports.qwen_edit.pipeline import bucket, vision_size
 from eval.qwen.editor import Editor
 from eval.request.knobs import AdapterUse
@@ -48,7 +49,7 @@ def adapters(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
 def images(tmp_path_factory) -> list[Image.Image]:
     folder = tmp_path_factory.mktemp("pictures")
     made = [write_image(folder / f"{number}.png", number, *size) for number, size in enumerate([(190, 121), (70, 90)])]
-    return [Image.open(folder / name).convert("RGB") for name in made]
+    return [open_image(folder / name) for name in made]
 
 
 @pytest.fixture(scope="module")
