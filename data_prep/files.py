@@ -84,10 +84,13 @@ def make_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes temporary files of `atomic_file` that are too old to be somebody's."""
+    """Deletes what `atomic_file` and `atomic_folder` left that is too old to be somebody's."""
     for path in folder.glob(".*.tmp"):
         if time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

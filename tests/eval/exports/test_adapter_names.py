@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
@@ -133,6 +134,35 @@ def test_what_inspect_says_of_diffusers_is_what_diffusers_does(in_diffusers, wri
     assert not close(in_diffusers(tmp_path / "kohya.safetensors")[1], written["dora"][2])
     assert "loads nothing" in inspect_adapter(tmp_path / "bare.safetensors").ignored["diffusers"][0]
     assert in_diffusers(tmp_path / "bare.safetensors")[0] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", ["lokr_w1", "lokr_w2"])
+def test_a_lokr_of_lycoris(tiny_model_dir, tmp_path, whole):
+    """Written by hand under LyCORIS's names: W + alpha / rank · kron(w1, w2), in float64, with one factor of two matrices."""
+    names, rank, alpha = ("transformer_blocks.0.attn.to_q", "proj_out"), 2, 3.0
+    denoiser, tensors = fresh(tiny_model_dir), {}
+    for number, name in enumerate(names):
+        weight = denoiser.dit.get_submodule(name).weight
+        sides = {"lokr_w1": (4, 4), "lokr_w2": (weight.shape[0] // 4, weight.shape[1] // 4)}
+        generator, factors = torch.Generator().manual_seed(number), []
+        for kind, (rows, columns) in sides.items():
+            shapes = [(rows, columns)] if kind == whole else [(rows, rank), (rank, columns)]
+            matrices = [0.2 * torch.randn(shape, generator=generator) for shape in shapes]
+            for ending, matrix in zip(("_a", "_b") if len(matrices) == 2 else ("",), matrices, strict=True):
+                tensors[f"lycoris_{name.replace('.', '_')}.{kind}{ending}"] = matrix
+            factors.append(
+                np.linalg.multi_dot([*matrices, np.eye(columns)]) if len(matrices) == 2 else matrices[0].numpy()
+            )
+        tensors[f"lycoris_{name.replace('.', '_')}.alpha"] = torch.tensor(alpha)
+        change = alpha / rank * np.kron(factors[0].astype(np.float64), factors[1].astype(np.float64))
+        weight.copy_(weight.double() + torch.from_numpy(change))
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert close(ours(tiny_model_dir, tmp_path / "other.safetensors"), denoiser(*inputs(denoiser)))
+    found = inspect_adapter(tmp_path / "other.safetensors")
+    assert (found.method, found.form, found.ranks) == ("LoKr", "LyCORIS: lycoris_…", {rank: 2})
+    assert found.scales == "in the file; alpha / rank is 1.5"
+    assert found.ignored["ComfyUI"] == ["uses all of it"]
 
 
 def test_every_module_has_a_name_without_dots(tiny_model_dir):

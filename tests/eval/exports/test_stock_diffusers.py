@@ -120,6 +120,7 @@ def test_readme_card_and_page_print_the_same():
     assert snippet("bridge") in printed("README.md")
     assert snippet("bridge") in printed("docs/use_elsewhere.md")
     assert snippet("pipeline", pipeline="eval/exports/qwen_edit") in printed("docs/use_elsewhere.md")
+    assert snippet("pipeline", pipeline="OWNER/NAME") in printed("docs/guide.md")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import ImageChops
@@ -29,7 +28,6 @@ SMALL = Geometry(max_pixels=64 * 64, vision_pixels=56 * 56)
 SETTINGS = {"dataset": "pairs.json", "dataset_digest": "0", "split": "validation", "caution": None}
 
 
-@pytest.mark.filterwarnings("ignore:unclosed")
 def test_what_is_pushed_comes_back(tiny_model_dir, tmp_path, monkeypatch):
     adapter = write_adapter(tmp_path / "mine", tiny_model_dir, "lbm", SMALL)
     (adapter / "optimizer.safetensors").write_bytes(b"of the training")
