@@ -100,6 +100,16 @@ def test_flow_with_and_without_guidance_is_ours(adapters, images, editor, pipeli
     assert levels(theirs, ours) <= 1
 
 
+def test_the_source_has_the_grid_of_a_size_that_is_asked_for(adapters, tmp_path, editor, pipeline):
+    """Where the aspects agree, and not where they do not."""
+    pipeline.load_lora_weights(adapters["source"])
+    image = open_image(tmp_path / write_image(tmp_path / "wide.png", 4, 192, 128))
+    for size in (Size(128, 192), Size(96, 96)):
+        theirs = pipeline(image, PROMPT, num_inference_steps=1, height=size.height, width=size.width).images[0]
+        request = EditRequest(PROMPT, [image], adapters=[AdapterUse(adapters["source"])], steps=1, size=size)
+        assert levels(theirs, editor.edit(request)[0].image) <= 1
+
+
 def test_what_an_adapter_does_not_say_is_the_base_models(images, editor, pipeline):
     """One megapixel at most, and flow matching."""
     ours = editor.edit(EditRequest(PROMPT, images[:1], steps=2, cfg_scale=1.0))[0].image
