@@ -30,8 +30,10 @@ from train.record.lookup import find_adapter
 if TYPE_CHECKING:
     import torch
 
-Dtype = Annotated[NumbersName | None, typer.Option(help="Numbers of the new file.", show_default="as they are")]
-Named = Annotated[str, typer.Argument(help="Adapter: a file, a checkpoint, a run, or OWNER/NAME on the hub.")]
+Dtype = Annotated[
+    NumbersName | None, typer.Option(help="Number format of what is written.", show_default="as they are")
+]
+Named = Annotated[str, typer.Argument(help="The adapter: a file, a checkpoint, a run, or OWNER/NAME on the hub.")]
 
 
 def merge(
@@ -40,19 +42,22 @@ def merge(
     adapter: Annotated[
         list[AdapterUse],
         typer.Option(
-            parser=option(AdapterUse.parse), metavar="NAME[:WEIGHT]", help="Adapter and its weight; any number."
+            parser=option(AdapterUse.parse),
+            metavar="NAME[:WEIGHT]",
+            help="Adapter to merge, maybe with a weight. Repeat it for several.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make; with --gguf the file.")],
+    out: Annotated[Path, typer.Option(help="Folder to create, or the file to write with --gguf.")],
     dtype: Dtype = None,
     shard_size: Annotated[
-        str, typer.Option(help="Largest file, such as 5GB; 1TB makes one file, which ComfyUI wants.")
+        str, typer.Option(help="Largest size of a file. 1TB gives a single file, which ComfyUI needs.")
     ] = "5GB",
     whole: Annotated[
-        bool, typer.Option("--whole", help="Copy the base model's other parts too: a model directory.")
+        bool, typer.Option("--whole", help="Also copy the base model's other parts, for a complete model directory.")
     ] = False,
     gguf: Annotated[
-        GGUFName | None, typer.Option(help="Write a GGUF file, the blocks' matrices in this type.", show_default="no")
+        GGUFName | None,
+        typer.Option(help="Write a GGUF file with the blocks' matrices in this type.", show_default="no"),
     ] = None,
 ) -> None:
     """Writes the transformer with adapters inside, one tensor at a time."""
@@ -79,7 +84,7 @@ def convert(
     to: Annotated[
         FormName,
         typer.Option(
-            help="Names of kohya's scripts, of diffusers, or those that diffusers, DiffSynth and ComfyUI all read."
+            help="Names to write: kohya's, those of diffusers, or common ones that diffusers, DiffSynth and ComfyUI read."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
@@ -94,7 +99,7 @@ def convert(
     print(f"{out}: {convert_names(path, to, out, _dtype(dtype))} modules")
 
 
-def inspect(adapter: Named, *, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def inspect(adapter: Named, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Says what an adapter's file holds, and what of it other programs would ignore."""
     path = find_adapter(adapter)
     from eval.exports.inspection import inspect_adapter

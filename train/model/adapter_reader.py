@@ -1,9 +1,9 @@
 """Adapter files as people write them: ours, diffusers', PEFT's, kohya's and the Lightning ones, all read to one form.
 
 A module's key is `<prefix><module>.<kind>`. The prefix may be missing; the kinds are PEFT's `lora_A.weight`/`lora_B.weight`, or
-`lora_down.weight`/`lora_up.weight` with `alpha` and maybe `dora_scale`, or LoKr's `lokr_w1` and `lokr_w2`, each of which may be `_a` and `_b` instead.
-The scale alpha/rank comes from the file's `alpha`, else from the configuration that PEFT writes beside the file or diffusers
-into its header, else it is 1 (it is inside B or w1, as we export it).
+`lora_down.weight`/`lora_up.weight` with `alpha` and maybe `dora_scale`, or LoKr's `lokr_w1` and `lokr_w2`, each of which may
+be `_a` and `_b` instead. The scale alpha/rank comes from the file's `alpha`, else from the configuration that PEFT writes beside
+the file or diffusers into its header, else it is 1 (it is inside B or w1, as we export it).
 """
 
 import json
@@ -52,11 +52,11 @@ class LowRank:
     up: Tensor
     """(out, rank), known as B, with the scale alpha/rank inside."""
     magnitude: Tensor | None = None
-    """Of each output channel, (out,), for DoRA."""
+    """Magnitude of each output channel, (out,), for DoRA."""
     share: float = 1.0
     """How much of it counts, for DoRA; otherwise it is in `up`."""
     products: tuple[Kronecker, ...] = ()
-    """Of LoKr, whose own rank is 0 here."""
+    """The Kronecker products of LoKr, for which the rank is 0 here."""
 
     @property
     def rank(self) -> int:
