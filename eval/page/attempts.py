@@ -38,8 +38,8 @@ class Attempts:
             while self._wrong and self._wrong[0][0] <= now - self.window:
                 self._wrong.popleft()
             own = [moment for moment, other in self._wrong if other == address]
-            ends = [own[-self.of_one]] if len(own) >= self.of_one else []
-            ends += [self._wrong[-self.of_all][0]] if len(self._wrong) >= self.of_all else []
+            ends = [own[0]] if len(own) >= self.of_one else []
+            ends += [self._wrong[0][0]] if len(self._wrong) >= self.of_all else []
             if ends:
                 return max(ends) + self.window - now
             self._wrong.append((now, address))

@@ -1,7 +1,7 @@
 """What an adapter's file says of itself, in the header of its safetensors file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from safetensors import safe_open
 
@@ -41,7 +41,8 @@ def read_settings(path, name):
         name: as it is called in messages.
 
     Raises:
-        ValueError: it does not say what it is: it was trained by another program, or another program saved it anew.
+        ValueError: it does not say what it is: it was trained by another program, or another program saved it anew; or it says
+            what these nodes do not know.
     """
     with safe_open(path, framework="pt") as file:
         metadata, keys = file.metadata() or {}, list(file.keys())
@@ -50,10 +51,15 @@ def read_settings(path, name):
             f"{name} does not say how it was trained: its header has no objective and geometry. Take the file that the training "
             "wrote; programs that save it anew drop the header"
         )
+    sizes = json.loads(metadata["geometry"])
+    if unknown := sizes.keys() - {each.name for each in fields(Geometry)}:
+        raise ValueError(
+            f"{name} was trained by a newer version, with {', '.join(sorted(unknown))}: update these nodes"
+        )
     sigmas = json.loads(metadata["sigmas"]) if "sigmas" in metadata else None
     return Settings(
         objective=metadata["objective"],
-        geometry=Geometry(**json.loads(metadata["geometry"])),
+        geometry=Geometry(**sizes),
         sigmas=tuple(sigmas) if sigmas else None,
         notes=tuple(_notes(metadata, keys)),
     )

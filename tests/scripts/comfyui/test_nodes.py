@@ -223,11 +223,15 @@ def test_the_header_is_read_and_said_in_words(loras):
         "9,216",
     ):
         assert words in text
-    saved(loras / "lokr.safetensors", [f"diffusion_model.img_in.{each}" for each in ("lokr_w1", "lokr_w2_a", "alpha")], objective="lbm", geometry=GEOMETRY)  # fmt: skip  # noqa: E501
+    keys = [f"diffusion_model.img_in.{each}" for each in ("lokr_w1", "lokr_w2_a", "alpha")]
+    saved(loras / "lokr.safetensors", keys, objective="lbm", geometry=GEOMETRY)
     assert "LoKr of 1 modules" in NODES["BridgeSettings"].read("lokr.safetensors")[1]
     saved(loras / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors does not say how it was trained"):
         NODES["BridgeSettings"].read("other.safetensors")
+    saved(loras / "newer.safetensors", objective="lbm", geometry='{"max_pixels": 4096, "depth": 3}')
+    with pytest.raises(ValueError, match="newer version, with depth: update these nodes"):
+        NODES["BridgeSettings"].read("newer.safetensors")
 
 
 def test_the_header_of_an_exported_adapter_is_read(tiny_model_dir, tmp_path):
