@@ -21,11 +21,11 @@ import typer
 
 from data_prep.cli import run_command
 from data_prep.errors import InputError, is_out_of_memory
-from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
+from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask, open_transparent
 from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, with_options
 from eval.request.provenance import numbered, write_png
 from eval.request.repeat import Repeat, read_repeat
-from eval.request.request import EditRequest
+from eval.request.request import KEEPING, EditRequest
 from eval.tables.command import TableOptions, edit_table
 
 
@@ -90,13 +90,15 @@ def edit_image(
         opened = open_mask(mask) if mask else None
         if mask and opened and images:
             check_mask_shape(opened, images[0], mask)
+        keeping = knobs.get("mode") in KEEPING and image
+        original = open_transparent(image[0]) if keeping else None
         sources = [(path.name, file_digest(path)) for path in [*image, *([mask] if mask else [])]]
     except RejectedImage as error:
         raise InputError(str(error)) from None
     if made:
         made.check_images(images, opened)
     values: dict[str, Any] = {"prompt": "", **knobs}
-    request = EditRequest(images=images, mask=opened, **values)
+    request = EditRequest(images=images, mask=opened, original=original, **values)
     from eval.bases.auto import open_model  # torch, after all that
 
     editor = open_model(model, place.place())

@@ -133,6 +133,30 @@ def fit(image: Image.Image, size: Size) -> Image.Image:
     return ImageOps.fit(image, (size.width, size.height), method=Image.Resampling.LANCZOS)
 
 
+def fitted_part(image: Size, size: Size) -> tuple[float, float]:
+    """Height and width of the middle of an image that `fit` brings to `size`, in the image's pixels."""
+    return min(image.height, image.width * size.height / size.width), min(
+        image.width, image.height * size.width / size.height
+    )
+
+
+def unfit(image: Image.Image, size: Size) -> Image.Image:
+    """The way back from `fit`: an image that shows the middle of another, at the other's size and place (Lanczos).
+
+    Where `fit` had cropped, the nearest pixels repeat.
+
+    Args:
+        size: of the image that was fitted.
+    """
+    height, width = fitted_part(size, Size.of(image))
+    across = (size.width - width) / 2 * image.width / width  # cropped on each side, in the small image's pixels
+    down = (size.height - height) / 2 * image.height / height
+    columns, rows = math.ceil(across), math.ceil(down)
+    padded = np.pad(np.asarray(image), ((rows, rows), (columns, columns), (0, 0)), mode="edge")
+    box = (columns - across, rows - down, columns + image.width + across, rows + image.height + down)
+    return Image.fromarray(padded).resize((size.width, size.height), Image.Resampling.LANCZOS, box)
+
+
 def fit_mask(mask: Image.Image, size: Size) -> Image.Image:
     """`fit` for a mask (mode L, 255 = where the edit may go): each pixel is the maximum of the pixels that it covers.
 

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image
 
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from eval.bases.abilities import Base
 from eval.bases.loading import check_placement, pipeline_folder
 from eval.bases.lora import check_adapter, use_adapters
-from eval.qwen.masks import paste_back
-from eval.qwen.modes import check_request, result_size
+from eval.qwen.masks import Kept
+from eval.qwen.modes import check_request, keeps_size, result_size
 from eval.request.base import BaseEditor
 from eval.request.knobs import AdapterUse
 from eval.request.metadata import AdapterState, adapter_state, describe_adapters
@@ -42,10 +41,8 @@ class Call:
     """How it is sampled, in our words, for the result's settings."""
     negative_prompt: str | None = None
     """What guidance leads away from, if anything."""
-    source: Image.Image | None = None
-    """At the result's size: what is kept where the mask is not 255."""
-    mask: Image.Image | None = None
-    """At the result's size."""
+    kept: Kept | None = None
+    """What the edited part is put into."""
 
 
 class PipelineEditor(BaseEditor):
@@ -141,8 +138,8 @@ class PipelineEditor(BaseEditor):
             self._pipeline.maybe_free_model_hooks()  # as after a whole edit: nothing stays on the device
             raise
         image = output.images[0]
-        if call.mask and call.source:
-            image = paste_back(image, call.source, call.mask)
+        if call.kept:
+            image = call.kept.with_edit(image)
         flagged = getattr(output, "nsfw_content_detected", None)
         if flagged is not None:
             settings["flagged"] = bool(flagged[0])
@@ -156,6 +153,7 @@ class PipelineEditor(BaseEditor):
             "feather": request.rim if request.mask else None,
             "focus": asdict(request.focus) if request.focus else None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
+            "original_size": keeps_size(request) or None,
         }
         return {
             "notice": NOTICE,

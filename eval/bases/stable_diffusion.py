@@ -19,7 +19,7 @@ from data_prep.model.geometry import Geometry, Size, fit, fit_mask
 from eval.bases.abilities import BASES
 from eval.bases.loading import changed_to, load_sd15, load_sdxl
 from eval.bases.pipeline_editor import Call, PipelineEditor
-from eval.qwen.modes import edit_mask, result_size
+from eval.qwen.modes import edit_mask, kept_part, result_size
 from eval.request.placement import Placement
 from eval.request.request import DEFAULT_STRENGTHS, EditRequest
 from eval.request.sizes import NO_LIMITS, SizeLimits
@@ -80,7 +80,7 @@ class StableDiffusionEditor(PipelineEditor):
         if mask:
             arguments |= {"mask_image": _in_cells(mask), "height": size.height, "width": size.width}
         sampled = {"cfg_scale": scale, "strength": strength}
-        return Call(arguments, sampled, negative if scale > 1 else None, source, mask)
+        return Call(arguments, sampled, negative if scale > 1 else None, kept_part(request, size))
 
     def _ready(self, request: EditRequest, pipeline: Any) -> DiffusionPipeline:
         masked = request.mode in MASK_MODES

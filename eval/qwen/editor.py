@@ -28,8 +28,7 @@ from eval.qwen.encoding import (
     kept_embeddings,
     reference_sizes,
 )
-from eval.qwen.masks import paste_back
-from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, make_plan, result_size
+from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, keeps_size, kept_part, make_plan, result_size
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
@@ -37,7 +36,7 @@ from eval.request.knobs import MODES, AdapterUse, SamplerName
 from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import MASKED, Abilities, EditRequest, EditResult, OnProgress
+from eval.request.request import KEEPING, MASKED, Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.model.adapter_files import extra_file
@@ -207,7 +206,7 @@ class Editor(BaseEditor):
         if request.controls or request.count > 1:
             return None
         references = tuple(reference_sizes(request.images, job.size, job.geometry, request.bridge_image))
-        return job.plan, tuple(request.adapters), job.size, references, _is_masked(request)
+        return job.plan, tuple(request.adapters), job.size, references, request.mode in KEEPING
 
     def edit_together(
         self, requests: Sequence[EditRequest], on_progress: OnProgress | None = None
@@ -238,22 +237,22 @@ class Editor(BaseEditor):
                 with clock.part("decode"):
                     images.append([image for some in each for image in _decode(vae, some)])
         self.spent = {part: sum(clock.spent[part] for clock in clocks) for part in clocks[0].spent}
-        return [self._results(*each) for each in zip(tasks, encoded, maps, images, clocks, strict=True)]
+        return [self._results(*each) for each in zip(tasks, maps, images, clocks, strict=True)]
 
     def _results(
         self,
         task: Task,
-        encoded: Sequence[Encoded],
         maps: Sequence[list[Image.Image]],
         images: Sequence[Image.Image],
         clock: "_Clock",
     ) -> list[EditResult]:
         adapters, results = describe_adapters(task.adapters), []
+        kept = [kept_part(job.request, job.size) for job in task.jobs]
         seconds, encoding = (each / len(images) for each in (sum(clock.spent.values()), clock.spent["encode"]))
         pictures = [picture for group in task.groups for picture in group]
         for (number, seed), image in zip(pictures, images, strict=True):
-            mask = encoded[number].mask
-            shown = paste_back(image, encoded[number].source, mask) if mask else image
+            into = kept[number]
+            shown = into.with_edit(image) if into else image
             settings = self._settings(task.jobs[number], adapters, seed, shown)
             results.append(EditResult(shown, seed, seconds, settings, maps[number], encoding))
         return results
@@ -334,6 +333,7 @@ class Editor(BaseEditor):
             "controls": [asdict(control) for control in request.controls] or None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
             "bridge_image": request.bridge_image or None,
+            "original_size": keeps_size(request) or None,
             "depth_model": self._depth_settings() if _sees_depth(request) else None,
         }
         return {
@@ -381,10 +381,6 @@ def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> E
 def _decode(vae: VAE, latents: Tensor) -> list[Image.Image]:
     """One picture at a time: what a picture becomes does not depend on its batch, and memory stays small."""
     return [to_image(vae.decode(each[None])[0]) for each in latents]
-
-
-def _is_masked(request: EditRequest) -> bool:
-    return request.mode == "focus" or request.mode in MASKED
 
 
 def _report(on_progress: OnProgress | None, total: int) -> OnStep:

@@ -29,11 +29,7 @@ class Encoded:
 
     edit: Edit
     """B = 1, conditioned on all images and maps."""
-    source: Image.Image
-    """The first image at the result's size."""
     keep: Keep | None
-    mask: Image.Image | None
-    """At the result's size, 255 where the edit may go."""
     empty: Condition | None = None
     """Without an instruction, where that is asked for."""
     strengths: Sequence[float] = ()
@@ -129,9 +125,7 @@ class RequestEncoder:
         )
         return Encoded(
             edit=Edit(source_latents, canvas, conditions[0], conditions[1] if conditions[1:] else None, ["edit"]),
-            source=fit(images[bridge_image], size),
             keep=None if mask is None else Keep(source_latents, mask_to_latent(mask)[None].to(self.device)),
-            mask=mask,
             empty=self._condition(EMPTY_PROMPT, references, scene) if empty else None,
             strengths=strengths,
             controlled=controlled,

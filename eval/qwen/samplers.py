@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
+from eval.qwen.sigmas import lightning_sigmas, linear_sigmas, qwen_sigmas, walked_steps
+from eval.qwen.solvers import SOLVERS, SolverName, make_step
 from losses.batch import Condition, Edit
 from losses.patches import PATCH, patchify, unpatchify
 from losses.paths import Prediction
 from losses.randomness import SampleRandom
-from losses.sigmas import qwen_shift
-
-SHIFT_TERMINAL = 0.02
-"""The last sigma before 0, from Qwen-Image's scheduler_config.json."""
 
 Velocity = Callable[[Tensor, Tensor, Condition], Tensor]
 """`velocity = denoiser(latents (B, 16, h, w), sigma (B,), condition)`."""
@@ -38,9 +36,14 @@ class Keep:
     mask: Tensor
     """1 where the edit may go, 0 where nothing changes, between them a blend, (B, 1, h, w)."""
 
-    def blend(self, latents: Tensor, start: Tensor, sigma: float) -> Tensor:
-        """The latents inside the mask, and outside the point at `sigma` of the path from `start` to what is kept."""
+    def blend(self, latents: Tensor, start: Tensor, sigma: float, noise: Tensor | None = None) -> Tensor:
+        """The latents inside the mask, and outside the point at `sigma` of the path from `start` to what is kept.
+
+        Args:
+            noise: of a stochastic path, how far it is from the straight line at `sigma`.
+        """
         kept = sigma * start + (1 - sigma) * self.latents
+        kept = kept if noise is None else kept + noise
         return self.mask * latents + (1 - self.mask) * kept
 
 
@@ -119,6 +122,7 @@ class BridgeSampler:
         latents = edit.source_latents if self.start == "source" else edit.sub_noise
         assert latents is not None, "white is encoded where a bridge starts there"
         start = latents = latents.float()
+        deviation = None
         for step, (sigma, next_sigma) in enumerate(pairwise(linear_sigmas(num_steps)), start=1):
             velocity = denoiser(latents, latents.new_full(latents.shape[:1], sigma), edit.condition)
             if self.stochastic and self.prediction == "displacement":
@@ -126,10 +130,16 @@ class BridgeSampler:
             else:
                 latents = latents - (sigma - next_sigma) * velocity
             if scale := self._noise_scale(sigma, next_sigma):
-                noise = generator.normal(f"bridge_noise_{step}", latents.shape[1:])
-                latents = latents + scale * noise.to(latents)
+                noise = scale * generator.normal(f"bridge_noise_{step}", latents.shape[1:]).to(latents)
+                latents = latents + noise
+                if (
+                    deviation is not None and self.prediction == "drift"
+                ):  # what is there shrinks on the way to the target
+                    deviation = deviation * (next_sigma / sigma) + noise
+                else:
+                    deviation = noise
             if keep:
-                latents = keep.blend(latents, start, next_sigma)
+                latents = keep.blend(latents, start, next_sigma, deviation if next_sigma else None)
             if on_step:
                 on_step(step, latents)
         return latents
@@ -158,7 +168,7 @@ class BridgeSampler:
 
 @dataclass(frozen=True)
 class FlowSampler:
-    """Samples a flow-matching model with Euler steps from noise, with classifier-free guidance as diffusers does it."""
+    """Samples a flow-matching model from noise, with classifier-free guidance as diffusers does it."""
 
     cfg_scale: float = 1.0
     """Strength of classifier-free guidance against the negative condition; 1 is without, at half the cost."""
@@ -167,13 +177,18 @@ class FlowSampler:
     shift: Literal["qwen", "lightning", "none"] = "qwen"
     """Spacing of the sigmas: Qwen's resolution shift, the one that step-distilled adapters (Lightning) were made for, or even."""
     strength: float = 1.0
-    """Share of the way that is walked, in (0, 1]: less starts at the partly noised source (SDEdit, arXiv 2108.01073)."""
+    """Share of noise in the start, in (0, 1]: its sigma. Less than 1 starts at the partly noised source (SDEdit, arXiv
+    2108.01073), in as many steps fewer as diffusers' pipelines make then."""
+    solver: SolverName = "euler"
+    """The method of the steps."""
 
     def __post_init__(self):
         if self.shift not in ("qwen", "lightning", "none"):
             raise ValueError(f"shift must be 'qwen', 'lightning' or 'none', got {self.shift!r}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be in (0, 1], got {self.strength}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
         if self.cfg_scale < 1:
             raise ValueError(f"cfg_scale must be at least 1 (1 is without guidance), got {self.cfg_scale}")
 
@@ -187,7 +202,7 @@ class FlowSampler:
         on_step: OnStep | None = None,
         keep: Keep | None = None,
     ) -> Tensor:
-        """Walks from noise to the target; with a strength below 1, only the last of the `num_steps` steps.
+        """Walks from noise, or the partly noised source, to the target in `calls(num_steps)` steps.
 
         Raises:
             ValueError: `num_steps` is not positive.
@@ -195,11 +210,11 @@ class FlowSampler:
         """
         like = edit.source
         noise = generator.normal("noise", like.shape[1:]).to(like.device)
-        sigmas = self.sigmas(num_steps, like.shape[-2] * like.shape[-1] // PATCH**2)[-self.calls(num_steps) - 1 :]
+        sigmas = self.sigmas(num_steps, like.shape[-2] * like.shape[-1] // PATCH**2)
+        make = make_step(self.solver, sigmas)
         latents = sigmas[0] * noise + (1 - sigmas[0]) * like.float()
-        for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
-            velocity = self.velocity(denoiser, latents, latents.new_full(latents.shape[:1], sigma), edit)
-            latents = latents - (sigma - next_sigma) * velocity
+        for step, next_sigma in enumerate(sigmas[1:], start=1):
+            latents = make(lambda x, sigma: self.velocity(denoiser, x, sigma, edit), latents, step - 1)
             if keep:
                 latents = keep.blend(latents, noise, next_sigma)
             if on_step:
@@ -221,10 +236,11 @@ class FlowSampler:
         return walked_steps(num_steps, self.strength)
 
     def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
-        """`num_steps` + 1 positions from 1 to 0 for an image of `num_tokens` tokens (2 x 2 latent cells)."""
+        """`calls(num_steps)` + 1 positions from `strength` to 0 for an image of `num_tokens` tokens (2 x 2 latent cells)."""
+        walked = self.calls(num_steps)
         if self.shift == "qwen":
-            return qwen_sigmas(num_steps, num_tokens)
-        return linear_sigmas(num_steps) if self.shift == "none" else lightning_sigmas(num_steps)
+            return qwen_sigmas(walked, num_tokens, self.strength)
+        return linear_sigmas(walked, self.strength) if self.shift == "none" else lightning_sigmas(walked, self.strength)
 
     def velocity(self, denoiser: Velocity, latents: Tensor, sigma: Tensor, edit: Edit) -> Tensor:
         """The denoiser's velocity at `latents` (B, 16, h, w) and `sigma` (B,), guided if it is to be.
@@ -244,18 +260,6 @@ class FlowSampler:
         return guide(positive, negative, self.cfg_scale, self.cfg_rescale)
 
 
-def walked_steps(num_steps: int, strength: float) -> int:
-    """The last steps of `num_steps` that a strength walks, rounded down, as diffusers does.
-
-    Raises:
-        ValueError: not even one.
-    """
-    steps = int(num_steps * strength + 1e-9)
-    if steps < 1:
-        raise ValueError(f"strength={strength} of {num_steps} step(s) is less than one step: take more of either")
-    return steps
-
-
 def guide(positive: Tensor, negative: Tensor, scale: float, rescale: bool) -> Tensor:
     """Classifier-free guidance of velocities (B, 16, h, w): negative + scale·(positive − negative).
 
@@ -268,39 +272,6 @@ def guide(positive: Tensor, negative: Tensor, scale: float, rescale: bool) -> Te
     tokens, length = patchify(guided), patchify(positive).norm(dim=-1, keepdim=True)
     tokens = tokens * (length / tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny))
     return unpatchify(tokens, *positive.shape[-2:])
-
-
-def linear_sigmas(num_steps: int) -> list[float]:
-    """`num_steps` + 1 evenly spaced positions from 1 to 0.
-
-    Raises:
-        ValueError: `num_steps` is not positive.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be positive, got {num_steps}")
-    return [1 - step / num_steps for step in range(num_steps + 1)]
-
-
-def lightning_sigmas(num_steps: int) -> list[float]:
-    """`linear_sigmas` shifted by exp(log 3) = 3 at every resolution, as Qwen-Image-Lightning was distilled.
-
-    As diffusers' FlowMatchEulerDiscreteScheduler with base_shift = max_shift = log(3), exponential, without a terminal:
-    s -> 3s / (1 + 2s).
-    """
-    return [3 * sigma / (1 + 2 * sigma) for sigma in linear_sigmas(num_steps)]
-
-
-def qwen_sigmas(num_steps: int, num_tokens: int) -> list[float]:
-    """`linear_sigmas` shifted for the resolution, then stretched so that the last one before 0 is SHIFT_TERMINAL.
-
-    As diffusers' FlowMatchEulerDiscreteScheduler with Qwen-Image's configuration; one step, where its stretch divides
-    0 by 0, goes straight from 1 to 0.
-    """
-    sigmas = torch.tensor(linear_sigmas(num_steps)[:-1], dtype=torch.float64)
-    if num_steps > 1:
-        sigmas = qwen_shift(sigmas, num_tokens)
-        sigmas = 1 - (1 - sigmas) * (1 - SHIFT_TERMINAL) / (1 - sigmas[-1])
-    return [*sigmas.tolist(), 0.0]
 
 
 def describe_sampler(sampler: Sampler) -> dict[str, Any]:

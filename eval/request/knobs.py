@@ -17,7 +17,7 @@ from data_prep.model.geometry import Size
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
-SamplerName = Literal["flow", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
+SamplerName = Literal["flow", "heun", "dpmpp-2m", "unipc", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
 ControlName = Literal["canny", "lines", "depth"]
 AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
 

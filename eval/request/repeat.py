@@ -124,12 +124,23 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs["sampler"] = sampler.get("kind")
     knobs["cfg_scale"] = sampler.get("cfg_scale", sampler.get("flow", {}).get("cfg_scale"))
     knobs["strength"] = sampler.get("strength") if settings["mode"] in WITH_STRENGTH else None
+    if knobs["strength"] not in (None, 1) and "strength" not in changes and not _is_share_of_noise(sampler):
+        raise InputError(
+            f"its strength of {knobs['strength']:g} counted steps, as strengths did then, and would give another picture now: "
+            "give --strength, the share of noise that the edit starts from"
+        )
     knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
-    knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])
+    by_itself = "aspect" in changes or settings.get("original_size")
+    knobs["size"] = None if by_itself else Size(settings["height"], settings["width"])
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
     return {"mode": mode, "prompt": "", "geometry": Geometry(**settings["geometry"]), **knobs, **changes}
+
+
+def _is_share_of_noise(sampler: Mapping[str, Any]) -> bool:
+    """Whether a sampler's strength is what it is now; those of Qwen-Image-Edit have named their solver since."""
+    return "solver" in sampler.get("flow", sampler) or sampler.get("name") not in ("FlowSampler", "InversionSampler")
 
 
 def _left_by_mode(before: ModeName, mode: ModeName) -> set[str]:

@@ -25,6 +25,8 @@ from eval.request.knobs import (
 ASPECTS = {name: float(name.partition(":")[0]) / float(name.partition(":")[2]) for name in get_args(AspectName)}
 """Width over height."""
 MASKED: tuple[ModeName, ...] = ("inpaint", "control-inpaint")
+KEEPING: tuple[ModeName, ...] = (*MASKED, "focus")
+"""Modes that change a part of the picture alone, and keep every pixel of the rest."""
 CONTROLLED: tuple[ModeName, ...] = ("control", "control-inpaint")
 WITH_STRENGTH: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
@@ -128,6 +130,8 @@ class EditRequest:
     """The result's shape instead of its size: as many pixels as the source would have."""
     bridge_image: int = 0
     """Which of the images an edit begins at, as in a dataset file."""
+    original: Image.Image | None = None
+    """The first image with its transparency (RGBA), which modes with a mask keep; None for an opaque one."""
     geometry: Geometry | None = None
     """Sizes of images; by default what suits the base and the first adapter."""
 

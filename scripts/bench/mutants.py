@@ -41,6 +41,7 @@ class Fault(NamedTuple):
 
 KEYS, GEOMETRY, ORDER = "data_prep/cache/keys.py", "data_prep/model/geometry.py", "data_prep/cache/order.py"
 BATCHES, PATHS, BRIDGE = "data_prep/cache/batches.py", "losses/paths.py", "losses/bridge_matching.py"
+SIGMAS = "eval/qwen/sigmas.py"
 SAMPLERS, CHECKPOINT, ADAPTER = "eval/qwen/samplers.py", "train/record/checkpoint.py", "train/model/adapter.py"
 LORA = "train/model/layers/lora.py"
 WHOLE, MODULES, EXTRAS = (f"train/model/extra/{name}.py" for name in ("whole", "modules", "extras"))
@@ -132,7 +133,18 @@ FAULTS = [
         OF_SAMPLERS,
     ),
     Fault(SAMPLERS, 'f"bridge_noise_{step}"', '"bridge_noise"', OF_SAMPLERS),
-    Fault(SAMPLERS, "(1 - SHIFT_TERMINAL) /", "1 /", OF_SAMPLERS),
+    Fault(SIGMAS, "(start - SHIFT_TERMINAL) /", "start /", OF_SAMPLERS),
+    Fault(
+        SIGMAS,
+        "num_steps - min(num_steps * strength, num_steps)",
+        "num_steps - num_steps * strength + 0.5",
+        OF_SAMPLERS,
+    ),
+    Fault(SAMPLERS, "deviation * (next_sigma / sigma) + noise", "deviation + noise", OF_SAMPLERS),
+    Fault(
+        "eval/qwen/masks.py", "Image.composite(edited, self.picture, self.mask)", "edited", "eval/qwen/test_masks.py"
+    ),
+    Fault("eval/qwen/solvers.py", "length / 2 * (slope", "length * (slope", "eval/qwen/test_solvers.py"),
     Fault(CHECKPOINT, "with optimizer.averaged():", "if True:", OF_CHECKPOINT),
     Fault(CHECKPOINT, "done[: -self.keep_last]", "done[: -self.keep_last - 1]", OF_CHECKPOINT),
     Fault(CHECKPOINT, "if _step(path) <= step]", "]", OF_CHECKPOINT),

@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import typer
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from data_prep.builders.overlay.style import PARSERS as STYLE
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
-from data_prep.rows.images import file_digest
+from data_prep.rows.images import file_digest, open_image
 from eval.edit import edit
 from eval.qwen.editor import Editor
 from eval.request.knobs import AdapterUse, Control
@@ -172,6 +172,42 @@ def test_settings_of_every_mode_reach_the_editor_and_come_back(folder, tmp_path)
         assert (tmp_path / "again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
 
 
+def write_odd(path) -> None:
+    """A photograph of 161 x 99 as the ending of its name says: turned by EXIF, transparent, or with 16 bits of grey."""
+    values = np.random.default_rng(7).integers(0, 256, (99, 161, 4), dtype=np.uint8)
+    image = Image.fromarray(values)
+    if path.stem == "turned":
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6
+        image.convert("RGB").save(path, exif=turned, quality=95)
+    elif path.stem == "grey16":
+        Image.fromarray(values[..., 0].astype(np.uint16) * 257 + 3).save(path)
+    else:
+        (image if path.stem == "clear" else image.convert("RGB")).save(path)
+
+
+@pytest.mark.parametrize("name", ["odd.png", "turned.jpg", "clear.png", "grey16.png"])
+def test_every_pixel_outside_a_mask_is_the_files_own(tmp_path, name):
+    """At the file's own size: upright, with its transparency; of 16 bits the 8 that everything here is read with."""
+    file, out = tmp_path / name, tmp_path / "out.png"
+    write_odd(file)
+    own = ImageOps.exif_transpose(Image.open(file)) if name != "grey16.png" else open_image(file)
+    mask = np.zeros((own.height, own.width), dtype=np.uint8)
+    mask[20 : own.height // 2, 30:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    base = ["--image", file, "--mask", tmp_path / "mask.png"]
+    knobs = ["--mode", "inpaint", "--prompt", "x", "--steps", 2, "--max-pixels", 4096, "--vision-pixels", 3136]
+    command("--model", "tiny", *base, *knobs, "--feather", 2, "--out", out)
+    with Image.open(out) as made:
+        assert (made.size, made.mode) == (own.size, own.mode)
+        before, after = np.asarray(own).astype(int), np.asarray(made).astype(int)
+    assert (before == after)[mask == 0].all()
+    assert np.abs(before - after)[25 : own.height // 2 - 5, 35:].mean() > 5
+    if name == "clear.png":
+        command("--repeat", out, *base, "--out", tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+
+
 def test_a_picture_is_repeated_with_its_own_images_alone(folder, tmp_path):
     command(*plain(tmp_path / "result.png"))
     before = (tmp_path / "result.png").read_bytes()
@@ -277,6 +313,21 @@ def test_a_repeat_with_another_mode_or_adapter_keeps_what_that_takes(folder, tin
         repeated("inpaint", mode="control-inpaint", controls=(Control("canny"),))
     with pytest.raises(InputError, match="needs a mask"):
         repeated("img2img", mode="inpaint")
+
+
+def test_a_strength_that_counted_steps_is_not_taken_for_a_share_of_noise(tmp_path):
+    """Of a picture that was written before solvers had names."""
+    sampler = {"name": "FlowSampler", "kind": "flow", "cfg_scale": 4.0, "strength": 0.6}
+    settings = {"mode": "img2img", "prompt": "x", "seed": 0, "steps": 4, "width": 64, "height": 32, "sampler": sampler}
+    settings |= {"geometry": {"max_pixels": 4096}, "adapters": [], "model": "tiny", "dtype": "float32"}
+    settings |= {"image_digests": [], "model_fingerprint": ""}
+    write_png(EditResult(Image.new("RGB", (64, 32)), 0, 1.0, settings), [], tmp_path / "old.png")
+    with pytest.raises(InputError, match=r"its strength of 0\.6 counted steps.* give --strength"):
+        read_repeat(tmp_path / "old.png", {})
+    assert read_repeat(tmp_path / "old.png", {"strength": 0.75}).knobs["strength"] == 0.75
+    sampler["strength"] = 1.0
+    write_png(EditResult(Image.new("RGB", (64, 32)), 0, 1.0, settings), [], tmp_path / "whole.png")
+    assert read_repeat(tmp_path / "whole.png", {}).knobs["strength"] == 1.0
 
 
 def test_another_model_is_found_before_its_weights_are_read(folder, tiny_model_dir, tmp_path):
