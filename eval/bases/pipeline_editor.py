@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from eval.bases.abilities import Base
@@ -73,6 +74,8 @@ class PipelineEditor(BaseEditor):
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
         super().check(request)
+        if request.sizing:
+            raise InputError(f"{self.base.name} has its own sizes: leave out geometry={request.sizing}")
         check_request(request, result_size(request, self.sizes(request)))
         for use in request.adapters:
             check_adapter(use.path, self.base.name)

@@ -2,9 +2,9 @@
 
 import functools
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.errors import InputError
-from data_prep.model.directory import COMPONENTS, ModelDirectory
+from data_prep.model.directory import COMPONENTS, INDEX, ModelDirectory
+from data_prep.model.editions import Edition
 from data_prep.model.encoders import VAE
-from data_prep.model.geometry import Geometry, Size, fit, to_image
-from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
+from data_prep.model.geometry import Geometry, Size, UpstreamGeometry, to_image
+from data_prep.model.hub_files import fetch
+from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import make_map
 from eval.qwen.depth import DepthSource
 from eval.qwen.encoding import (
@@ -33,7 +35,7 @@ from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
 from eval.request.knobs import MODES, AdapterUse, SamplerName
-from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
+from eval.request.metadata import DEFAULT_GEOMETRY, describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
 from eval.request.request import KEEPING, MASKED, Abilities, EditRequest, EditResult, OnProgress
@@ -96,15 +98,13 @@ class Editor(BaseEditor):
     Args:
         model: the base model's directory, or a hub id, which is downloaded when its files are first needed.
         placement: where its parts live, and in which numbers.
-        geometry: sizes of images; by default the first adapter's own, from its metadata, or else one megapixel.
+        geometry: sizes of images; by default the first adapter's own, from its metadata, or else upstream's.
         depth_model: folder or hub id of a Depth-Anything model, for depth maps; by default as `DepthSource` says.
         limits: sizes that take the place of the geometry's, whatever the adapter.
 
     Attributes:
         spent: seconds of the last call by part (`encode`, `sample`, `decode`), with models loaded.
     """
-
-    abilities = Abilities(BASE_NAME, MODES, MAX_SOURCES, get_args(SamplerName))
 
     def __init__(
         self,
@@ -124,6 +124,18 @@ class Editor(BaseEditor):
     def model(self) -> ModelDirectory:
         """The base model's directory."""
         return ModelDirectory.resolve(self.named) if isinstance(self.named, str) else self.named
+
+    @cached_property
+    def edition(self) -> Edition:
+        """Which Qwen-Image-Edit it is; of a hub id nothing but `model_index.json` is read for it."""
+        if isinstance(self.named, ModelDirectory):
+            return self.named.edition
+        return ModelDirectory(fetch(self.named, [INDEX], needed=[INDEX])).edition
+
+    @cached_property
+    def abilities(self) -> Abilities:  # type: ignore[override]  # what a model can is known when it is named
+        """Of every edition the same, but for the images that it takes."""
+        return Abilities(BASE_NAME, MODES, self.edition.max_images, get_args(SamplerName))
 
     @cached_property
     def components(self) -> Components:
@@ -160,13 +172,15 @@ class Editor(BaseEditor):
             InputError: it cannot be served.
         """
         self.abilities.check(request)
+        if request.controls and self.edition.max_images == 1:
+            raise InputError("the first Qwen-Image-Edit takes one image, and a map of it is another: leave out control")
         if _sees_depth(request):
             self.depth.files()
         headers = [read_metadata(use.path) for use in request.adapters if use.weight != 0]
         if len({header.get("objective", "flow") for header in headers}) > 1:
             raise InputError("the adapters were trained for different objectives, lbm and flow: use them one at a time")
         first = headers[0] if headers else {}
-        geometry = self.limits.applied_to(request.geometry or self.geometry or trained_geometry(first))
+        geometry = self.limits.applied_to(request.geometry or self._geometry(request, first))
         size = result_size(request, geometry)
         check_request(request, size)
         sees_scene = any(
@@ -174,10 +188,27 @@ class Editor(BaseEditor):
         )  # all are found
         return Job(request, make_plan(request, first), geometry, size, sees_scene)
 
+    def _geometry(self, request: EditRequest, metadata: Mapping[str, str]) -> Geometry:
+        """The sizes of a request that brings none, for the header of its first adapter."""
+        upstream = UpstreamGeometry(vision_pixels=self.edition.vision_pixels)
+        if request.sizing == "upstream":
+            return upstream
+        if self.geometry:
+            return self.geometry
+        if "geometry" in metadata:
+            return trained_geometry(metadata)
+        return self._own_geometry if request.sizing == "own" else upstream
+
+    @property
+    def _own_geometry(self) -> Geometry:
+        """As this project trains by default."""
+        return replace(DEFAULT_GEOMETRY, vision_pixels=self.edition.vision_pixels)
+
     def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
         """The first adapter's own, from its header."""
         first = next((read_metadata(use.path) for use in adapters if use.weight != 0), {})
-        return self.limits.applied_to(self.geometry or trained_geometry(first))
+        own = trained_geometry(first) if "geometry" in first else self._own_geometry
+        return self.limits.applied_to(self.geometry or own)
 
     def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
         """Those of its plan."""
@@ -315,7 +346,7 @@ class Editor(BaseEditor):
     def _maps(self, job: Job) -> list[Image.Image]:
         """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
         controls, image = job.request.controls, job.request.images[0]
-        image = fit(image, reference_sizes([image], job.size, job.geometry)[0])
+        image = job.geometry.reference_picture(image, reference_sizes([image], job.size, job.geometry)[0])
         with self.depth.model() if _sees_depth(job.request) else nullcontext() as depth:
             return [make_map(control, image, depth) for control in controls]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_prep.cache.batches import pad_condition
 from data_prep.cache.encoding import encode_white
-from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, stretch, to_pixels
+from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, to_pixels
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import Strengthened
 from eval.qwen.samplers import Keep, Velocity
@@ -110,8 +110,10 @@ class RequestEncoder:
         """
         pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
         sizes = reference_sizes(images, size, self.geometry, bridge_image)
-        own = [(each, self._image(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
-        extra = [(each, self._image(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras]
+        own = [(each, self._reference(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
+        extra = [
+            (each, self._reference(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras
+        ]
         source_latents = self._image(pictures[bridge_image], size)
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
@@ -132,11 +134,20 @@ class RequestEncoder:
         )
 
     def _image(self, picture: _Picture, size: Size) -> Tensor:
-        """Latents (1, 16, h, w)."""
+        """Latents (1, 16, h, w) of what is edited."""
+        return self.kept.get(("image", picture.digest, size), lambda: self._latents(fit(picture.image, size)))
+
+    def _reference(self, picture: _Picture, size: Size) -> Tensor:
+        """Latents (1, 16, h, w) of what is looked at."""
+        if type(self.geometry) is Geometry:
+            return self._image(picture, size)
         return self.kept.get(
-            ("image", picture.digest, size),
-            lambda: self.encoders().vae.encode(to_pixels(fit(picture.image, size))[None]).to(self.device),
+            ("reference", picture.digest, size),
+            lambda: self._latents(self.geometry.reference_picture(picture.image, size)),
         )
+
+    def _latents(self, image: Image.Image) -> Tensor:
+        return self.encoders().vae.encode(to_pixels(image)[None]).to(self.device)
 
     def _white(self, size: Size) -> Tensor:
         """Latents (1, 16, h, w)."""
@@ -147,10 +158,13 @@ class RequestEncoder:
         seen = [(picture.digest, size) for (picture, _), size in zip(references, sizes, strict=True)]
 
         def embed() -> Tensor:
-            vision = [stretch(picture.image, size) for (picture, _), size in zip(references, sizes, strict=True)]
+            vision = [
+                self.geometry.vision_picture(picture.image, size)
+                for (picture, _), size in zip(references, sizes, strict=True)
+            ]
             return self.encoders().prompt_encoder.encode(prompt, vision).to(self.device)
 
-        prompt_emb = self.kept.get(("prompt", prompt, *seen), embed)
+        prompt_emb = self.kept.get(("prompt", type(self.geometry), prompt, *seen), embed)
         return pad_condition([prompt_emb], [latents for _, latents in references], scene).to(self.device)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from eval.qwen.samplers import FlowSampler, Keep, OnStep, Velocity
-from eval.qwen.sigmas import walked_steps
-from eval.qwen.solvers import Flow
+from eval.qwen.samplers.sigmas import walked_steps
+from eval.qwen.samplers.solvers import Flow
 from losses.batch import Condition, Edit
 from losses.patches import PATCH
 from losses.randomness import SampleRandom

@@ -8,12 +8,12 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry, Size, bucket_size, fit, fit_mask, fitted_part
+from data_prep.model.geometry import Geometry, Size, fit, fit_mask, fitted_part
 from eval.qwen.inversion import InversionSampler
 from eval.qwen.masks import Kept, check_mask, focus_mask, soft_mask
 from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler
-from eval.qwen.sigmas import linear_sigmas, walked_steps
-from eval.qwen.solvers import SolverName
+from eval.qwen.samplers.sigmas import linear_sigmas, walked_steps
+from eval.qwen.samplers.solvers import SolverName
 from eval.request.knobs import Focus, SamplerName
 from eval.request.metadata import trained_bridge, trained_sigmas
 from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, KEEPING, MASKED, EditRequest
@@ -30,7 +30,10 @@ FLOW_SOLVERS: dict[SamplerName, SolverName] = {
     "unipc": "unipc",
 }
 """Samplers of flow matching with guidance -> how they make their steps."""
-COMPARED: dict[SamplerName, tuple[int, ...]] = dict.fromkeys(FLOW_SOLVERS, (4, 20)) | {"lightning": (LIGHTNING_STEPS,)}
+COMPARED: dict[SamplerName, tuple[int, ...]] = {
+    **dict.fromkeys(FLOW_SOLVERS, (4, 20)),
+    "lightning": (LIGHTNING_STEPS,),
+}
 """Step counts of an evaluation; those of a bridge are BRIDGES_COMPARED."""
 BRIDGES_COMPARED = (1, 2, 4)
 MAX_SUGGESTED_STEPS = 16
@@ -192,12 +195,8 @@ def result_size(request: EditRequest, geometry: Geometry) -> Size:
     source."""
     if request.size:
         return request.size
-    own = geometry.target_size(Size.of(request.images[0]))
-    if not request.aspect:
-        return own
-    height = (own.height * own.width / ASPECTS[request.aspect]) ** 0.5
-    wanted = Size(round(height), round(height * ASPECTS[request.aspect]))
-    return bucket_size(wanted, max_pixels=max(geometry.max_pixels, own.height * own.width))
+    source = Size.of(request.images[0])
+    return geometry.shaped_size(source, ASPECTS[request.aspect]) if request.aspect else geometry.target_size(source)
 
 
 def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry, Size
+from data_prep.model.geometry import Size, make_geometry
 from eval.request.knobs import AdapterUse, Control, Focus, ModeName
 from eval.request.metadata import extra_digest, read_metadata, stored_digest
 from eval.request.options import ModelOptions, PlaceOptions
@@ -133,9 +133,10 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
     by_itself = "aspect" in changes or settings.get("original_size")
     knobs["size"] = None if by_itself else Size(settings["height"], settings["width"])
+    geometry = {} if "sizing" in changes else {"geometry": make_geometry(settings["geometry"])}
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
-    return {"mode": mode, "prompt": "", "geometry": Geometry(**settings["geometry"]), **knobs, **changes}
+    return {"mode": mode, "prompt": "", **geometry, **knobs, **changes}
 
 
 def _is_share_of_noise(sampler: Mapping[str, Any]) -> bool:

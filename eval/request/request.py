@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import MULTIPLE, Geometry, Size
+from data_prep.model.geometry import MULTIPLE, Geometry, Size, UpstreamGeometry
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 from eval.request.knobs import (
     MODES,
@@ -18,6 +18,7 @@ from eval.request.knobs import (
     Knob,
     ModeName,
     SamplerName,
+    SizingName,
     declared,
     parse_size,
 )
@@ -33,6 +34,8 @@ DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
 """Of the modes that begin at the source; the others walk the whole way."""
 BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
 MAX_STEPS, MAX_COUNT, MAX_CFG_SCALE, MAX_PROMPT = 1000, 64, 100, 10_000
+UPSTREAM_MULTIPLE = 16
+"""Of a result's sides in diffusers' pipelines: a latent cell has 8 pixels, a token two cells."""
 MAX_PIXELS = 4096 * 4096
 """Of a result: no base was trained beyond a quarter of it."""
 FEATHER, MAX_FEATHER = 8.0, 1024
@@ -122,18 +125,30 @@ class EditRequest:
     seed: Annotated[int, Knob("Of the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
     count: Annotated[int, Knob("Pictures, with the seeds seed, seed + 1, …", "1", 1, MAX_COUNT)] = 1
     """Pictures; picture i has the seed `seed + i`, and is the one that this seed gives alone."""
-    size: Annotated[Size | None, Knob("In multiples of 32.", "as the first image", parse=parse_size, metavar="WxH")] = (
-        None
-    )
+    size: Annotated[
+        Size | None,
+        Knob(
+            "In multiples of 32, with --geometry upstream of 16.", "as the first image", parse=parse_size, metavar="WxH"
+        ),
+    ] = None
     """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
     aspect: Annotated[AspectName | None, Knob("Shape of the result.", "as the first image")] = None
     """The result's shape instead of its size: as many pixels as the source would have."""
+    sizing: Annotated[
+        SizingName | None,
+        Knob(
+            "Sizes of images: as this project trains, or as diffusers' pipeline of the base model.",
+            "own for an adapter trained here, else upstream",
+            option="geometry",
+        ),
+    ] = None
+    """Whose rules the sizes of images follow, for Qwen-Image-Edit, where no `geometry` says."""
     bridge_image: int = 0
     """Which of the images an edit begins at, as in a dataset file."""
     original: Image.Image | None = None
     """The first image with its transparency (RGBA), which modes with a mask keep; None for an opaque one."""
     geometry: Geometry | None = None
-    """Sizes of images; by default what suits the base and the first adapter."""
+    """Sizes of images; by default what suits the base, the first adapter and `sizing`."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -149,8 +164,10 @@ class EditRequest:
         self._check_mode()
 
     def _check_size(self) -> None:
-        if self.size and (min(self.size) < MULTIPLE or any(side % MULTIPLE for side in self.size)):
-            raise InputError(f"size must be in multiples of {MULTIPLE}, got {self.size.width}x{self.size.height}")
+        upstream = self.sizing == "upstream" or isinstance(self.geometry, UpstreamGeometry)
+        multiple = UPSTREAM_MULTIPLE if upstream else MULTIPLE
+        if self.size and (min(self.size) < multiple or any(side % multiple for side in self.size)):
+            raise InputError(f"size must be in multiples of {multiple}, got {self.size.width}x{self.size.height}")
         if self.size and self.size.height * self.size.width > MAX_PIXELS:
             raise InputError(f"size {self.size.width}x{self.size.height} is more than {MAX_PIXELS:,} pixels")
         if self.aspect is not None and self.aspect not in ASPECTS:

@@ -208,6 +208,27 @@ def test_every_pixel_outside_a_mask_is_the_files_own(tmp_path, name):
         assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
 
 
+def test_the_sizes_that_a_picture_was_made_at_are_repeated(folder, tmp_path):
+    base = ["--image", "photo.png", "--prompt", "x", "--steps", 1, "--cfg-scale", 1]
+    limits = ["--model", "tiny", "--max-pixels", 4096, "--vision-pixels", 3136]
+    shapes = {}
+    for name, more in (
+        ("none", ()),
+        ("own", ("--geometry", "own")),
+        ("size", ("--geometry", "upstream", "--size", "80x48")),
+    ):
+        out = tmp_path / f"{name}.png"
+        command(*limits, *base, *more, "--out", out)
+        settings = read_png(out)
+        shapes[name] = settings["width"], settings["height"], settings["geometry"].get("kind")
+        command("--repeat", out, "--image", "photo.png", "--out", tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+    assert shapes["none"] == (96, 64, "upstream")  # of about 4096 pixels: 80.95 x 50.6
+    assert shapes["own"] == (64, 32, None)
+    assert shapes["size"] == (80, 48, "upstream")
+    assert read_repeat(tmp_path / "own.png", {"sizing": "upstream"}).knobs.get("geometry") is None
+
+
 def test_a_picture_is_repeated_with_its_own_images_alone(folder, tmp_path):
     command(*plain(tmp_path / "result.png"))
     before = (tmp_path / "result.png").read_bytes()

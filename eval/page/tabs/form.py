@@ -93,6 +93,7 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         cfg_scale=values["cfg_scale"] or None,
         strength=_strength(mode, values["strength"]),
         sampler=None if values["sampler"] == BY_DEFAULT else values["sampler"],
+        sizing=None if values["geometry"] == BY_DEFAULT else values["geometry"],
         seed=_whole(values["seed"], "seed", 0),
         count=count,
         **_shape(values),

@@ -16,8 +16,8 @@ from data_prep.model.encoders import VAE, load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry, Size, stretch, to_image, to_pixels
 from eval.qwen.inversion import InversionSampler, integrate_second_order, invert
 from eval.qwen.samplers import FlowSampler
-from eval.qwen.sigmas import linear_sigmas, qwen_sigmas
-from eval.qwen.solvers import Flow
+from eval.qwen.samplers.sigmas import linear_sigmas, qwen_sigmas
+from eval.qwen.samplers.solvers import Flow
 from losses.batch import Condition, Edit
 from losses.randomness import SampleRandom
 from scripts import photographs

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from eval.qwen.samplers import BridgeSampler, FlowSampler, Keep, guide
-from eval.qwen.sigmas import lightning_sigmas, qwen_sigmas, walked_steps
-from eval.qwen.solvers import SOLVERS
+from eval.qwen.samplers.sigmas import lightning_sigmas, qwen_sigmas, walked_steps
+from eval.qwen.samplers.solvers import SOLVERS
 from losses.batch import Condition, Edit
 from losses.randomness import PictureRandom, SampleRandom
 

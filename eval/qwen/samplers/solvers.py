@@ -87,7 +87,8 @@ def _dpmpp_2m(sigmas: Sequence[float]) -> Step:
 
 
 def _unipc(sigmas: Sequence[float]) -> Any:
-    from diffusers import UniPCMultistepScheduler  # only for those who ask for it
+    # only for those who ask for it
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2"

@@ -9,8 +9,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from eval.qwen.sigmas import linear_sigmas, qwen_sigmas
-from eval.qwen.solvers import SOLVERS, Flow, make_step
+from eval.qwen.samplers.sigmas import linear_sigmas, qwen_sigmas
+from eval.qwen.samplers.solvers import SOLVERS, Flow, make_step
 
 MEAN, SPREAD = 0.7, 0.4
 START = torch.linspace(-2, 2, 32, dtype=torch.float64).view(2, 16, 1, 1)
