@@ -17,6 +17,7 @@ from data_prep.model.geometry import Geometry
 from eval.bases.abilities import Base
 from eval.bases.loading import check_placement, pipeline_folder
 from eval.bases.lora import check_adapter, use_adapters
+from eval.qwen.frame import Frame
 from eval.qwen.masks import paste_back
 from eval.qwen.modes import check_request, result_size
 from eval.request.base import BaseEditor
@@ -38,14 +39,16 @@ class Call:
 
     arguments: dict[str, Any]
     """By the names of the pipeline's `__call__`."""
+    frame: Frame
+    """The part of what it computes that becomes the picture."""
     sampled: dict[str, Any]
     """How it is sampled, in our words, for the result's settings."""
     negative_prompt: str | None = None
     """What guidance leads away from, if anything."""
     source: Image.Image | None = None
-    """At the result's size: what is kept where the mask is not 255."""
+    """At the computed size: what is kept where the mask is not 255."""
     mask: Image.Image | None = None
-    """At the result's size."""
+    """At the computed size."""
 
 
 class PipelineEditor(BaseEditor):
@@ -143,6 +146,7 @@ class PipelineEditor(BaseEditor):
         image = output.images[0]
         if call.mask and call.source:
             image = paste_back(image, call.source, call.mask)
+        image = call.frame.crop(image)
         flagged = getattr(output, "nsfw_content_detected", None)
         if flagged is not None:
             settings["flagged"] = bool(flagged[0])
@@ -151,7 +155,9 @@ class PipelineEditor(BaseEditor):
 
     def _settings(self, request: EditRequest, call: Call) -> dict[str, Any]:
         """Everything but the images and the seed that makes the pictures again, and what made them."""
+        size = call.frame.size
         own = {
+            "computed_size": None if call.frame.is_full else [size.width, size.height],
             "negative_prompt": call.negative_prompt,
             "feather": request.rim if request.mask else None,
             "focus": asdict(request.focus) if request.focus else None,

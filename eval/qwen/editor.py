@@ -16,7 +16,7 @@ from torch import Tensor
 from data_prep.errors import InputError
 from data_prep.model.directory import COMPONENTS, ModelDirectory
 from data_prep.model.encoders import VAE
-from data_prep.model.geometry import Geometry, Size, fit, to_image
+from data_prep.model.geometry import Geometry, Size, to_image
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 from eval.qwen.control import make_map
 from eval.qwen.depth import DepthSource
@@ -28,6 +28,7 @@ from eval.qwen.encoding import (
     kept_embeddings,
     reference_sizes,
 )
+from eval.qwen.frame import Frame, shown_whole
 from eval.qwen.masks import paste_back
 from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, make_plan, result_size
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
@@ -55,8 +56,14 @@ class Job:
     plan: Plan
     geometry: Geometry
     size: Size
+    """That is computed."""
     sees_scene: bool = False
     """Whether an adapter brings modules beside LoRA, which may look at white too."""
+
+    @property
+    def frame(self) -> Frame:
+        """The part of what is computed that becomes the picture."""
+        return Frame.of(self.request, self.size)
 
 
 @dataclass(frozen=True)
@@ -254,6 +261,7 @@ class Editor(BaseEditor):
         for (number, seed), image in zip(pictures, images, strict=True):
             mask = encoded[number].mask
             shown = paste_back(image, encoded[number].source, mask) if mask else image
+            shown = task.jobs[number].frame.crop(shown)
             settings = self._settings(task.jobs[number], adapters, seed, shown)
             results.append(EditResult(shown, seed, seconds, settings, maps[number], encoding))
         return results
@@ -316,7 +324,7 @@ class Editor(BaseEditor):
     def _maps(self, job: Job) -> list[Image.Image]:
         """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
         controls, image = job.request.controls, job.request.images[0]
-        image = fit(image, reference_sizes([image], job.size, job.geometry)[0])
+        image = Frame.of(job.request, reference_sizes([image], job.size, job.geometry)[0]).place(image)
         with self.depth.model() if _sees_depth(job.request) else nullcontext() as depth:
             return [make_map(control, image, depth) for control in controls]
 
@@ -334,6 +342,7 @@ class Editor(BaseEditor):
             "controls": [asdict(control) for control in request.controls] or None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
             "bridge_image": request.bridge_image or None,
+            "computed_size": None if job.frame.is_full else [job.size.width, job.size.height],
             "depth_model": self._depth_settings() if _sees_depth(request) else None,
         }
         return {
@@ -362,19 +371,22 @@ def _sees_depth(request: EditRequest) -> bool:
 
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:
-    request, sampler = job.request, job.plan.sampler
+    request, sampler, frame = job.request, job.plan.sampler, job.frame
+    masks = (edit_mask(request, frame.inner), changed_part(request, frame.inner))
+    mask, changed = (each and frame.extend(each) for each in masks)
     return encoder.encode(
         request.images,
         request.prompt or EMPTY_PROMPT,
         (request.negative_prompt or EMPTY_PROMPT) if sampler.guided else None,
         job.size,
-        edit_mask(request, job.size),
+        mask,
         maps,
         [control.strength for control in request.controls],
         empty=request.mode == "invert",
         white=job.sees_scene or (isinstance(sampler, BridgeSampler) and sampler.start == "white"),
-        changed=changed_part(request, job.size),
+        changed=changed,
         bridge_image=request.bridge_image,
+        whole=shown_whole(request),
     )
 
 

@@ -126,7 +126,8 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs["strength"] = sampler.get("strength") if settings["mode"] in WITH_STRENGTH else None
     knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
-    knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])
+    follows = "aspect" in changes or "computed_size" in settings  # which then follows from the image and the geometry
+    knobs["size"] = None if follows else Size(settings["height"], settings["width"])
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
     return {"mode": mode, "prompt": "", "geometry": Geometry(**settings["geometry"]), **knobs, **changes}
