@@ -17,6 +17,7 @@ from data_prep.model.geometry import Geometry
 from eval.bases.abilities import Base
 from eval.bases.loading import check_placement, pipeline_folder
 from eval.bases.lora import check_adapter, use_adapters
+from eval.qwen.frame import Frame
 from eval.qwen.masks import Kept
 from eval.qwen.modes import check_request, keeps_size, result_size
 from eval.request.base import BaseEditor
@@ -38,6 +39,8 @@ class Call:
 
     arguments: dict[str, Any]
     """By the names of the pipeline's `__call__`."""
+    frame: Frame
+    """The part of what it computes that becomes the picture."""
     sampled: dict[str, Any]
     """How it is sampled, in our words, for the result's settings."""
     negative_prompt: str | None = None
@@ -140,7 +143,7 @@ class PipelineEditor(BaseEditor):
         except BaseException:
             self._pipeline.maybe_free_model_hooks()  # as after a whole edit: nothing stays on the device
             raise
-        image = output.images[0]
+        image = call.frame.crop(output.images[0])
         if call.kept:
             image = call.kept.with_edit(image)
         flagged = getattr(output, "nsfw_content_detected", None)
@@ -151,7 +154,9 @@ class PipelineEditor(BaseEditor):
 
     def _settings(self, request: EditRequest, call: Call) -> dict[str, Any]:
         """Everything but the images and the seed that makes the pictures again, and what made them."""
+        size = call.frame.size
         own = {
+            "computed_size": None if call.frame.is_full else [size.width, size.height],
             "negative_prompt": call.negative_prompt,
             "feather": request.rim if request.mask else None,
             "focus": asdict(request.focus) if request.focus else None,

@@ -30,6 +30,7 @@ from eval.qwen.encoding import (
     kept_embeddings,
     reference_sizes,
 )
+from eval.qwen.frame import Frame, shown_whole
 from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, keeps_size, kept_part, make_plan, result_size
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
@@ -56,8 +57,25 @@ class Job:
     plan: Plan
     geometry: Geometry
     size: Size
+    """That is computed."""
     sees_scene: bool = False
     """Whether an adapter brings modules beside LoRA, which may look at white too."""
+
+    @property
+    def frame(self) -> Frame:
+        """The part of what is computed that becomes the picture."""
+        return Frame(self.size, self.size) if self.upstream else Frame.of(self.request, self.size)
+
+    def shown(self, image: Image.Image, size: Size) -> Image.Image:
+        """The first image as the VAE is given it as a reference, at this size."""
+        return (
+            self.geometry.reference_picture(image, size) if self.upstream else Frame.of(self.request, size).place(image)
+        )
+
+    @property
+    def upstream(self) -> bool:
+        """Whether sizes are upstream's: the first image is neither cropped nor continued, but stretched a little."""
+        return isinstance(self.geometry, UpstreamGeometry)
 
 
 @dataclass(frozen=True)
@@ -278,10 +296,11 @@ class Editor(BaseEditor):
         clock: "_Clock",
     ) -> list[EditResult]:
         adapters, results = describe_adapters(task.adapters), []
-        kept = [kept_part(job.request, job.size) for job in task.jobs]
+        kept = [kept_part(job.request, job.frame.inner) for job in task.jobs]
         seconds, encoding = (each / len(images) for each in (sum(clock.spent.values()), clock.spent["encode"]))
         pictures = [picture for group in task.groups for picture in group]
         for (number, seed), image in zip(pictures, images, strict=True):
+            image = task.jobs[number].frame.crop(image)
             into = kept[number]
             shown = into.with_edit(image) if into else image
             settings = self._settings(task.jobs[number], adapters, seed, shown)
@@ -346,7 +365,7 @@ class Editor(BaseEditor):
     def _maps(self, job: Job) -> list[Image.Image]:
         """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
         controls, image = job.request.controls, job.request.images[0]
-        image = job.geometry.reference_picture(image, reference_sizes([image], job.size, job.geometry)[0])
+        image = job.shown(image, reference_sizes([image], job.size, job.geometry)[0])
         with self.depth.model() if _sees_depth(job.request) else nullcontext() as depth:
             return [make_map(control, image, depth) for control in controls]
 
@@ -365,6 +384,7 @@ class Editor(BaseEditor):
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
             "bridge_image": request.bridge_image or None,
             "original_size": keeps_size(request) or None,
+            "computed_size": None if job.frame.is_full else [job.size.width, job.size.height],
             "depth_model": self._depth_settings() if _sees_depth(request) else None,
         }
         return {
@@ -393,19 +413,22 @@ def _sees_depth(request: EditRequest) -> bool:
 
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:
-    request, sampler = job.request, job.plan.sampler
+    request, sampler, frame = job.request, job.plan.sampler, job.frame
+    masks = (edit_mask(request, frame.inner), changed_part(request, frame.inner))
+    mask, changed = (each and frame.extend(each) for each in masks)
     return encoder.encode(
         request.images,
         request.prompt or EMPTY_PROMPT,
         (request.negative_prompt or EMPTY_PROMPT) if sampler.guided else None,
         job.size,
-        edit_mask(request, job.size),
+        mask,
         maps,
         [control.strength for control in request.controls],
         empty=request.mode == "invert",
         white=job.sees_scene or (isinstance(sampler, BridgeSampler) and sampler.start == "white"),
-        changed=changed_part(request, job.size),
+        changed=changed,
         bridge_image=request.bridge_image,
+        whole=shown_whole(request) and not job.upstream,
     )
 
 

@@ -13,6 +13,7 @@ from data_prep.cache.encoding import encode_white
 from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, to_pixels
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import Strengthened
+from eval.qwen.frame import Frame
 from eval.qwen.samplers import Keep, Velocity
 from eval.qwen.weights.components import Encoders
 from eval.request.provenance import pixel_digest
@@ -47,10 +48,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image, and what identifies its pixels."""
+    """An image, what identifies its pixels, and whether all of it is shown where its shape is not that of its size."""
 
     image: Image.Image
     digest: str
+    whole: bool = False
 
 
 def kept_embeddings() -> Recent[Tensor]:
@@ -92,6 +94,7 @@ class RequestEncoder:
         white: bool = False,
         bridge_image: int = 0,
         changed: Image.Image | None = None,
+        whole: bool = False,
     ) -> Encoded:
         """Encodes one request.
 
@@ -107,14 +110,16 @@ class RequestEncoder:
             bridge_image: the source's place among the images.
             changed: the mask as a dataset would have it, at the result's size, 255 where the edit is: for modules beside the
                 transformer, as the mask of a training row.
+            whole: the source is continued by its mirror image where its shape is not that of its size, and not cropped.
         """
         pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
+        source = pictures[bridge_image] = replace(pictures[bridge_image], whole=whole)
         sizes = reference_sizes(images, size, self.geometry, bridge_image)
         own = [(each, self._reference(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
         extra = [
             (each, self._reference(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras
         ]
-        source_latents = self._image(pictures[bridge_image], size)
+        source_latents = self._image(source, size)
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
@@ -135,7 +140,9 @@ class RequestEncoder:
 
     def _image(self, picture: _Picture, size: Size) -> Tensor:
         """Latents (1, 16, h, w) of what is edited."""
-        return self.kept.get(("image", picture.digest, size), lambda: self._latents(fit(picture.image, size)))
+        return self.kept.get(
+            ("image", picture.digest, size, picture.whole), lambda: self._latents(_placed(picture, size))
+        )
 
     def _reference(self, picture: _Picture, size: Size) -> Tensor:
         """Latents (1, 16, h, w) of what is looked at."""
@@ -166,6 +173,13 @@ class RequestEncoder:
 
         prompt_emb = self.kept.get(("prompt", type(self.geometry), prompt, *seen), embed)
         return pad_condition([prompt_emb], [latents for _, latents in references], scene).to(self.device)
+
+
+def _placed(picture: _Picture, size: Size) -> Image.Image:
+    """The picture as the VAE is given it."""
+    if picture.whole:
+        return Frame.around(Size.of(picture.image), size).place(picture.image)
+    return fit(picture.image, size)
 
 
 def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry, bridge_image: int = 0) -> list[Size]:

@@ -131,8 +131,10 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         )
     knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
-    by_itself = "aspect" in changes or settings.get("original_size")
-    knobs["size"] = None if by_itself else Size(settings["height"], settings["width"])
+    follows = "aspect" in changes or "computed_size" in settings or settings.get("original_size")
+    knobs["size"] = (
+        None if follows else Size(settings["height"], settings["width"])
+    )  # else from the image and the geometry
     geometry = {} if "sizing" in changes else {"geometry": make_geometry(settings["geometry"])}
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)

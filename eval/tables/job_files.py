@@ -16,6 +16,7 @@ from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
 from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
 from data_prep.jobs.items import Item
 from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask, open_transparent
+from eval.qwen.frame import shown_whole
 from eval.request.knobs import AdapterUse
 from eval.request.provenance import numbered
 from eval.request.request import KEEPING, WITH_STRENGTH, EditRequest
@@ -68,7 +69,7 @@ class JobFiles:
         contents = {
             "version": VERSION_WITH_STRENGTH if asked.mode in WITH_STRENGTH else VERSION,
             "common": self.common(asked),
-            "knobs": describe(asked),
+            "knobs": describe(asked) | ({"whole": True} if shown_whole(asked) else {}),  # cropped in earlier versions
             "adapters": [self._adapter(use) for use in asked.adapters],
             "images": [self.digest(path) for path in job.images],
             "mask": job.mask and self.digest(job.mask),

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import signal
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,9 +13,10 @@ import typer
 from PIL import ExifTags, Image, ImageOps
 
 from data_prep.builders.overlay.style import PARSERS as STYLE
+from data_prep.cli import run_command
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from data_prep.model.geometry import Geometry
+from data_prep.model.geometry import Geometry, Size, fit
 from data_prep.rows.images import file_digest, open_image
 from eval.edit import edit
 from eval.qwen.editor import Editor
@@ -74,7 +76,7 @@ def test_the_command_writes_pngs_that_say_how_to_make_them_again(folder, tmp_pat
         "bridge-stochastic",
     ]
     done = run_script(*arguments, "--out", tmp_path / "result.png")
-    assert f"{tmp_path}/result-1.png: 64x32, 2 steps, seed 1, " in done.stdout
+    assert f"{tmp_path}/result-1.png: 51x32, 2 steps, seed 1, " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result-1.png", "result-2.png"]
     settings = read_png(tmp_path / "result-2.png")
     assert settings["notice"] == "edited by a generative model"
@@ -114,6 +116,56 @@ def test_other_tools_can_tell_that_a_model_made_it(folder, tmp_path):
     source_type = description.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"]
     assert source_type == "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
     assert set(text) == {"Software", "Comment", "XML:com.adobe.xmp", "qwen-image-edit"}
+
+
+def test_the_result_has_the_shape_of_the_first_image_and_nothing_is_cropped(folder, tmp_path):
+    """420 x 280 within 128 x 128 pixels: 160 x 96 is computed, and the picture is its middle."""
+    wide = Image.fromarray(np.add.outer(np.arange(280), np.arange(420)).astype(np.uint8)).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    base = ["--model", "tiny", "--image", tmp_path / "wide.png", "--prompt", "x", "--steps", 2, "--max-pixels", 128**2]
+    command(*base, "--out", tmp_path / "a.png")
+    a = read_png(tmp_path / "a.png")
+    assert (a["width"], a["height"], a["computed_size"]) == (144, 96, [160, 96])
+    command("--repeat", tmp_path / "a.png", "--image", tmp_path / "wide.png", "--out", tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    Image.new("L", (420, 280), 0).save(tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as mask:
+        mask.paste(255, (0, 0, 4, 4))
+        mask.save(tmp_path / "kept.png")
+    inpaint = ["--mode", "inpaint", "--mask", tmp_path / "kept.png", "--feather", 0]
+    command(*base, *inpaint, "--out", tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as c:
+        kept = np.asarray(c.convert("RGB"))[4:]
+    assert np.array_equal(kept, np.asarray(fit(wide, Size(96, 144)))[4:])
+    command(*base, "--size", "160x96", "--out", tmp_path / "d.png")
+    d = read_png(tmp_path / "d.png")
+    assert (d["width"], d["height"], "computed_size" in d) == (160, 96, False)
+
+
+def test_a_terminal_sees_the_steps_and_the_time_left(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    command(*plain(tmp_path / "result.png"), "--count", 3)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "left" in shown
+
+
+@pytest.mark.parametrize(
+    ("what", "answer"),
+    [
+        (["--image", "photo.png", "--prompt", "x"], "the edit is not kept, and the same command begins it again"),
+        (["--csv", "jobs.csv"], "the same command continues where it was"),
+    ],
+)
+def test_ctrl_c_says_whether_the_command_continues(what, answer, folder, tmp_path, monkeypatch, capsys):
+    (folder / "jobs.csv").write_text("image,prompt\nphoto.png,x\n")
+    monkeypatch.setattr(Editor, "_sample", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["edit.py", "--model", "tiny", *what, "--out", str(tmp_path / "result.png")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(edit)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted: {answer}"
+    assert not [path for path in tmp_path.glob("**/*.png") if path.is_file()]
 
 
 def plain(out) -> list[object]:

@@ -229,7 +229,7 @@ def test_preload_loads_what_the_first_edit_needs(tiny_model_dir, flow, monkeypat
 
 
 def test_img2img_stays_nearer_with_less_strength(editor, source):
-    fitted = fit(source, Size(32, 64))
+    fitted = fit(source, Size(32, 51))
     values = {"mode": "img2img", "steps": 10, "cfg_scale": 1.0}
     images = [editor.edit(request(source, **values, strength=strength))[0].image for strength in (0.1, 0.5, 1.0)]
     distances = [psnr(image, fitted) for image in images]
@@ -283,7 +283,12 @@ def test_what_was_encoded_is_not_encoded_again(tiny_model_dir, source, encoded):
         ({"prompt": "y"}, ["y"]),
         ({"size": Size(64, 96)}, ["image"]),
         ({"images": [changed]}, ["image", "x", " "]),
-        ({"images": [source, changed]}, ["x", " "]),  # both pictures are known, together they are another instruction
+        ({"images": [source, changed]}, ["image", "x", " "]),  # a reference is cropped, where the source is shown whole
+        ({"images": [source, changed, source]}, ["image", "x", " "]),
+        (
+            {"images": [source, source, changed]},
+            ["x", " "],
+        ),  # all pictures are known, together they are another instruction
     ]:
         encoded.clear()
         editor.edit(request(source, **values))
@@ -387,7 +392,7 @@ def test_invert_edits_more_with_more_strength_and_draws_nothing(editor, source):
     values = {"mode": "invert", "steps": 8, "cfg_scale": 1.0}
     edited = editor.edit(request(source, **values, prompt="make it blue", strength=0.5))[0]
     more = editor.edit(request(source, **values, prompt="make it blue", strength=1.0))[0]
-    fitted = fit(source, Size(32, 64))
+    fitted = fit(source, Size(32, 51))
     assert psnr(edited.image, fitted) > psnr(more.image, fitted)
     assert same(
         edited.image, editor.edit(request(source, **values, prompt="make it blue", strength=0.5, seed=9))[0].image
@@ -417,7 +422,7 @@ def test_progress_counts_all_pictures_and_what_it_raises_ends_the_edit(editor, s
 
     with pytest.raises(Cancelled):
         editor.edit(request(source, count=2, steps=3), cancel)
-    assert editor.edit(request(source))[0].image.size == (64, 32)
+    assert editor.edit(request(source))[0].image.size == (51, 32)
 
 
 def test_settings_are_json_and_say_everything(editor, source, flow):
