@@ -79,7 +79,7 @@ class PipelineEditor(BaseEditor):
         super().check(request)
         if request.sizing:
             raise InputError(f"{self.base.name} has its own sizes: leave out geometry={request.sizing}")
-        check_request(request, result_size(request, self.sizes(request)))
+        check_request(request, Frame.of(request, result_size(request, self.sizes(request))).inner)
         for use in request.adapters:
             check_adapter(use.path, self.base.name)
 

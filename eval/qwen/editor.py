@@ -200,11 +200,12 @@ class Editor(BaseEditor):
         first = headers[0] if headers else {}
         geometry = self.limits.applied_to(request.geometry or self._geometry(request, first))
         size = result_size(request, geometry)
-        check_request(request, size)
         sees_scene = any(
             list(map(extra_file, [use.path for use in request.adapters if use.weight != 0]))
         )  # all are found
-        return Job(request, make_plan(request, first), geometry, size, sees_scene)
+        job = Job(request, make_plan(request, first), geometry, size, sees_scene)
+        check_request(request, job.frame.inner)
+        return job
 
     def _geometry(self, request: EditRequest, metadata: Mapping[str, str]) -> Geometry:
         """The sizes of a request that brings none, for the header of its first adapter."""

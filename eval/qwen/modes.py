@@ -254,7 +254,7 @@ def check_request(request: EditRequest, size: Size) -> None:
         check_mask(request.mask, request.images[0])
         if fit_mask(request.mask, size).getbbox() is None:
             raise InputError(
-                "the mask is white at the picture's rim alone, which the result's shape cuts off: enlarge it"
+                "the mask is white at the picture's rim alone, which the size of the result cuts off: enlarge it"
             )
     if request.focus and request.focus.radius * min(size) < 1:
         raise InputError(

@@ -89,7 +89,7 @@ FAULTS = [
     Fault(GEOMETRY, "return 1 - mask_to_latent(ImageOps.invert(mask))", "return mask_to_latent(mask)", OF_GEOMETRY),
     Fault(GEOMETRY, "abs(aspects - 1) <= SAME_ASPECT", "abs(aspects - 1) <= 10 * SAME_ASPECT", OF_GEOMETRY),
     Fault(GEOMETRY, ".float() / 127.5 - 1.0", ".float() / 128 - 1.0", OF_GEOMETRY),
-    Fault(GEOMETRY, "math.sqrt(self.vision_pixels * aspect)", "math.sqrt(self.vision_pixels / aspect)", OF_GEOMETRY),
+    Fault(GEOMETRY, "math.sqrt(pixels * aspect)", "math.sqrt(pixels / aspect)", OF_GEOMETRY),
     Fault(ORDER, 'self._generator(epoch, f"bucket {name}")', 'self._generator(0, f"bucket {name}")', OF_ORDER),
     Fault(ORDER, 'self._generator(epoch, "groups")', 'self._generator(0, "groups")', OF_ORDER),
     Fault(ORDER, 'f"{self.seed} {epoch} {purpose}"', 'f"{epoch} {purpose}"', OF_ORDER),

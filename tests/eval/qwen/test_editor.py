@@ -213,6 +213,10 @@ def test_a_request_is_refused_before_anything_is_loaded(tiny_model_dir, source, 
             editor.edit(request(source, **wrong))
     with pytest.raises(InputError, match="the mask has 8x8 pixels"):
         editor.edit(request(source, mode="inpaint", mask=Image.new("L", (8, 8), 255)))
+    rim = Image.new("L", source.size)
+    rim.paste(255, (0, 0, 8, source.height))
+    with pytest.raises(InputError, match="white at the picture's rim alone, which the size of the result cuts off"):
+        editor.edit(request(source, mode="inpaint", mask=rim, size=Size(64, 64)))
     assert editor.components.loaded == set()
 
 
@@ -340,6 +344,19 @@ def test_inpaint_keeps_every_pixel_that_the_mask_keeps(editor, source, bridge, w
     assert np.abs(before - after)[:, 60:].mean() > 1
     assert result.settings["mask_digest"]
     assert result.settings["feather"] == 8
+
+
+@pytest.mark.parametrize("mode", ["inpaint", "focus"])
+def test_without_a_size_the_first_image_comes_back_at_its_own(editor, source, mode):
+    """Made at another size, and put in its place: what the mask keeps is the image's own, the rest is changed."""
+    odd = source.resize((161, 99))
+    own = {"mask": half_mask(odd)} if mode == "inpaint" else {"focus": Focus(0.75, 0.5, 0.4)}
+    result = editor.edit(request(odd, mode=mode, **own))[0]
+    assert result.image.size == odd.size
+    assert (result.settings["width"], result.settings["original_size"]) == (161, True)
+    changed = np.abs(np.asarray(result.image).astype(int) - np.asarray(odd)).max(2)
+    assert (changed[:, :80] == 0).all()
+    assert changed[20:80, 100:140].mean() > 1
 
 
 def test_sampling_inside_a_mask_sees_what_is_kept(editor, source):
