@@ -25,7 +25,7 @@ from train.model.adapter_files import adapter_file, extra_file
 
 KEY_DIGITS = 16
 VERSION, VERSION_WITH_STRENGTH = 1, 2
-"""Of what keys are made of; the second of modes with a strength, whose pictures have changed once."""
+"""Versions of what the keys are made of. The second is for modes with a strength, whose images have changed once."""
 
 
 @dataclass(frozen=True)
