@@ -121,6 +121,17 @@ def open_cut_out(path: str | Path) -> Image.Image:
     return image.convert("RGBA") if _has_alpha(image) else _to_rgb(image, Path(path)).convert("RGBA")
 
 
+def open_transparent(path: str | Path) -> Image.Image | None:
+    """Reads a picture with its transparency, mode RGBA; None where every pixel is opaque.
+
+    Raises:
+        RejectedImage: as `open_image`.
+    """
+    image = _decode(Path(path), [])
+    rgba = image.convert("RGBA") if _has_alpha(image) else None
+    return None if rgba is None or rgba.getchannel("A").getextrema() == (255, 255) else rgba
+
+
 def check_mask_shape(mask: Image.Image, image: Image.Image, path: Path) -> None:
     """Sizes may differ, shapes may not.
 

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.model.directory import ModelDirectory
+from data_prep.model.directory import INDEX, ModelDirectory
+from data_prep.model.editions import EDITIONS
 from data_prep.model.geometry import Geometry
 from data_prep.model.hub_files import fetch
 from eval.request.base import BaseEditor
@@ -16,11 +17,9 @@ from eval.request.options import ModelOptions
 from eval.request.placement import Placement, make_placement
 from eval.request.sizes import NO_LIMITS, SizeLimits
 
-INDEX = "model_index.json"
 QWEN = "qwen-image-edit"
 CLASSES = {
-    "QwenImageEditPipeline": QWEN,
-    "QwenImageEditPlusPipeline": QWEN,
+    **dict.fromkeys(EDITIONS, QWEN),
     "FluxKontextPipeline": "flux-kontext",
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionImg2ImgPipeline": "sd15",

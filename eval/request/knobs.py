@@ -17,8 +17,9 @@ from data_prep.model.geometry import Size
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
-SamplerName = Literal["flow", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
+SamplerName = Literal["flow", "heun", "dpmpp-2m", "unipc", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
 ControlName = Literal["canny", "lines", "depth"]
+SizingName = Literal["own", "upstream"]
 AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
 
 
@@ -42,7 +43,7 @@ class Knob:
     """Turns the text of an option or a cell into a value; by default the type does."""
     metavar: str | None = None
     option: str = ""
-    """Name of the option and of the column, if it is not the field's name: for a field that holds several values."""
+    """Name of the option and of the column, if it is not the field's name."""
 
     def check(self, name: str, value: Any) -> None:
         """Whether a value is one.
@@ -78,16 +79,13 @@ class Declared:
     type: Any
     """Without None and, of several, that of one."""
     knob: Knob
+    several: bool = False
+    """Whether the field holds any number of values."""
 
     @property
     def name(self) -> str:
         """Name of its option and its column."""
         return self.knob.option or self.field
-
-    @property
-    def several(self) -> bool:
-        """Whether the field holds any number of values."""
-        return bool(self.knob.option)
 
     def parse(self, text: str) -> Any:
         """A value, of an option's text.
@@ -115,10 +113,11 @@ def declared(record: type) -> Iterator[Declared]:
         if get_origin(hints[each.name]) is not Annotated:
             continue
         kind, knob = get_args(hints[each.name])
+        several = get_origin(kind) is Sequence
         kinds = [some for some in get_args(kind) if some is not type(None)]
-        if get_origin(kind) in (Union, types.UnionType) or get_origin(kind) is Sequence:
+        if get_origin(kind) in (Union, types.UnionType) or several:
             kind = kinds[0]
-        yield Declared(each.name, kind, knob)
+        yield Declared(each.name, kind, knob, several)
 
 
 def cell_texts(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The left column of the first tab: what is asked for."""
 
 import random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import gradio as gr
 from PIL import Image, ImageOps
@@ -20,7 +20,7 @@ from eval.page.tabs.form import (
     SHAPES,
     STRENGTHS,
 )
-from eval.request.knobs import ModeName
+from eval.request.knobs import ModeName, SizingName
 from eval.request.request import CONTROLLED, MASKED, MAX_CFG_SCALE, MAX_PROMPT, MAX_STEPS
 
 MAX_SEED = 2**31 - 1
@@ -186,6 +186,14 @@ def _build_advanced(studio: Studio, fields: Fields) -> None:
             )
         fields["sampler"] = gr.Dropdown(
             [BY_DEFAULT, *samplers], value=BY_DEFAULT, label="Sampler", elem_id="sampler", visible=bool(samplers)
+        )
+        fields["geometry"] = gr.Dropdown(
+            [BY_DEFAULT, *get_args(SizingName)],
+            value=BY_DEFAULT,
+            label="Sizes of images",
+            info="As this project trains (own), or as diffusers' pipeline (upstream).",
+            elem_id="geometry",
+            visible=bool(samplers),
         )
         fields["negative_prompt"] = gr.Textbox(
             label="Negative instruction",

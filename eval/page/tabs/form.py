@@ -9,11 +9,11 @@ from PIL import Image, ImageChops
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
-from data_prep.rows.images import file_digest
+from data_prep.rows.images import file_digest, open_transparent
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.page.limits import Limits, read_picture
 from eval.request.knobs import AdapterUse, Control, ControlName, Focus, ModeName
-from eval.request.request import ASPECTS, CONTROLLED, DEFAULT_STRENGTHS, MASKED, WITH_STRENGTH, EditRequest
+from eval.request.request import ASPECTS, CONTROLLED, DEFAULT_STRENGTHS, KEEPING, MASKED, WITH_STRENGTH, EditRequest
 from train.record.lookup import FoundAdapter
 
 MODE_NAMES: dict[ModeName, str] = {
@@ -82,6 +82,7 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         prompt="" if mode == "variation" else values["prompt"].strip(),
         images=images,
         mode=mode,
+        original=open_transparent(paths[0]) if mode in KEEPING else None,
         adapters=chosen_adapters(values["adapter"], values["weight"], adapters),
         negative_prompt=values["negative_prompt"] or EMPTY_PROMPT,
         mask=painted_mask(values["painting"], Size.of(images[0])) if mode in MASKED else None,
@@ -92,6 +93,7 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         cfg_scale=values["cfg_scale"] or None,
         strength=_strength(mode, values["strength"]),
         sampler=None if values["sampler"] == BY_DEFAULT else values["sampler"],
+        sizing=None if values["geometry"] == BY_DEFAULT else values["geometry"],
         seed=_whole(values["seed"], "seed", 0),
         count=count,
         **_shape(values),
