@@ -7,12 +7,12 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.rows.images import file_digest, image_size_text
+from data_prep.rows.images import file_digest, image_size_text, open_transparent
 from eval.page.api.body import Body
 from eval.page.api.refusals import Refusal
 from eval.page.limits import Limits, TooLarge, read_alpha, read_picture
 from eval.request.knobs import AdapterUse, split_weight
-from eval.request.request import KNOBS, EditRequest
+from eval.request.request import KEEPING, KNOBS, EditRequest
 from train.record.lookup import FoundAdapter
 
 IGNORED = ("user", "safety_identifier")
@@ -63,8 +63,9 @@ def make_request(
     images = [_picture(path, limits) for path in body.images]
     mask = _mask(body.mask, images[0], limits) if body.mask else None
     knobs.setdefault("mode", "inpaint" if mask else "edit")
+    original = open_transparent(body.images[0]) if knobs["mode"] in KEEPING else None
     try:
-        request = EditRequest(**{"prompt": "", **knobs}, images=images, mask=mask)
+        request = EditRequest(**{"prompt": "", **knobs}, images=images, mask=mask, original=original)
     except InputError as error:
         raise Refusal(422, str(error), _field_of(str(error))) from None
     paths = [*body.images, *([body.mask] if body.mask else [])]
