@@ -68,7 +68,7 @@ class Limits:
     max_aspect: float = 4.0
     """Longer side over shorter."""
     max_tokens: int = 512
-    """Of a prompt."""
+    """Most tokens of a prompt."""
     ignored: frozenset[str] = field(default_factory=frozenset)
     """Kinds that are none."""
 
@@ -99,7 +99,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """Of its kind."""
+        """Severity of its kind."""
         return "error" if self.kind in ERRORS else "warning"
 
 
@@ -127,7 +127,8 @@ def judge(row: Row, measured: dict[str, Any], limits: Limits) -> list[Finding]:
         _judge_mask(measured["mask"], target, row, add)
     if not sources:
         add("no_source", "the row has no edit_image: it is text to image, which only loss=flow trains")
-    _judge_sizes(target, sources, trained, row, limits, add, measured["turn"] in ("90", "270"))
+    turned = measured["turn"] in ("90", "270") and "turned" not in limits.ignored  # which says it already
+    _judge_sizes(target, sources, trained, row, limits, add, turned)
     if measured["tokens"] > limits.max_tokens:
         add("long_prompt", f"the prompt has {measured['tokens']} tokens, over {limits.max_tokens}", measured["tokens"])
     for path, conversion in measured["conversions"]:

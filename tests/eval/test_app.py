@@ -265,27 +265,27 @@ def test_cancel_stops_at_the_next_step_and_the_queue_goes_on(page, folder):
     before = len(results(folder))
     page.fill("#count input[type=number]", "1")
     page.press("#count input[type=number]", "Tab")
-    page.fill("#steps input", "2000")
+    page.fill("#steps input", "1000")
     page.click("#run")
-    expect(page.locator("#result")).to_contain_text(re.compile(r"\d+/2k steps.*Editing", re.DOTALL))
+    expect(page.locator("#result")).to_contain_text(re.compile(r"\d+/1000 steps.*Editing", re.DOTALL))
     shot(page, "progress")
     page.click("#cancel")
     toast(page, "It stops at its next step.")
     expect(page.locator("#result")).not_to_contain_text("Editing")
     page.fill("#steps input", "1")
     edit(page, folder)
-    assert len(results(folder)) == before + 1  # the 2000 steps made nothing
+    assert len(results(folder)) == before + 1  # the 1000 steps made nothing
 
 
 def test_a_comparison_tells_no_counts_and_cancels_its_own_edit_alone(page, folder, source):
     before = len(results(folder))
-    page.fill("#steps input", "1500")
+    page.fill("#steps input", "1000")
     page.click("#run")
     expect(page.locator("#result")).to_contain_text("Editing")
     page.get_by_role("tab", name="Compare").click()
     upload(page, source, "#compare-source")
     page.fill("#compare-instruction textarea", "Sharpen it.")
-    page.fill("#compare-steps input", "2000")
+    page.fill("#compare-steps input", "1000")
     page.click("#pair")
     expect(page.locator("#side-a")).to_contain_text("Waiting: 1 before this one")
     page.click("#compare-cancel")
@@ -304,7 +304,7 @@ def test_a_comparison_tells_no_counts_and_cancels_its_own_edit_alone(page, folde
     shot(page, "making-both")
     for _ in range(10):
         shown = page.locator("#side-a").inner_text()
-        assert not re.search(r"steps|2k|[1-9][\d.]*%", shown), shown
+        assert not re.search(r"steps|1000|[1-9][\d.]*%", shown), shown
         page.wait_for_timeout(100)
     page.click("#compare-cancel")
     toast(page, "It stops at its next step.")
