@@ -41,7 +41,7 @@ def test_options_of_another_way_are_refused_by_name(tmp_path, way, given, named)
         ),
         (
             {"dataset": "d.json", "license": "mit", "private": True},
-            "^--license, --private is only for a model card: add",
+            "--license, --private",
         ),
     ],
 )
