@@ -25,6 +25,10 @@ STOPPED: dict[Stopped, str] = {
 logger = logging.getLogger("page")
 
 
+class LineIsFull(InputError):
+    """Too many edits are waiting; one that comes later may have a place."""
+
+
 class Cancelled(Exception):
     """The edit was stopped by the person who asked for it."""
 
@@ -58,7 +62,7 @@ class Jobs:
             counted: whether the bar shows the steps.
 
         Raises:
-            InputError: too many wait.
+            LineIsFull: too many wait.
             Cancelled: while it waits, or from inside the edit.
         """
         job = self._join(session, tab)
@@ -82,7 +86,7 @@ class Jobs:
         job = _Job(session, tab)
         with self._moved:
             if len(self._line) > MAX_WAITING:
-                raise InputError(f"{MAX_WAITING} edits are waiting already: try again later")
+                raise LineIsFull(f"{MAX_WAITING} edits are waiting already: try again later")
             self._line.append(job)
         return job
 
@@ -109,6 +113,12 @@ class Jobs:
         """The same for all of a session: its page was closed."""
         with self._moved:
             self._stop([job for job in self._line if job.session == session])
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the one that has the device."""
+        with self._moved:
+            return max(len(self._line) - 1, 0)
 
     def cancel_all(self) -> None:
         """For the end of the program."""

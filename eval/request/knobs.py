@@ -136,6 +136,14 @@ def cell_texts(text: str) -> list[str]:
     return [str(each) for each in values]
 
 
+def split_weight(text: str) -> tuple[str, float]:
+    """`mine:0.8` as name and weight, which is 1 where no number follows."""
+    name, colon, weight = text.rpartition(":")
+    if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight, re.IGNORECASE):
+        return name, float(weight)
+    return text, 1.0
+
+
 @dataclass(frozen=True)
 class AdapterUse:
     """An adapter, and how much of it."""
@@ -154,10 +162,8 @@ class AdapterUse:
         """`runs/mine` or `runs/mine:0.8`; looked up as `find_adapter` says, which raises `InputError`."""
         from train.record.lookup import find_adapter
 
-        path, colon, weight = text.rpartition(":")
-        if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight, re.IGNORECASE):
-            return cls(find_adapter(path), float(weight))
-        return cls(find_adapter(text))
+        name, weight = split_weight(text)
+        return cls(find_adapter(name), weight)
 
 
 @dataclass(frozen=True)
