@@ -211,7 +211,7 @@ def _conversions(image: Image.Image, path: Path, background: str) -> Iterator[st
     """What is not plain about a decoded file. What its name promises is for people only: it is read all the same."""
     promised = Image.registered_extensions().get(path.suffix.lower())
     if promised not in (None, image.format) and {promised, image.format} != {"JPEG", "MPO"}:
-        yield f"its name says {promised}, it is {image.format}"
+        yield f"its name says {promised}, it is {image.format}, and is read all the same"
     if image.mode == "LAB" or (image.mode == "CMYK" and not image.info.get("icc_profile")):
         yield f"{image.mode} made RGB without colour management"
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -219,7 +219,7 @@ def _conversions(image: Image.Image, path: Path, background: str) -> Iterator[st
     if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         yield f"transparency laid on {background}"
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        yield "turned as its EXIF says"
+        yield "turned as its EXIF says, as every viewer does"
     if image.format in ANIMATED and getattr(image, "is_animated", False):
         yield "animated: the first frame"
 

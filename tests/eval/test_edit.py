@@ -449,7 +449,7 @@ def test_settings_that_json_cannot_hold_are_not_written(tmp_path):
         (["--device", "gpu"], "there is no device 'gpu'"),
         (["--out", "result.jpg"], "--out must end in .png"),
         (["--out", "photo.png/result.png"], "photo.png is not a folder that you may write to"),
-        (["--batch-size", "2"], "are for tables: give --csv"),
+        (["--batch-size", "2", "--on-error", "skip"], "--batch-size, --on-error is only for tables: add --csv"),
         (["--csv", "jobs.csv"], "leave out --image"),
     ],
 )
