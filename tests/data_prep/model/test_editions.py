@@ -68,6 +68,7 @@ def test_every_published_model_has_a_configuration():
 
 def test_the_templates_differ_in_the_number_alone():
     assert "Picture" not in edit_text("Go.", 1, FIRST)
+    assert edit_text("Go.", 2, PLUS).count("Picture 2: ") == 1
     assert edit_text("Go.", 1, PLUS).replace("Picture 1: ", "") == edit_text("Go.", 1, FIRST)
 
 
