@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from data_prep.errors import InputError
 from data_prep.rows.rows import Row, read_rows
 from eval.page.jobs import MAX_WAITING
-from eval.page.layout import SHORTCUT, STYLE, build_page, theme
+from eval.page.layout import HEAD, STYLE, build_page, theme
 from eval.page.limits import Limits, is_loopback
 from eval.page.studio import Example, Studio
 from eval.page.tabs.results import FOLDER
@@ -95,7 +95,7 @@ def serve(studio: Studio, address: Address) -> None:
                 app_kwargs={"middleware": [Middleware(OwnFilesOnly)], "docs_url": None, "redoc_url": None},
                 theme=theme(),
                 css_paths=STYLE,
-                head=SHORTCUT,
+                head=HEAD,
                 footer_links=[],
                 run_history=False,
                 ssr_mode=False,

@@ -14,6 +14,7 @@ from eval.request.knobs import (
     AdapterUse,
     AspectName,
     Control,
+    Declared,
     Focus,
     Knob,
     ModeName,
@@ -48,7 +49,7 @@ class EditRequest:
         InputError: a value is out of its range, or is not one that the mode takes.
     """
 
-    prompt: Annotated[str, Knob("The instruction.", most=MAX_PROMPT)]
+    prompt: Annotated[str, Knob("The instruction.", most=MAX_PROMPT, label="Instruction")]
     """The instruction; `variation` takes none."""
     images: Sequence[Image.Image]
     """One to three RGB images; the first is the one that is edited, and the result has its shape."""
@@ -61,6 +62,7 @@ class EditRequest:
             parse=AdapterUse.parse,
             metavar="PATH[:WEIGHT]",
             option="adapter",
+            label="Adapter",
         ),
     ] = ()
     """Added up. The first says how it must be sampled, and at which sizes it was trained."""
@@ -97,13 +99,15 @@ class EditRequest:
             parse=Control.parse,
             metavar="KIND[:STRENGTH]",
             option="control",
+            label="Maps of the source",
         ),
     ] = ()
     """For `control` and `control-inpaint`; with the images they are at most three."""
     steps: Annotated[int | None, Knob("Of the sampler.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)] = None
     """Calls of the sampler; by default what suits it."""
     cfg_scale: Annotated[
-        float | None, Knob("Guidance of flow matching, 1 for none.", "4 for flow matching", 1, MAX_CFG_SCALE)
+        float | None,
+        Knob("Guidance of flow matching, 1 for none.", "4 for flow matching", 1, MAX_CFG_SCALE, label="Guidance scale"),
     ] = None
     """Classifier-free guidance where the sampler has it: 1 is without; by default what suits the base."""
     strength: Annotated[
@@ -111,6 +115,7 @@ class EditRequest:
         Knob(
             *("How far from the source, over 0 to 1, in modes that have it.", "by the mode", 0, 1, True),
             modes=WITH_STRENGTH,
+            label="Denoising strength",
         ),
     ] = None
     """How far from the source, in (0, 1]: the share of the way that `img2img`, `variation` (and `inpaint`, if given) walk again,
@@ -118,7 +123,7 @@ class EditRequest:
     sampler: Annotated[SamplerName | None, Knob(default="as the adapter was trained")] = None
     """By default as the first adapter was trained."""
     seed: Annotated[int, Knob("Of the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
-    count: Annotated[int, Knob("Pictures, with the seeds seed, seed + 1, …", "1", 1, MAX_COUNT)] = 1
+    count: Annotated[int, Knob("Pictures, with the seeds seed, seed + 1, …", "1", 1, MAX_COUNT, label="Pictures")] = 1
     """Pictures; picture i has the seed `seed + i`, and is the one that this seed gives alone."""
     size: Annotated[Size | None, Knob("In multiples of 32.", "as the first image", parse=parse_size, metavar="WxH")] = (
         None
@@ -207,6 +212,10 @@ class Abilities:
     max_images: int
     samplers: tuple[SamplerName, ...] = ()
     """Those that a request may name; empty: it must leave the choice to the base."""
+
+    def has(self, knob: Declared) -> bool:
+        """Whether any of the base's modes takes this."""
+        return any(mode in knob.knob.modes for mode in self.modes) and (knob.field != "sampler" or bool(self.samplers))
 
     def check(self, request: EditRequest) -> None:
         """Nothing is loaded for it.
