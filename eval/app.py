@@ -59,7 +59,9 @@ def app(
         ),
     ] = None,
     max_upload_mb: Annotated[int, typer.Option(help="Largest file, in megabytes.")] = Limits.max_upload_mb,
-    max_image_pixels: Annotated[int, typer.Option(help="Most pixels of an upload.")] = Limits.max_image_pixels,
+    max_image_pixels: Annotated[
+        int, typer.Option(help="Pixels that an upload keeps; larger pictures are scaled down.")
+    ] = Limits.max_image_pixels,
     max_count: Annotated[int, typer.Option(help="Most pictures of one edit.")] = Limits.max_count,
     preload: Annotated[
         bool, typer.Option("--preload", help="Load the model, and the chosen adapter, before the page opens.")
