@@ -151,11 +151,11 @@ class Status:
     def html(self) -> Markup:
         """For the page."""
         if not self.steps:
-            return Markup('<div class="status">{}<progress></progress></div>').format(self.words)
+            return Markup('<div class="status told">{}<progress></progress></div>').format(self.words)
         done, total = self.steps
         line = f"{self.words}: step {done:,} of {total:,}{self._left(done, total)}"
         bar = Markup('<progress value="{}" max="{}"></progress>').format(done, total)
-        return Markup('<div class="status">{}{}</div>').format(line, bar)
+        return Markup('<div class="status told">{}{}</div>').format(line, bar)
 
     def _left(self, done: int, total: int) -> str:
         first, since = self.began or (done, 0.0)

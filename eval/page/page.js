@@ -6,7 +6,9 @@ const editPage = {
   NARROW: matchMedia("(max-width: 859px)"), // as in style.css: the result is below what was pressed
 
   show(selector) {
-    if (this.NARROW.matches) document.querySelector(selector).scrollIntoView({ block: "start", behavior: "smooth" });
+    const place = document.querySelector(selector);
+    const { top } = place.getBoundingClientRect();
+    if (this.NARROW.matches || top < 0 || top > innerHeight / 2) place.scrollIntoView({ block: "start", behavior: "smooth" });
   },
 
   closeErrors() {

@@ -68,7 +68,7 @@ def scaled_in(path: Path, limits: Limits, folder: Path) -> Path | None:
     place = Path(tempfile.mkdtemp(dir=folder)) / path.with_suffix(".jpg" if in_rows else ".png").name
     small.save(place, **options)
     before, after = (each.width * each.height / MEGA for each in (opened, small))
-    gr.Info(f"{before:.3g} megapixels were scaled down to {after:.3g}.", duration=5)
+    gr.Info(f"{before:.3g} megapixels were scaled down to {after:.3g}.")
     return place
 
 

@@ -74,7 +74,7 @@ class EditRequest:
     feather: Annotated[
         float | None,
         Knob(
-            *("Width of the mask's soft rim, pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
+            *("Width of the mask's feathered edge, in pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
             modes=MASKED,
         ),
     ] = None

@@ -111,7 +111,7 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
     def opened() -> list[Any]:
         with errors_in_words("Reading the votes"):
             table = standings_html(standings(read_votes(studio.votes_file)))
-            return [*[gr.Dropdown(adapter_names(studio))] * 2, table]
+            return [*[gr.Dropdown(adapter_names(studio))] * 2, table, None]
 
     state = gr.State(None)
     _connect_pair(studio, fields, (run, cancel), [left, right, state, told, *buttons], status)
@@ -119,7 +119,7 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
     draw.click(drawn, outputs=[fields["source"], fields["prompt"]], **QUIET)
     page.load(
         opened,
-        outputs=[fields["first"], fields["second"], table],
+        outputs=[fields["first"], fields["second"], table, fields["steps"]],
         **QUIET,
     )
 

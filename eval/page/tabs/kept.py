@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from eval.page.studio import QUIET, Example, Studio
 from eval.page.tabs.fields import Asking, adapter_names, mode_updates
-from eval.page.tabs.knob_fields import BY_FIELD
+from eval.page.tabs.knob_fields import BY_FIELD, NumberInput
+from eval.page.uploads import taken
 from eval.request.knobs import ModeName
 from eval.request.request import CONTROLLED, MASKED
 
@@ -63,10 +64,13 @@ def connect_kept(studio: Studio, asking: Asking, card: gr.Group, page: gr.Blocks
     kept = {name: field for name, field in asking.fields.items() if name not in PICTURES}
     store = gr.BrowserState(None, storage_key=KEY, secret=KEY)
 
+    automatic = {field: None for field in kept.values() if isinstance(field, NumberInput) and field.value is None}
+
     def opened(stored: Any) -> dict[Any, Any]:
+        # An empty number says 0 until it is told that it is empty.
         if not isinstance(stored, dict):
-            return {card: gr.Group(visible=example_mode(studio) is not None)}
-        return restored(stored, studio, kept, asking)
+            return automatic | {card: gr.Group(visible=example_mode(studio) is not None)}
+        return automatic | restored(stored, studio, kept, asking)
 
     outputs = [*kept.values(), *asking.groups.values(), card]
     page.load(opened, store, outputs, **QUIET)
@@ -114,7 +118,7 @@ def fill_example(studio: Studio, asking: Asking, card: gr.Group) -> Callable[[],
         assert mode  # else there is no button
         fields = asking.fields
         return mode_updates(mode, asking, example.prompt) | {
-            fields["source"]: save_file_to_cache(example.image, str(studio.cache)),
+            fields["source"]: taken(save_file_to_cache(example.image, str(studio.cache)), studio.limits, studio.cache),
             card: gr.Group(visible=False),
         }
 

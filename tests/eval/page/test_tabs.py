@@ -324,7 +324,7 @@ def test_progress_is_in_whole_numbers_and_words(monkeypatch):
     monkeypatch.setattr("eval.page.jobs.time.monotonic", lambda: now[0])
     status = Status()
     status(None, "Waiting: 1 before this one")
-    assert status.html() == '<div class="status">Waiting: 1 before this one<progress></progress></div>'
+    assert status.html() == '<div class="status told">Waiting: 1 before this one<progress></progress></div>'
     status((13, 1000), "Editing")
     assert "Editing: step 13 of 1,000<progress" in status.html()
     now[0] = 10.0
