@@ -8,7 +8,7 @@ const editPage = {
   show(selector) {
     const place = document.querySelector(selector);
     const { top } = place.getBoundingClientRect();
-    if (this.NARROW.matches || top < 0 || top > innerHeight / 2) place.scrollIntoView({ block: "start", behavior: "smooth" });
+    if (this.NARROW.matches || top < 0 || top > innerHeight / 2) place.scrollIntoView({ block: "start" });
   },
 
   closeErrors() {

@@ -143,8 +143,8 @@ def _connect_pair(
     def stop(request: gr.Request) -> None:
         say_stopped(studio.jobs.cancel(session_of(request), TAB))
 
-    run.click(pair, set(fields.values()), [*outputs, status], **EDITING)
     run.click(None, js="() => editPage.show('#compare-outcome')", show_progress="hidden")
+    run.click(pair, set(fields.values()), [*outputs, status], **EDITING)
     outputs[1].change(None, js="() => editPage.newPair()", show_progress="hidden")
     cancel.click(stop, **QUIET)
 

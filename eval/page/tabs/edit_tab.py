@@ -53,12 +53,13 @@ def build_edit_tab(studio: Studio, page: gr.Blocks) -> None:
             outcome = build_outcome()
         with gr.Column(elem_id="settings-column"):
             build_settings(studio, asking)
+    # Listeners are called one after the other: this one before the edit.
+    gr.on([asking.buttons.run.click, try_it.click], None, js="() => editPage.show('#outcome')", show_progress="hidden")
     edit, shown = connect_edit(studio, asking.fields, outcome, asking.buttons)
     connect_kept(studio, asking, card, page)
     filled = [*asking.groups.values(), *(asking.fields[name] for name in ("mode", "prompt", "source")), card]
     begun = try_it.click(fill_example(studio, asking, card), outputs=filled, **QUIET)
     begun.then(edit, set(asking.fields.values()), shown, **EDITING)
-    gr.on([asking.buttons.run.click, try_it.click], None, js="() => editPage.show('#outcome')", show_progress="hidden")
 
 
 def build_outcome() -> Outcome:

@@ -224,7 +224,8 @@ def test_every_text_can_be_read(page, scheme, port):
     seen.close()
 
 
-def test_words_are_the_usual_ones(page):
+def test_words_are_the_usual_ones(page, source):
+    upload(page, source)
     open_sampling(page)
     choose(page, "#mode", "Inpaint:")
     expect(page.locator("#another")).to_have_text("Replace the picture")
