@@ -26,7 +26,7 @@ FLAGS = [
 ]
 SIDE = 64
 SMALL = Geometry(max_pixels=SIDE * SIDE, vision_pixels=56 * 56)
-PATIENCE = 25_000
+PATIENCE = 90_000
 """Milliseconds, on a busy machine."""
 
 
