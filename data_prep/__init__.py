@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 if find_spec("torch") is None:
     print(
-        "error: this Python has none of the project's packages: enter their environment with `source .venv/bin/activate`, "
+        "error: this Python does not have the project's packages: enter the environment with `source .venv/bin/activate`, "
         "or begin the command with `uv run`",
         file=sys.stderr,
     )

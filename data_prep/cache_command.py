@@ -25,21 +25,23 @@ SECONDS_A_DAY = 24 * 3600
 
 def command(
     action: Annotated[
-        Literal["list", "prune"], typer.Argument(help="Show what is there, or delete what is not wanted.")
+        Literal["list", "prune"], typer.Argument(help="List the cached datasets, or delete what is no longer needed.")
     ],
-    folder: Annotated[Path, typer.Option("--dir", help="The cache folder, as cache.dir in training.")] = Path("cache"),
+    folder: Annotated[Path, typer.Option("--dir", help="Cache folder, the same as cache.dir in training.")] = Path(
+        "cache"
+    ),
     dataset: Annotated[
-        list[str] | None, typer.Option(help="A dataset to delete, by the digest that `list` shows; may be repeated.")
+        list[str] | None, typer.Option(help="Delete the dataset with this digest, as `list` shows it. Repeatable.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(help="Delete datasets that were last used more than so many days ago.", min=0)
+        float | None, typer.Option(help="Delete datasets that have not been used for this many days.", min=0)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and delete nothing.")] = False,
 ) -> None:
-    """Lists the datasets of a cache folder, or deletes datasets and the records that no dataset wants any more.
+    """Lists the datasets in a cache folder, or deletes datasets and the records that no dataset uses any more.
 
-    Records are kept in files of several. A file goes when none of its records is wanted. Nothing is deleted while a cache
-    is being built in the folder; trainings that read a dataset which stays are not disturbed.
+    Each file holds several records and is deleted when none of them is in use. Nothing is deleted while a cache is being
+    built in the folder. Trainings that read a dataset that is kept are not disturbed.
 
     Example: python data_prep/run.py cache prune --older-than 30 --dry-run
     """
@@ -48,7 +50,7 @@ def command(
         raise InputError(f"there is no folder {folder}: name the cache's with --dir")
     if action == "list":
         if dataset or older_than is not None or dry_run:
-            raise InputError("--dataset, --older-than and --dry-run are of `cache prune`")
+            raise InputError("--dataset, --older-than and --dry-run are options of `cache prune`, not of `cache list`")
         print("\n".join(listing(store)))
         return
     print("\n".join(prune(store, set(dataset or ()), older_than, dry_run)))
@@ -59,7 +61,7 @@ def listing(store: CacheFolder) -> Iterator[str]:
     indexes, unreadable = read_indexes(_index_paths(store))
     rest = _total(unwanted(store, indexes))
     files = {name: size for index in indexes for name, size in index.sizes.items()}
-    yield f"{store.path}: {len(indexes)} datasets of {_bytes(sum(files.values()))}, and {_bytes(rest)} that none of them wants"
+    yield f"{store.path}: {len(indexes)} datasets of {_bytes(sum(files.values()))}, and {_bytes(rest)} that none of them uses"
     for index in sorted(indexes, key=lambda index: -index.path.stat().st_mtime):
         used = datetime.fromtimestamp(index.path.stat().st_mtime).isoformat(" ", "minutes")
         size = _bytes(sum(index.sizes.values()))
@@ -86,7 +88,7 @@ def prune(store: CacheFolder, names: set[str], older_than: float | None, dry_run
     kept, unreadable = read_indexes(path for path in paths if path not in doomed)
     for path, error in unreadable.items():
         if error.is_newer:  # what it names cannot be known, and would go
-            raise InputError(f"{path} is of a later version of this program: prune with that one")
+            raise InputError(f"{path} was written by a later version of this program: prune it with that version")
     doomed += unreadable
     files = {**unwanted(store, kept), **{path: file_size(path) or 0 for path in doomed}}
     for path in doomed:

@@ -16,13 +16,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 OnErrorName = Literal["raise", "skip"]
 
-Out = Annotated[Path, typer.Option(help="Folder of the new dataset: dataset.jsonl, rejected.jsonl and what is made.")]
-Processes = Annotated[int, typer.Option(help="Worker processes.", min=1, show_default="all cores")]
-Engine = Annotated[EngineName, typer.Option(help="This machine, or a Ray cluster.")]
-OnError = Annotated[
-    OnErrorName, typer.Option(help="With unusable input, keep the rest and end with code 2, or with code 0.")
-]
-Seed = Annotated[int, typer.Option(help="Of every random draw: the same seed makes the same dataset.")]
+Out = Annotated[Path, typer.Option(help="Output folder for dataset.jsonl, rejected.jsonl and new images.")]
+Processes = Annotated[int, typer.Option(help="Number of worker processes.", min=1, show_default="all cores")]
+Engine = Annotated[EngineName, typer.Option(help="Where the work runs: on this machine or on a Ray cluster.")]
+OnError = Annotated[OnErrorName, typer.Option(help="Exit code if some input cannot be used: 2 (raise) or 0 (skip).")]
+Seed = Annotated[int, typer.Option(help="Random seed. The same seed makes the same dataset.")]
 
 
 def run_app(app: typer.Typer) -> None:

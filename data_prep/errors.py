@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and how every entry point ends."""
+"""The error for users' mistakes, and how every entry point ends."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ def exit_codes() -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             error.add_note(
-                "The same command with phases=[plan] says what needs how much, and which settings need less."
+                "The same command with phases=[plan] shows what needs how much memory, and which settings need less."
             )
         if not several:
             raise

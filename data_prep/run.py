@@ -17,17 +17,23 @@ from data_prep.cli import run_app
 COMMANDS = {
     "pairs": ("data_prep.builders.pairs.command", "Folders of sources and targets, matched by file name."),
     "table": ("data_prep.builders.table", "A CSV, TSV, JSONL or Parquet file with columns of any names."),
-    "hf": ("data_prep.builders.hf.command", "A Hugging Face dataset with images in it."),
+    "hf": ("data_prep.builders.hf.command", "A Hugging Face dataset that contains images."),
     "coco": ("data_prep.builders.coco.command", "A COCO annotation file and its image folder."),
-    "overlay": ("data_prep.builders.overlay.command", "Texts or images laid over photographs, to be added or removed."),
-    "synth": ("data_prep.builders.synth.command", "Perfect pairs made of plain photographs."),
+    "overlay": (
+        "data_prep.builders.overlay.command",
+        "Photographs with texts or images laid over them, to add or to remove.",
+    ),
+    "synth": ("data_prep.builders.synth.command", "Pairs with exact masks, made from plain photographs."),
     "mask": (
         "data_prep.builders.mask.command",
-        "Background masks from the difference of pairs, or given masks reworked.",
+        "Background masks from the difference of each pair, or from existing masks.",
     ),
-    "split": ("data_prep.builders.split.command", "Training and validation rows, whose content never overlaps."),
-    "cache": ("data_prep.cache_command", "What a cache folder holds, and making room in it."),
-    "check": ("data_prep.check.check", "What is wrong with a dataset, before a GPU hour is spent."),
+    "split": (
+        "data_prep.builders.split.command",
+        "Split the rows into training and validation without shared content.",
+    ),
+    "cache": ("data_prep.cache_command", "List the datasets in a cache folder, or delete some of them."),
+    "check": ("data_prep.check.check", "Find the mistakes in a dataset before you train on it."),
 }
 """Name -> the module of the function `command`, which is imported only when it is wanted, and a line of help."""
 

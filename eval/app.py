@@ -1,4 +1,4 @@
-"""The web page: edit pictures, compare adapters blind, look at runs.
+"""The web page: edit images, compare adapters blind, look at runs.
 
     python eval/app.py --model models/tiny
 
@@ -31,45 +31,50 @@ def app(
     place: PlaceOptions,
     *,
     runs: Annotated[
-        Path | None, typer.Option(help="Folder with runs and adapters.", show_default="$CHECKPOINT_DIR, or runs")
+        Path | None,
+        typer.Option(help="Folder with the runs and adapters to choose from.", show_default="$CHECKPOINT_DIR, or runs"),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Chosen when the page opens, as the page names it.", show_default="none")
+        str | None,
+        typer.Option(
+            help="Adapter that is selected when the page opens, by the name that the page shows.", show_default="none"
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of all that is made; nothing else is served.")] = Path(
-        "outputs/page"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the page's results. The page serves files from this folder only.")
+    ] = Path("outputs/page"),
     examples: Annotated[
-        str | None, typer.Option(help="Dataset file whose sources and prompts comparisons are drawn from.")
+        str | None, typer.Option(help="Dataset file to draw the images and prompts of comparisons from.")
     ] = None,
     examples_root: Annotated[
-        str | None, typer.Option(help="Folder that its paths are relative to.", show_default="the dataset's own")
+        str | None,
+        typer.Option(help="Folder that the paths in --examples are relative to.", show_default="the dataset's own"),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; another than this machine's needs --auth.")
+        str, typer.Option(help="Address to listen on. Any other than this machine's own needs --auth.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = PORT,
     share: Annotated[
-        bool, typer.Option("--share", help="Make it public through Gradio's tunnel; needs --auth.")
+        bool, typer.Option("--share", help="Make the page public through Gradio's tunnel. Needs --auth.")
     ] = False,
     auth: Annotated[
         str | None,
         typer.Option(
-            help="USER:PASSWORD to ask for. The variable keeps it out of the list of processes.", envvar="APP_AUTH"
+            help="Login as USER:PASSWORD. Set it by the variable to keep it out of the process list.", envvar="APP_AUTH"
         ),
     ] = None,
-    max_upload_mb: Annotated[int, typer.Option(help="Largest file, in megabytes.")] = Limits.max_upload_mb,
+    max_upload_mb: Annotated[int, typer.Option(help="Largest uploaded file, in megabytes.")] = Limits.max_upload_mb,
     max_image_pixels: Annotated[
-        int, typer.Option(help="Pixels that an upload keeps; larger pictures are scaled down.")
+        int, typer.Option(help="Largest area that an upload keeps, in pixels. Larger images are scaled down.")
     ] = Limits.max_image_pixels,
-    max_count: Annotated[int, typer.Option(help="Most pictures of one edit.")] = Limits.max_count,
+    max_count: Annotated[int, typer.Option(help="Largest number of images per edit.")] = Limits.max_count,
     preload: Annotated[
-        bool, typer.Option("--preload", help="Load the model, and the chosen adapter, before the page opens.")
+        bool, typer.Option("--preload", help="Load the model and the selected adapter before the page opens.")
     ] = False,
 ) -> None:
-    """Serves a page that edits pictures, compares two adapters blind, and shows how training went.
+    """Starts a web page that edits images, compares two adapters blind and shows how training went.
 
-    Only this machine can open it unless --auth is given. Edits wait in a queue and run one at a time.
+    Without --auth, only this machine can open it. Edits wait in a queue and run one at a time.
     """
     limits = Limits(max_upload_mb, max_image_pixels, max_count)
     login = parse_auth(auth)

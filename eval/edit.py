@@ -37,26 +37,26 @@ def edit(
     table: TableOptions,
     *,
     image: Annotated[
-        list[Path] | None, typer.Option(help="To edit; further ones are references, three in all.")
+        list[Path] | None, typer.Option(help="Image to edit. Repeatable: further images are references, three in all.")
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Of the image's shape: white where the edit may go, black is kept.")
+        Path | None, typer.Option(help="Inpainting mask of the image's shape: white is edited, black is kept.")
     ] = None,
     repeat: Annotated[
-        Path | None, typer.Option(help="Take all settings from this picture; --image and --mask are given again.")
+        Path | None, typer.Option(help="Take all settings from this result. Give --image and --mask again.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="The PNG to write (result-1.png, … if there are several); with --csv a folder.")
-    ],
+    out: Annotated[Path, typer.Option(help="PNG file to write (result-1.png, … for several), or a folder with --csv.")],
 ) -> None:
-    """Edits an image by an instruction, or every row of a table, and writes PNGs that say how they were made.
+    """Edits an image, or every row of a table, by an instruction. The PNGs that it writes record how they were made.
 
-    An adapter's file says how it must be sampled, and the sizes that it was trained at.
+    The adapter's file says which sampler it needs and at which sizes it was trained.
     """
     knobs = given_knobs(wanted)
     if table.csv:
         if image or mask or repeat:
-            raise InputError("--csv names its images and masks itself: leave out --image, --mask and --repeat")
+            raise InputError(
+                "the table of --csv names its own images and masks: leave out --image, --mask and --repeat"
+            )
         edit_table(table, knobs, model, place, out)
         return
     table.check_unused()
@@ -82,7 +82,7 @@ def edit_image(
         InputError: something of it is wrong; nothing has been loaded or written then.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("one image is edited by one process: launch several with --csv alone")
+        raise InputError("one image is edited by one process: launch several processes only with --csv")
     check_output(out)
     check_kept(out, knobs.get("count", 1), [*image, *([mask] if mask else []), *([made.path] if made else [])])
     try:
@@ -110,7 +110,7 @@ def edit_image(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{error}\nout of memory: a smaller --size, --offload or --weights needs less", file=sys.stderr)
+        print(f"{error}\nout of memory: use a smaller --size, --offload or --weights", file=sys.stderr)
         raise typer.Exit(1) from None
     for name, result in zip(numbered(out.name, request.count), results, strict=True):
         write_png(result, sources, out.with_name(name))
@@ -125,7 +125,7 @@ def check_output(out: Path) -> None:
         raise InputError(f"--out must end in .png, which can carry the settings, got {out}")
     folder = next(path for path in out.absolute().parents if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out} cannot be written: {folder} is no folder that may be written to")
+        raise InputError(f"--out {out} cannot be written: {folder} is not a folder that you may write to")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a file")
 

@@ -1,4 +1,4 @@
-"""Scores pictures beside their ground truth, and writes `report.json`, `report.html` and every picture.
+"""Compares images with their ground truth, and writes `report.json`, `report.html` and every image.
 
     python eval/run.py --model models/tiny --adapter runs/lbm --adapter runs/flow --base \
         --dataset pairs.json --root photos --steps 1,4 --out runs/scores
@@ -7,8 +7,8 @@
 
     python eval/run.py --runs runs/lbm --runs runs/flow --out runs/compared
 
-The first edits a dataset's rows as a table, continued by the same command; the second scores pictures of any tool, without
-a model; the third compares the last validations of runs. docs/evaluation.md says what is measured and how it is read.
+The first command edits the rows of a dataset like a table, and continues when it is run again. The second scores images of any
+tool without a model. The third compares the last validations of runs. docs/evaluation.md explains the metrics and the report.
 """
 
 import sys
@@ -73,26 +73,37 @@ class RowOptions:
     """Which rows are scored."""
 
     dataset: Annotated[
-        str | None, typer.Option(help="JSON, JSONL, CSV, Parquet, or a Hugging Face dataset.", show_default="required")
+        str | None,
+        typer.Option(
+            help="Dataset to score on: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset.",
+            show_default="required",
+        ),
     ] = None
     root: Annotated[
         str | None, typer.Option(help="Folder that the rows' paths are relative to.", show_default="the dataset's own")
     ] = None
-    sources: Annotated[Path | None, typer.Option(help="With --targets, instead of --dataset: a folder.")] = None
+    sources: Annotated[
+        Path | None, typer.Option(help="Folder with the source images, used with --targets instead of --dataset.")
+    ] = None
     targets: Annotated[
-        Path | None, typer.Option(help="Folder of what the pictures should be; names are those of --sources.")
+        Path | None, typer.Option(help="Folder with the ground-truth images, named like those in --sources.")
     ] = None
     split: Annotated[
         str,
         typer.Option(
-            help=f"Score the rows of this split, or “{EVERY}”. A dataset without a column split is scored whole. Figures of "
-            "rows that are not known to be held out are marked as such, and a card does not publish them as an evaluation."
+            help=f"Split to score, or “{EVERY}”. A dataset without a column split is scored whole. Scores of rows that may "
+            "not be held out are marked in the report, and a model card does not publish them as an evaluation."
         ),
     ] = HELD_OUT
     num_rows: Annotated[
-        int | None, typer.Option(help="Score so many rows, chosen by the seed.", min=1, show_default="all")
+        int | None, typer.Option(help="Score only this many rows, chosen by the seed.", min=1, show_default="all")
     ] = None
-    on_error: Annotated[OnErrorName, typer.Option(help="What an unusable row does.")] = "raise"
+    on_error: Annotated[
+        OnErrorName,
+        typer.Option(
+            help="What to do about a row that cannot be used: end with exit code 2 (raise) or leave it out (skip)."
+        ),
+    ] = "raise"
 
     def check(self) -> None:
         """Before anything is read.
@@ -101,7 +112,7 @@ class RowOptions:
             InputError: no ground truth is named, or two are.
         """
         if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
-            raise InputError("name the ground truth by --dataset, or by --sources and --targets, two folders")
+            raise InputError("give the ground truth with --dataset, or with the two folders --sources and --targets")
 
     def read(self, seed: int) -> tuple[list[Row], str | None]:
         """The rows, as far as they are wanted, and what is to be said of rows that may not be held out.
@@ -155,27 +166,30 @@ class MetricOptions:
         typer.Option(
             parser=option(parse_metrics),
             metavar="NAME,…|all",
-            help=f"What to measure, fetching weights: {', '.join(METRICS)}.",
+            help=f"Metrics to measure, whose weights are downloaded: {', '.join(METRICS)}.",
             show_default="those whose weights are here",
         ),
     ] = None
-    rank_by: Annotated[str, typer.Option(help="The metric that best, median and worst pictures are chosen by.")] = (
-        "psnr"
-    )
-    clip: Annotated[str, typer.Option(help="Folder or hub id of a CLIP.")] = CLIP
-    dino: Annotated[str, typer.Option(help="Folder or hub id of a DINO or DINOv2.")] = DINO
+    rank_by: Annotated[
+        str, typer.Option(help="Metric that decides which images the report shows as best, median and worst.")
+    ] = "psnr"
+    clip: Annotated[str, typer.Option(help="CLIP model: a folder or a hub id.")] = CLIP
+    dino: Annotated[str, typer.Option(help="DINO or DINOv2 model: a folder or a hub id.")] = DINO
     torch_hub: Annotated[
         Path | None,
         typer.Option(
-            help="Torch's hub folder, with checkpoints/ of AlexNet, SqueezeNet, VGG16.", show_default="torch's own"
+            help="Torch's hub folder, whose checkpoints/ holds AlexNet, SqueezeNet and VGG16.",
+            show_default="torch's own",
         ),
     ] = None
     face: Annotated[
-        Path | None, typer.Option(help="Folder of dlib's face models.", show_default="the extra “identity”")
+        Path | None, typer.Option(help="Folder with dlib's face models.", show_default="the extra “identity”")
     ] = None
     fid: Annotated[
         Path | None,
-        typer.Option(help="Inception's weights (.pth), or features by torch.export (.pt2).", show_default="no"),
+        typer.Option(
+            help="Feature network for FID: Inception's weights (.pth) or an exported program (.pt2).", show_default="no"
+        ),
     ] = None
 
     def battery(self, device: "Device") -> "Battery":
@@ -209,17 +223,17 @@ class EditOptions:
         typer.Option(
             parser=option(AdapterUse.parse),
             metavar="PATH[:WEIGHT]",
-            help="Run, checkpoint or safetensors file; repeatable, each is scored by itself.",
+            help="LoRA to score: run folder, checkpoint or safetensors file. Repeatable: each is scored by itself.",
             show_default="the base model",
         ),
     ] = None
-    base: Annotated[bool, typer.Option("--base", help="Score the model without an adapter too.")] = False
+    base: Annotated[bool, typer.Option("--base", help="Also score the base model without an adapter.")] = False
     steps: Annotated[
         list | None,
         typer.Option(
             parser=option(parse_steps),
             metavar="N,N",
-            help="Step counts.",
+            help="Numbers of sampling steps to score, separated by commas.",
             show_default="1,2,4 for a bridge, 4,20 for flow",
         ),
     ] = None
@@ -235,24 +249,40 @@ EditKnobs = knob_options("mode", "sampler", "cfg_scale", "strength", "negative_p
 class PublishOptions:
     """Where the figures go besides the report."""
 
-    title: Annotated[str, typer.Option(help="Of the report.")] = "Evaluation"
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "Evaluation"
     wandb: Annotated[
-        str | None, typer.Option(metavar="PROJECT", help="Log numbers, rows and pictures to W&B.", show_default="no")
+        str | None,
+        typer.Option(metavar="PROJECT", help="W&B project to log the scores, rows and images to.", show_default="no"),
     ] = None
     publish_card: Annotated[
-        bool, typer.Option("--publish-card", help="Write a model card beside the (first) adapter; needs --license.")
+        bool, typer.Option("--publish-card", help="Write a model card beside the first adapter. Needs --license.")
     ] = False
     license: Annotated[
-        str | None, typer.Option(help="Of the adapter, as the hub names it: apache-2.0.", show_default="the card's")
+        str | None,
+        typer.Option(
+            help="Licence of the adapter by its name on the hub, such as apache-2.0.", show_default="the card's"
+        ),
     ] = None
     base_model: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="In the card.", show_default="the adapter's, if it is a hub id"),
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Base model to name in the model card.",
+            show_default="the adapter's, if it is a hub id",
+        ),
     ] = None
     push_to: Annotated[
-        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload adapter and card.", show_default="no")
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="OWNER/NAME",
+            help="Hub repository to upload the adapter and its model card to.",
+            show_default="no",
+        ),
     ] = None
-    private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if --push creates it.")] = (
+        False
+    )
 
     def check(self, adapters: Sequence[AdapterUse]) -> "Card | None":
         """Finds what would prevent it, before anything is computed. The card, if there is to be one.
@@ -287,34 +317,36 @@ def score(
         list[Path] | None,
         typer.Option(
             metavar="FOLDER",
-            help="Score these pictures, called as the rows or their targets, without a model; repeatable.",
+            help="Folder with finished images to score, named like the rows or their targets. Repeatable.",
         ),
     ] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option(metavar="RUN_DIR", help="Compare the last validations of these runs of train/run.py; repeatable."),
+        typer.Option(
+            metavar="RUN_DIR", help="Training run whose last validation is compared with those of others. Repeatable."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise, and of the choice of rows.", min=0)] = 0,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Random seed for the noise and for choosing rows.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write the report to.")],
 ) -> None:
-    """Scores adapters, the base model, or pictures that are there on a dataset file's held-out rows, beside the source unchanged.
+    """Scores adapters, the base model or finished images on the held-out rows of a dataset, beside the unchanged source.
 
-    The ground truth is ref_gt, or image where a row has none; with back_mask also inside and outside. A metric whose weights
-    cannot be had is reported as such, and the rest goes on.
+    The ground truth of a row is ref_gt if it has one, otherwise image. Rows with a back_mask are also scored inside and
+    outside the mask. A metric whose weights are not available is reported as such, and the others are still measured.
     """
     if sum(map(bool, (model.model, pictures, runs))) != 1:
         raise InputError(
-            "name one of --model, whose edits are scored, --pictures that are there, and --runs to compare"
+            "give exactly one of --model (to score its edits), --pictures (finished images) and --runs (to compare)"
         )
     if runs:
         others = given_options(edit, knobs, rows, metrics, replace(publish, title=PublishOptions.title), model, place)
-        check_alone("--runs", "compares validations that are there", [*others, *(["--seed"] if seed else [])])
+        check_alone("--runs", "compares finished validations", [*others, *(["--seed"] if seed else [])])
         compare(runs, publish, out)
         return
     if pictures:
         card = replace(publish, title=PublishOptions.title, wandb=None)
         others = given_options(edit, knobs, card, model, replace(place, device=None))
-        check_alone("--pictures", "scores what is there, without a model or an adapter", others)
+        check_alone("--pictures", "scores finished images without a model or an adapter", others)
     rows.check()
     check_names([metrics.rank_by], list(METRICS))
     card = publish.check(edit.adapter or [])
@@ -335,7 +367,7 @@ def check_alone(way: str, does: str, others: Sequence[str]) -> None:
     if others:
         raise InputError(f"{way} {does}: leave out {', '.join(others)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{way} is done by one process: launch several with --model alone")
+        raise InputError(f"{way} runs in one process: launch several processes only with --model")
 
 
 def compare(runs: list[Path], publish: PublishOptions, out: Path) -> None:
@@ -361,7 +393,7 @@ class Found:
 def score_pictures(
     pictures: list[Path], rows: RowOptions, metrics: MetricOptions, place: PlaceOptions, seed: int
 ) -> Found:
-    """Those of folders."""
+    """Scores the images of folders."""
     from eval.scores.methods import found_methods
 
     placement = place.place()
@@ -382,7 +414,7 @@ def score_edits(
     seed: int,
     folder: Path,
 ) -> Found | None:
-    """Those that a table of edits gives; None on other processes than the first."""
+    """Scores the results of a table of edits. None on all processes but the first."""
     from eval.scores.methods import Contest, edited_methods
     from eval.tables.engine import Engine, check_done
 

@@ -48,7 +48,7 @@ class Scene(_Record):
     mask: Tensor | None = None
 
     def take(self, places: Tensor) -> "Scene":
-        """Of the samples at these places of the batch, (B',)."""
+        """The scene of the samples at these places of the batch, (B',)."""
         white, mask = (None if each is None else each[places] for each in (self.sub_noise, self.mask))
         return Scene(self.source_latents[places], white, mask)
 
@@ -113,7 +113,7 @@ class Edit(_Record):
         sub_noise: latents of pure white at the target's size, (B, 16, h, w); None where nothing starts there.
         condition: instruction and references.
         negative: the same without the instruction, for classifier-free guidance, or None.
-        ids: of the rows, B strings.
+        ids: ids of the rows, B strings.
     """
 
     source_latents: Tensor | None

@@ -22,7 +22,7 @@ that pairs which hardly differ do not dominate."""
 
 
 SIGMA_PROBABILITIES = (0.55, 0.15, 0.15, 0.15)
-"""Of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is all there is when editing in one step."""
+"""Probabilities of sigma 1, 0.75, 0.5 and 0.25. The first step does most of the work, and is the only one in one-step edits."""
 
 
 class LatentBridgeMatchingLoss:
@@ -44,23 +44,25 @@ class LatentBridgeMatchingLoss:
     first step enters (1 - sigma) / sigma times, which is meant for discrete sigmas that stay away from 0.
 
     Args:
-        sigma: where to train; {1, 0.75, 0.5, 0.25} by default, the points that four, two and one step visit, with the
-            probabilities of `SIGMA_PROBABILITIES`.
+        sigma: distribution that sigma is drawn from in training. By default it is one of 1, 0.75, 0.5 and 0.25, the values
+            that sampling in one, two or four steps visits, with the probabilities 0.55, 0.15, 0.15 and 0.15.
         bridge_noise: scale of the bridge's noise, 0 or more.
-        prediction: what the velocity is, see `BridgePath`.
-        sub_prob: probability of the sub stream with `combine="choice"`; 0 trains the main stream alone and 1 the sub stream
-            alone, with `combine="sum"` too.
-        combine: "choice" draws one stream per sample and divides its loss by the probability: one forward, and the
-            expectation of "sum", which runs both for every sample.
-        main_weight, sub_weight: weights of the two streams in the loss, whichever way it is estimated.
-        rollout: probability that a sample with sigma < 1 starts from the sampler's state, in [0, 1].
-        normalise: divide a stream's error by the sample's own mean squared distance between start and target (at least
-            0.05), in which elements weigh as in the error: white is much farther from the target than the source is.
-        mask_weight: weight of elements that `batch.mask` marks as background; edited ones weigh 1.
-        preserve: share of the samples, in [0, 1), on which the base model without the adapter is the teacher for another
-            instruction (`data.preserve_prompts`), on its own path from noise, so that its other abilities stay. Such a
-            sample counts 1, whatever the streams' weights.
-        pixel: terms on the decoded predicted target, added to the latent error.
+        prediction: what the model predicts as velocity: "displacement" (start − target) or "drift" ((x − target) / sigma), which
+            allows more `bridge_noise`.
+        sub_prob: probability of the sub stream with `combine="choice"`. With 0 only the main stream is trained and with 1 only
+            the sub stream, also with `combine="sum"`.
+        combine: how the two streams are combined. "choice" draws one stream per sample and divides its loss by the stream's
+            probability: one forward pass, with the same expectation as "sum", which runs both streams for every sample.
+        main_weight: weight of the main stream, which starts from the source, in the loss.
+        sub_weight: weight of the sub stream, which starts from white, in the loss.
+        rollout: probability, in [0, 1], that a sample with sigma < 1 starts from the model's own first step, as in sampling.
+        normalise: divide each sample's error by the mean squared distance between its start and its target (at least 0.05),
+            weighted like the error. Otherwise the sub stream would dominate, because white is far from the target.
+        mask_weight: weight of the background in the loss, as marked by a row's `back_mask`. The edited area has weight 1.
+        preserve: share of the samples, in [0, 1), on which the adapter is trained to follow another instruction
+            (`data.preserve_prompts`) from noise as the base model does, so that the base model's other abilities are kept. Such
+            a sample has weight 1.
+        pixel: losses on the decoded prediction of the target, added to the latent loss.
         decode: needed with `pixel`.
 
     Raises:

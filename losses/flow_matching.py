@@ -43,11 +43,11 @@ class FlowMatchingLoss:
     It starts from noise, so that it trains text to image (samples without a source) too.
 
     Args:
-        sigma: where to train; Qwen's resolution shift of uniform draws by default.
-        weighting: of each sample by its sigma, e.g. `GaussianWeighting`; none by default.
-        mask_weight: weight of elements that `batch.mask` marks as background; edited ones weigh 1.
-        preserve: share of the samples, in [0, 1), on which the base model without the adapter is the teacher for another
-            instruction (`data.preserve_prompts`), so that its other abilities stay.
+        sigma: distribution that sigma is drawn from in training. By default it is uniform with Qwen's resolution shift.
+        weighting: weight of each sample by its sigma, such as `GaussianWeighting`. By default all weights are 1.
+        mask_weight: weight of the background in the loss, as marked by a row's `back_mask`. The edited area has weight 1.
+        preserve: share of the samples, in [0, 1), on which the adapter is trained to follow another instruction
+            (`data.preserve_prompts`) as the base model does, so that the base model's other abilities are kept.
     """
 
     objective = "flow"

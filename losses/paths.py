@@ -17,7 +17,7 @@ class PathSample:
     Attributes:
         latents: x at sigma, (B, C, h, w).
         velocity: the regression target, (B, C, h, w).
-        weight: of the sample's squared error, (B,).
+        weight: weight of the sample's squared error, (B,).
     """
 
     latents: Tensor

@@ -27,11 +27,11 @@ class Lesson:
     """What the samples of a batch are asked where some of them are drawn.
 
     Attributes:
-        places: of these in the batch, (B',); there may be none.
+        places: places of these in the batch, (B',); there may be none.
         latents: the points on the path, (B', C, h, w).
         sigma: (B',).
         velocity: the base model's answers, (B', C, h, w).
-        condition: of the whole batch, these with the other instruction.
+        condition: condition of the whole batch, these with the other instruction.
     """
 
     places: Tensor
@@ -57,7 +57,7 @@ class Preservation:
     """Draws the samples for which the base model teaches, and asks it.
 
     Args:
-        share: of all samples, in [0, 1); 0 for none, which costs nothing.
+        share: share of all samples, in [0, 1); 0 for none, which costs nothing.
 
     Raises:
         ValueError: it is out of its range.
@@ -88,7 +88,7 @@ class Preservation:
 
         Args:
             denoiser: with `without_adapter()`, a context in which it is the base model.
-            sampler: of positions on the path.
+            sampler: sampler of positions on the path.
 
         Raises:
             ValueError: the batch has no other instruction.

@@ -14,7 +14,7 @@ class SampleRandom:
     generator. The same purpose gives the same draw again.
 
     Args:
-        seed: of the run.
+        seed: random seed of the run.
         numbers: global sample numbers, B of them.
         step_size: samples of an optimizer step; step s has the numbers from s * step_size on.
         everywhere: the numbers that all ranks compute at the same time, these included; by default these alone.

@@ -62,7 +62,7 @@ class DiscreteSigma:
             raise ValueError(f"probabilities must be {len(values)} numbers of 0 or more, not all 0, got {weights}")
         self.values = torch.tensor(list(values))
         self.drawn = sorted({value for value, weight in zip(values, weights, strict=True) if weight > 0}, reverse=True)
-        """Those that may be drawn, the largest first."""
+        """The values that may be drawn, the largest first."""
         self.probabilities = torch.tensor(weights, dtype=torch.float64) / sum(weights)
 
     def __call__(self, generator: SampleRandom, num_tokens: int) -> Tensor:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Acceptance on real weights: checks the files, compares with diffusers, trains, resumes, edits, races DiffSynth; ends with a page.
+# Acceptance on real weights: checks the files, compares with diffusers, trains, resumes, edits, compares the speed with DiffSynth, writes a page.
 #
-#   bash scripts/accept.sh [MODEL]        2511 by default; 2509, a folder, a hub id; --help says more
+#   bash scripts/accept.sh [MODEL]        MODEL is 2511 (the default), 2509, a folder or a hub id; see --help
 #
-# NPROC: processes that train, one GPU each; by default 1.
+# NPROC: number of processes that train, with one GPU each; by default 1.
 set -euo pipefail
 exec python "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/acceptance/accept.py" "$@"

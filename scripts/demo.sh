@@ -3,10 +3,10 @@
 #
 #   bash scripts/demo.sh                                                        one seed: about 8 minutes on two cores
 #   DEMO_SEEDS=2 bash scripts/demo.sh                                           two seeds, as in the README's table
-#   DEMO_SELECTION=1 bash scripts/demo.sh optim.lr=3e-3                         where settings are chosen: on two training photographs
+#   DEMO_SELECTION=1 bash scripts/demo.sh optim.lr=3e-3                         to choose settings: validates on two training photographs
 #   DEMO_DIR=runs/quick DEMO_STEPS=2 DEMO_CROPS=8 bash scripts/demo.sh          the same, reduced
 #
-# Arguments are settings of both trainings, which run side by side with one thread each.
+# Arguments are passed to both trainings, which run side by side with one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

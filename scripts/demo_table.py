@@ -1,4 +1,4 @@
-"""The demo's table: what its evaluation measured, beside a fill and a round trip that train nothing, on the same rows.
+"""The demo's table: the scores of its evaluation, and on the same rows those of a fill and of a round trip without training.
 
 python scripts/demo_table.py --evaluation runs/demo/evaluation --model models/tiny
 """
@@ -89,7 +89,7 @@ def read_examples(dataset: str) -> Iterator[Example]:
 
 
 def score_fills(examples: Sequence[Example]) -> Scores:
-    """Of the harmonic fill of the known masks: means over the rows that have one."""
+    """Scores of the harmonic fill of the known masks: means over the rows that have one."""
     measured = []
     for example in examples:
         if example.background is not None:
@@ -100,7 +100,7 @@ def score_fills(examples: Sequence[Example]) -> Scores:
 
 
 def score_round_trips(examples: Sequence[Example], model: str) -> Scores:
-    """Of the targets through the VAE and back: what no edit that ends in its decoder can be expected to exceed."""
+    """Scores of the targets through the VAE and back: what no edit that ends in its decoder can be expected to exceed."""
     vae = load_vae(ModelDirectory.resolve(model), dtype=torch.float32)
     with torch.no_grad():
         trips = [vae.decode(vae.encode(example.target[None] * 2 - 1))[0] for example in examples]
@@ -108,12 +108,12 @@ def score_round_trips(examples: Sequence[Example], model: str) -> Scores:
 
 
 def score(example: Example, prediction: Tensor) -> Scores:
-    """Of a prediction for an example, (3, H, W) in about [0, 1]."""
+    """Scores of a prediction for an example, (3, H, W) in about [0, 1]."""
     return Pixels()(replace(example, prediction=prediction.clamp(0, 1)))
 
 
 def means(measured: Sequence[Scores]) -> Scores:
-    """Of each column, over the rows that have it."""
+    """Means of each column, over the rows that have it."""
     return {name: fmean(each[name] for each in measured if name in each) for name in COLUMNS}
 
 
@@ -122,8 +122,8 @@ def table(report: dict, fill: Scores, trip: Scores) -> list[str]:
 
     Args:
         report: content of an evaluation's `report.json`, whose adapters are called `lbm`, `flow`, `lbm-1`, `flow-1` and so on.
-        fill: of the harmonic fill.
-        trip: of the VAE's round trip.
+        fill: scores of the harmonic fill.
+        trip: scores of the VAE's round trip.
 
     Raises:
         InputError: the evaluation lacks one of the lines.
@@ -165,8 +165,10 @@ def _cell(value: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--evaluation", type=Path, default=Path("runs/demo/evaluation"), help="what eval/run.py wrote")
-    parser.add_argument("--model", default="models/tiny", help="the model directory, for its VAE")
+    parser.add_argument(
+        "--evaluation", type=Path, default=Path("runs/demo/evaluation"), help="Folder that eval/run.py wrote."
+    )
+    parser.add_argument("--model", default="models/tiny", help="Model folder whose VAE is used.")
     args = parser.parse_args()
     report = json.loads((args.evaluation / "report.json").read_text(encoding="utf-8"))
     examples = list(read_examples(report["settings"]["dataset"]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stream of Latent Bridge Matching that starts from white, by itself: products on white, from pairs that synth makes.
+# Trains only the stream of Latent Bridge Matching that starts from white: products on white, with pairs made by synth.
 #
 #   bash scripts/demo_white.sh                                                  about 3 minutes on two cores
 #   DEMO_DIR=runs/quick DEMO_STEPS=2 DEMO_PAIRS=1 bash scripts/demo_white.sh    the same, reduced

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the documentation as a site with a search, in outputs/docs/. A broken link or heading, or a page missing from
-# the menu, is an error. MkDocs gets an environment of its own: the project's is left as it is.
+# Builds the documentation as a website with a search, in outputs/docs/. A broken link or heading, or a page that is missing from
+# the menu, is an error. MkDocs gets its own environment, and the project's is not changed.
 #   bash scripts/docs.sh                # build
 #   bash scripts/docs.sh serve          # build, show at http://127.0.0.1:8000, and build again after each change
 set -euo pipefail

@@ -6,11 +6,11 @@
         --vary optim=adamw,prodigy --vary train.gradient_checkpointing=full,auto
     python scripts/gpu_smoke.py --size tiny --out runs/cpu_smoke
 
-Everything of phase 2 is what a run uses; nothing is downloaded, and no weights are on the disk. The first is the
-production recipe at 1024 x 1024 with one reference. Every combination of the values of all `--vary` is a run of its own, one
-after the other in this process, and what one held is freed before the next. Prints a table and writes OUT/smoke.json, whole
-after each run. The first step of a run, which compiles and fills caches, is shown by itself; all other seconds are medians of
-the later ones. Checkpoints are removed: nobody wants these weights.
+It uses the same code as a real run. Nothing is downloaded, and no weights are read from disk. The first command is the
+production recipe at 1024 x 1024 with one reference. Every combination of the `--vary` values is a separate run in this
+process, and its memory is freed before the next. It prints a table and writes OUT/smoke.json after each run. The first step of
+a run, which compiles and fills caches, is shown separately; all other times are medians of the later steps. The checkpoints
+are deleted.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.cache.encoding import Encoders
+from data_prep.cache.index import CacheHeader
 from data_prep.cache.writer import build_cache
 from data_prep.errors import BadPrompt, InputError, exit_codes
 from data_prep.files import write_text
@@ -65,9 +66,9 @@ SIZES = {
 
 
 Figures = dict[str, str | float]
-"""Of a run, by name."""
+"""Measurements of a run, by name."""
 PARTS = ("data", "forward", "backward", "optimizer")
-"""Of a step."""
+"""Parts of a step."""
 TABLE = ("s/step", *PARTS, "first step", "planned s", "planned GiB", "measured GiB", "GiB before")
 
 
@@ -91,7 +92,7 @@ class RandomModel(ModelDirectory):
     device: torch.device | str = "cpu"
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """Those of the component that `config.json` describes."""
+        """Shapes of the tensors of the component that `config.json` describes."""
         build = {"transformer": build_dit, "vae": build_vae, "text_encoder": build_text_encoder}[component]
         with torch.device("meta"):
             state = build(self.config(component)).state_dict()
@@ -136,12 +137,10 @@ def write_cache(config: Config, model: ModelDirectory, geometry: Geometry, folde
     width = model.config("transformer")["joint_attention_dim"]
     build_cache(
         read_rows(folder / "rows.json"),
-        geometry,
+        CacheHeader(model.fingerprint(*ENCODERS), geometry, encoder_dtype=config.model.dtype),
         lambda: Encoders(RandomVae(), RandomPrompts(width)),
         config.cache.dir,
-        fingerprint=model.fingerprint(*ENCODERS),
         rejected_path=folder / "rejected.jsonl",
-        encoder_dtype=getattr(torch, config.model.dtype),  # as training will ask for
     )
 
 
@@ -288,17 +287,17 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains a random transformer of the real size and checks the plan.")
     parser.add_argument(
-        "--size", choices=SIZES, default="full", help="of the transformer and the images (default full)"
+        "--size", choices=SIZES, default="full", help="Size of the transformer and the images (default full)."
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder to write to.")
     parser.add_argument(
         "--vary",
         action="append",
         default=[],
         metavar="key=value,…",
-        help="a run for each value; several times: for each combination",
+        help="Run once for each value. Repeatable: every combination is run.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of train/run.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Settings, as for train/run.py.")
     return parser.parse_intermixed_args()
 
 

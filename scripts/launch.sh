@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Starts train/run.py with accelerate on this machine and passes on what follows. The other launchers call it.
+# Starts train/run.py with accelerate on this machine and passes all arguments on to it. The other launchers call this script.
 #
 #   NPROC=4 bash scripts/launch.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine
 #
-# NPROC                     processes on this machine; by default one for each of its GPUs, or one without a GPU
-# WANDB_PROJECT, WANDB_NAME where Weights & Biases puts the run; by default `qwen-image` and the run's name
-# ACCELERATE_CONFIG         your own accelerate file: it then decides everything but what is set here
-# NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT   for several machines; scripts/slurm_multinode.sh sets them
+# NPROC                     number of processes on this machine; by default one per GPU, or one without a GPU
+# WANDB_PROJECT, WANDB_NAME project and name of the run in Weights & Biases; by default `qwen-image` and the run's name
+# ACCELERATE_CONFIG         your own accelerate file, which decides everything that is not set here
+# NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT   used for several machines; scripts/slurm_multinode.sh sets them
 #
-# SHUTDOWN_SECONDS          how long a training that was asked to stop may take to save; by default 600
+# SHUTDOWN_SECONDS          longest time that a training may take to save when it is stopped; by default 600
 #
-# SIGTERM, SIGUSR1 and Ctrl-C ask the training to save its last complete step and to stop; a second one kills it. The exit code
-# is then 128 and the signal's number, and the same command continues.
+# On SIGTERM, SIGUSR1 or Ctrl-C, the training saves its last complete step and stops. A second signal kills it. The exit code
+# is then 128 plus the signal's number, and the same command resumes the training.
 #
-# Paths mean what they mean in the folder you are in. The environment is the active one, else the repository's .venv,
-# else whichever has an `accelerate`, else the one that uv makes.
+# Paths are relative to the current folder. The environment is the active one, else the repository's .venv,
+# else that of an `accelerate` on the path, else the one that uv makes.
 set -euo pipefail
 scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 repo=$(dirname "$scripts")

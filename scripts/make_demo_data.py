@@ -1,14 +1,14 @@
-"""Cuts real photographs into pairs for two edits that only the instruction tells apart, and writes dataset files.
+"""Cuts real photographs into pairs for two edits that only the instruction distinguishes, and writes dataset files.
 
     python scripts/make_demo_data.py --out runs/demo/data [--train 300] [--validation 8] [--size 128] [--selection]
 
 Every source is a crop with a sticker on it. "remove the sticker" has the clean crop as its target and a mask of what
 must stay; "turn it into an old sepia print" keeps the sticker and changes every colour. Crops of the held-out photographs
-appear in validation.json alone. With --selection that file has crops of other photographs, two of those that are trained on
-without it: settings are chosen there, and the held-out photographs are not read.
+appear only in validation.json. With --selection, that file has crops of two training photographs instead, which are then not
+trained on: use it to choose settings. The held-out photographs are then not read.
 
-With --products N nothing is paired: it writes photographs and stickers, of each split apart, in the folders that
-`data_prep/run.py synth --recipes cutout` makes products on white of.
+With --products N, it makes no pairs but writes photographs and stickers for each split, in folders from which
+`data_prep/run.py synth --recipes cutout` makes products on white.
 """
 
 import argparse
@@ -103,19 +103,29 @@ def write_products(out: Path, splits: dict[str, list[Path]], number: int, size: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
-    parser.add_argument("--train", type=int, default=300, help="crops of the training photographs; two rows each")
-    parser.add_argument("--validation", type=int, default=8, help="crops of the held-out photographs; two rows each")
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=300,
+        help="Number of crops of the training photographs, each of which makes two rows.",
+    )
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=8,
+        help="Number of crops of the held-out photographs, each of which makes two rows.",
+    )
     parser.add_argument(
         "--selection",
         action="store_true",
-        help="keep two training photographs back, to choose settings on, as validation",
+        help="Hold two training photographs back as validation, to choose settings on.",
     )
     parser.add_argument(
         "--products",
         type=int,
-        help="write photographs and so many stickers, a quarter of them held out, instead of pairs",
+        help="Write photographs and this many stickers instead of pairs. A quarter is held out.",
     )
-    parser.add_argument("--size", type=int, default=128, help="pixels, a multiple of 32")
+    parser.add_argument("--size", type=int, default=128, help="Side of the images in pixels, a multiple of 32.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

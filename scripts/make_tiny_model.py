@@ -173,9 +173,16 @@ def write_random_transformer(folder: Path, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="what model=tiny reads")
-    parser.add_argument("--seed", type=int, default=0, help="of the random text encoder")
-    parser.add_argument("--random-transformer", action="store_true", help="instead of the trained one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("models/tiny"),
+        help="Folder to write, by default the one that model=tiny reads.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Random seed for the text encoder's weights.")
+    parser.add_argument(
+        "--random-transformer", action="store_true", help="Write a random transformer instead of the trained one."
+    )
     args = parser.parse_args()
 
     write_trained("vae", args.out / "vae")

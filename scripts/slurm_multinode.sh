@@ -10,14 +10,14 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #
-# One run over several machines of a Slurm cluster. Options of sbatch go before the script, overrides after it:
+# Trains on several machines of a Slurm cluster. Options for sbatch go before the script, settings of the training after it:
 #
 #   sbatch --nodes=4 --partition=gpu scripts/slurm_multinode.sh +exp=lbm_2511 data.dataset=pairs.json data.root=photos run_dir=runs/mine train.global_batch_size=32
 #
 # run_dir, the data, the model and this repository must be on a disk that all machines share. Ten minutes before the time
-# limit the training saves its last complete step, and the job goes back into the queue; started again, as after a failed
-# machine or a preemption, it continues from the newest checkpoint, because that is what the same command does. NPROC, WANDB_*
-# and more: scripts/launch.sh
+# limit, the training saves its last complete step, and the job is queued again. When it starts again, also after a failed
+# machine or a preemption, it resumes from the newest checkpoint. scripts/launch.sh explains NPROC, WANDB_* and the other
+# variables.
 set -euo pipefail
 : "${SLURM_JOB_ID:?start this with sbatch}" "${SLURM_JOB_NODELIST:?}" "${SLURM_NNODES:?}"
 
@@ -27,7 +27,7 @@ for repo in "${REPO:-}" "$(dirname "${submitted:-.}")/.." "${SLURM_SUBMIT_DIR:-.
   if [ -f "$repo/scripts/launch.sh" ]; then break; fi
 done
 [ -f "$repo/scripts/launch.sh" ] || {
-  echo "error: the repository is not found: submit from its folder, or set REPO=FOLDER" >&2
+  echo "error: the repository was not found: submit the job from its folder, or set REPO=FOLDER" >&2
   exit 2
 }
 
@@ -40,7 +40,7 @@ unset MACHINE_RANK                                  # every machine takes SLURM_
 requeue=
 # shellcheck disable=SC2329
 save() {
-  echo "the time limit is near: saving, then back into the queue" >&2
+  echo "the time limit is near: saving, then queueing the job again" >&2
   requeue=yes
   scancel --signal=USR1 "$SLURM_JOB_ID" || true # to launch.sh on every machine, not to this script
 }

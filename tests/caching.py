@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from data_prep.cache.encoding import Encoders
-from data_prep.cache.index import DatasetDigest, read_index
+from data_prep.cache.index import CacheHeader, DatasetDigest, read_index
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import CacheSummary, build_cache
 from data_prep.model.directory import ModelDirectory
@@ -87,13 +88,14 @@ def cache_dataset(dataset: Path, folder: Path, model_dir: Path, **options: Any) 
 
 def cache_rows(rows: Iterable[Row | RejectedRow], folder: Path, model_dir: Path, **options: Any) -> CacheSummary:
     """The same of rows."""
+    kept = {field.name for field in fields(CacheHeader)}
+    described = {name: options.pop(name) for name in kept & options.keys()}
+    computed = {"dtype": "float32", "encoder_dtype": described.get("dtype", "float32")}
     settings: dict[str, Any] = {
-        "fingerprint": "tiny",
+        "header": CacheHeader(**{"fingerprint": "tiny", "geometry": GEOMETRY, **computed, **described}),
         "rejected_path": folder.with_name(f"{folder.name}-rejected.jsonl"),
-        "dtype": torch.float32,
         "shard_size": 2,
         "workers": 2,
-        "geometry": GEOMETRY,
         "load_encoders": lambda: load_encoders(model_dir),
         **options,
     }

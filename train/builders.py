@@ -22,7 +22,7 @@ from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
-from train.config import Config, check_whole_blocks, to_yaml
+from train.config import Config, TrainConfig, check_whole_blocks, to_yaml
 from train.model.adapter import Adapter, attach_lokr, attach_lora
 from train.model.adapter_files import adapter_file, extra_file
 from train.model.adapter_reader import fused, linear_modules, read_adapter
@@ -34,6 +34,7 @@ from train.model.extra.modules import build_module, check_identity
 from train.model.extra.whole import mark_trained, trained_modules
 from train.model.offload import offloaded
 from train.model.quantize import check_weights, describe_products
+from train.optim import Optimizer
 from train.parallel.processes import Processes, check_launch
 from train.parallel.settings import check_settings, launched_settings, zero_settings
 from train.parallel.strategies import Parallel, Replicas, Zero2, Zero3, shard
@@ -59,7 +60,7 @@ def build(node: dict[str, Any], name: str, /, *positional: Any, **keywords: Any)
 def check_nodes(config: Config, model: ModelDirectory) -> None:
     """Builds what is cheap to build, so that a wrong argument is found before an hour of caching."""
     build_loss(config, lambda latents: latents)
-    build(config.optim, "optim", [nn.Parameter(torch.zeros(1))], num_steps=config.train.num_steps)
+    build_optimizer(config.optim, [nn.Parameter(torch.zeros(1))], config.train)
     resolve_zero_cond_t(config.model.zero_cond_t, model)
     if "train" in config.phases:
         check_weights(config.model.weights)
@@ -75,6 +76,12 @@ def check_nodes(config: Config, model: ModelDirectory) -> None:
     checked_group_size(settings.group_size, settings.micro_batch_size, math.prod(batch))
     if launched := launched_settings(os.environ):
         check_settings(launched, spread.stage, spread.offload, *batch, settings.max_grad_norm)
+
+
+def build_optimizer(node: dict[str, Any], parameters: list[nn.Parameter], settings: TrainConfig) -> Optimizer:
+    """The optimizer of an `optim` node. Raises `InputError` if it refuses its options, or that the run clips gradients."""
+    given = {"num_steps": settings.num_steps, "max_grad_norm": settings.max_grad_norm}
+    return build(node, "optim", parameters, **given)
 
 
 def check_adapters(config: Config, model: ModelDirectory) -> None:
@@ -113,7 +120,7 @@ def check_frozen(name: str, path: Path, linear: dict[str, nn.Linear], in_full: l
 
     Args:
         name: as the configuration has it.
-        path: of its file.
+        path: path of its file.
         linear: the transformer's linear modules.
         in_full: names of the modules that are trained in full.
         exported: `adapter.export_frozen`.
@@ -122,17 +129,20 @@ def check_frozen(name: str, path: Path, linear: dict[str, nn.Linear], in_full: l
         InputError: says which.
     """
     if extra_file(path):
-        raise InputError(f"adapter.frozen: {name} was trained with modules beside LoRA, which cannot lie under another")
+        raise InputError(
+            f"adapter.frozen: {name} was trained with modules beside LoRA, so it cannot be frozen under another adapter"
+        )
     inside = tuple(f"{module}." for module in in_full)
     for module, part in read_adapter(path, linear).items():
         if f"{module}.".startswith(inside):
             raise InputError(
-                f"adapter.frozen: {name} changes {module}, which adapter.train_modules trains in full: leave it out of one"
+                f"adapter.frozen: {name} changes {module}, which adapter.train_modules trains in full: remove it from one "
+                "of the two"
             )
         if exported and part.products:
             raise InputError(
-                f"{path} is a LoKr adapter, which adapter.export_frozen=true cannot put into a LoRA: leave that out, and "
-                "edit with both"
+                f"{path} is a LoKr adapter, which adapter.export_frozen=true cannot merge into a LoRA: leave that out, and "
+                "edit with both adapters"
             )
 
 
@@ -258,7 +268,7 @@ def build_checkpoints(config: Config, metadata: dict[str, str]) -> Checkpoints:
     """The run's checkpoints.
 
     Args:
-        metadata: of the exported adapters.
+        metadata: metadata of the exported adapters.
     """
     settings, folder = config.train, Path(config.run_dir) / CHECKPOINTS
     dtype = getattr(torch, config.model.dtype)

@@ -78,7 +78,6 @@ class Training:
     intervals: Intervals
     num_steps: int
     identity: dict[str, Any]
-    max_grad_norm: float | None = None
     stop: Callable[[], bool] = bool
     step: int = 0
     saved: int = 0
@@ -101,7 +100,7 @@ class Stopwatch:
         self.parts.append((name, start, _now()))
 
     def read(self) -> dict[str, float]:
-        """Of each part, and of the whole `step` until now, when all that was launched is done."""
+        """Seconds of each part, and of the whole `step` until now, after everything that was launched is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
@@ -129,8 +128,7 @@ def train(run: Training) -> bool:
     Raises:
         TrainingDiverged: a loss or gradient is not finite; names step, records and terms. Nothing is saved.
     """
-    processes, parameters = run.processes, run.adapter.parameters()
-    run.parallel.publish()
+    processes = run.processes
     if run.step == 0:
         validate(run)  # the untrained model; and whatever is wrong with the validation is found in the first minute
     while run.step < run.num_steps:
@@ -151,10 +149,9 @@ def train(run: Training) -> bool:
                 run.parallel.backward(micro.share * terms.loss.mean(), last=micro is micro_batches[-1])
             collected.append(terms)
         with watch.part("optimizer"):
-            grad_norm = gradient_norm(parameters, run.max_grad_norm)
+            grad_norm = run.optimizer.clip_gradients()
             check_finite(collected, grad_norm, run.step, [micro.batch.ids for micro in micro_batches])
-            run.optimizer.step(run.step)
-            run.parallel.publish()
+            run.parallel.step(run.optimizer, run.step)
         run.step += 1
 
         counted = [terms for micro, terms in zip(micro_batches, collected, strict=True) if micro.share]
@@ -190,8 +187,7 @@ def validate(run: Training) -> None:
     """Validates with the averaged weights. Once training has begun, a failure is shown and the run goes on."""
     if run.validate is None:
         return
-    with run.optimizer.averaged():
-        run.parallel.publish()
+    with run.parallel.averaged(run.optimizer):
         try:
             result = run.validate(run.parallel.denoiser, run.step)
         except Exception as error:
@@ -199,21 +195,12 @@ def validate(run: Training) -> None:
                 raise  # among several, a rank that failed by itself is out of step with the others
             result = None
             run.loggers.problem(f"the validation after step {run.step} failed: {type(error).__name__}: {error}")
-    run.parallel.publish()
     if result is not None:
         numbers = {f"validation/{name}": value for name, value in result.numbers.items()}
         run.loggers.log(run.step, numbers)
         run.loggers.images(run.step, result.images)
         if run.processes.is_main:
             run.checkpoints.judge(run.step, numbers)
-
-
-def gradient_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm of all gradients together, which are scaled down to `max_norm` if they exceed it."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: list[list[str]]) -> None:
@@ -228,7 +215,7 @@ def check_finite(collected: list[LossTerms], grad_norm: Tensor, step: int, ids: 
     shown = {name: [round(x, 4) for x in value.tolist()] for name, value in terms.logged.items()}
     raise TrainingDiverged(
         f"step {step + 1}: loss or gradient is not finite for the records {', '.join(guilty)}; terms {shown}. "
-        "Nothing was saved: resume from the last checkpoint with a smaller learning rate, or look at these records"
+        "Nothing was saved: resume from the last checkpoint with a smaller learning rate, or check these records"
     )
 
 

@@ -1,5 +1,6 @@
 """The phases of a run: planning, caching, training. What `train/run.py` does once the configuration is known."""
 
+import functools
 import os
 import shlex
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.cache.batches import BatchStream, checked_group_size
 from data_prep.cache.encoding import Encoders
-from data_prep.cache.index import DatasetDigest
+from data_prep.cache.index import CacheHeader, DatasetDigest
 from data_prep.cache.keys import check_files
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import build_cache
@@ -27,11 +28,11 @@ from data_prep.model.geometry import Geometry
 from data_prep.rows.rows import RejectedRow, Row
 from train.builders import (
     adapter_metadata,
-    build,
     build_checkpoints,
     build_loggers,
     build_loss,
     build_model,
+    build_optimizer,
     build_validation,
     check_nodes,
     lazy_decode,
@@ -39,12 +40,15 @@ from train.builders import (
 from train.config import Config, to_yaml
 from train.config.training_rows import configured_rows, dataset_names, preserved_prompts, validation_rows
 from train.loop import Intervals, Training, train
+from train.model.adapter import Adapter
+from train.optim import Optimizer
 from train.parallel.processes import Processes
 from train.parallel.stopping import StopRequest
+from train.parallel.strategies import Parallel
 from train.plan.gpus import find_gpu
 from train.plan.plan import Plan, dataset_sizes, make_plan
 from train.plan.planner import apply, geometry_of
-from train.record.checkpoint import read_run
+from train.record.checkpoint import Checkpoint, read_run
 from train.record.lock import locked
 from train.record.loggers import STOPPED, Loggers
 from train.record.provenance import provenance
@@ -77,7 +81,7 @@ def read_split(
     kept = [row for row in held_out if isinstance(row, RejectedRow) or row.edit_image]
     if len(kept) < len(held_out):
         say(
-            f"validation: {len(held_out) - len(kept)} rows without edit_image are left out, for there is nothing to edit"
+            f"validation: {len(held_out) - len(kept)} rows without edit_image are left out, because they have no image to edit"
         )
     return training, kept
 
@@ -122,20 +126,22 @@ def cache_phase(
             continue
         summary = build_cache(
             rows,
-            geometry,
+            CacheHeader(
+                model.fingerprint(*ENCODERS),
+                geometry,
+                encoder_dtype=config.model.dtype,
+                caption_dropout=split == "train" and config.data.caption_dropout > 0,
+                negative=split == "validation",
+                preserve=preserved_prompts(config) if split == "train" else (),
+            ),
             load_encoders,
             config.cache.dir,
-            fingerprint=model.fingerprint(*ENCODERS),
             name=f"{(split == 'validation' and config.data.validation) or dataset_names(config)} ({split})",
             rejected_path=Path(config.run_dir)
             / ("rejected.jsonl" if split == "train" else "rejected_validation.jsonl"),
-            encoder_dtype=dtype,
             batch_size=config.cache.batch_size,
             shard_size=config.cache.shard_size,
             workers=config.cache.workers,
-            caption_dropout=split == "train" and config.data.caption_dropout > 0,
-            negative=split == "validation",
-            preserve=preserved_prompts(config) if split == "train" else (),
             on_error=config.data.on_error,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -145,7 +151,9 @@ def cache_phase(
         )
         weighted = split == "train" and any(each.weight for each in config.data.datasets)
         lost = rejected_share(rows, summary.rejected) if weighted else 0.0
-        of_draws = f"; the rejected rows had {lost:.3g} of the draws, which all others share" if lost else ""
+        of_draws = (
+            f"; the rejected rows had {lost:.3g} of the draws, which are now divided among all others" if lost else ""
+        )
         processes.say(f"{split}: {summary}{of_draws}")
 
 
@@ -159,14 +167,9 @@ def rejected_share(rows: Sequence[Row | RejectedRow], rejected: Sequence[Rejecte
 
 def plan_run(config: Config, model: ModelDirectory, world_size: int) -> Plan:
     """What the run will need, from sizes alone: nothing is loaded."""
-
-    def build_optimizer(node: dict[str, Any], parameters: list[nn.Parameter]) -> Any:
-        return build(node, "optim", parameters, num_steps=config.train.num_steps)
-
-    gpu = find_gpu(config.plan.gpu)
-    return make_plan(
-        config, model, dataset_sizes(config, model), config.plan.world_size or world_size, gpu, build_optimizer
-    )
+    gpu, planned = find_gpu(config.plan.gpu), config.plan.world_size or world_size
+    optimizer = functools.partial(build_optimizer, settings=config.train)
+    return make_plan(config, model, dataset_sizes(config, model), planned, gpu, optimizer)
 
 
 def train_phase(
@@ -185,32 +188,9 @@ def train_phase(
     Returns:
         The exit code: 0 if the training is complete, 1 if something beside it failed, else what `StopRequest` says.
     """
-    run_dir, dtype, settings = Path(config.run_dir), getattr(torch, config.model.dtype), config.train
-    fingerprint = model.fingerprint(*ENCODERS)
+    run_dir, dtype = Path(config.run_dir), getattr(torch, config.model.dtype)
     training, held_out = processes.gather(dataset_digests(config) if processes.is_main else None)[0]
-    reader = CacheReader(
-        config.cache.dir,
-        training,
-        fingerprint=fingerprint,
-        geometry=geometry,
-        caption_dropout=config.data.caption_dropout > 0,
-        encoder_dtype=config.model.dtype,
-        preserve=preserved_prompts(config),
-    )
-    if processes.is_main and "cache" not in config.phases:
-        check_files(reader, config.cache.workers)
-    stream = BatchStream(
-        reader,
-        seed=config.seed,
-        global_batch_size=global_batch_size(config, processes.world_size),
-        micro_batch_size=settings.micro_batch_size,
-        group_size=settings.group_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        caption_dropout=config.data.caption_dropout,
-        preserve=preserved_prompts(config),
-    )
-    processes.say(f"batches: {stream}")
+    stream = open_stream(config, model, geometry, processes, training)
     decode = lazy_decode(model, processes.device, dtype)
     loss = build_loss(config, decode)
     checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry))
@@ -220,27 +200,20 @@ def train_phase(
         check_settings(config, checkpoint.path)
         check_identity(checkpoint.path, checkpoint.run, identity)
     first_step = checkpoint.step if checkpoint else 0
-    if first_step >= settings.num_steps:
-        processes.say(f"{run_dir} has its {settings.num_steps} steps: nothing to train")
+    if first_step >= config.train.num_steps:
+        processes.say(f"{run_dir} already has all {config.train.num_steps} steps: nothing is left to train")
         return 0
 
     # whatever may fail in a second comes before the weights are read
-    validate = held_out_validation(config, held_out, fingerprint, geometry, decode, processes)
+    validate = held_out_validation(config, held_out, model, geometry, decode, processes)
     if processes.is_main:
         write_text(run_dir / "config.yaml", to_yaml(config))
-    record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
+    record = provenance(processes.world_size) | {"data": identity["data"], "cache": model.fingerprint(*ENCODERS)}
     states = continued_states(checkpoint, checkpoints)
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
     with request or StopRequest() as request, closing(stream), loggers:
         decided = processes.gather(plan and plan.decided)[0]
-        if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
-            processes.say("parallel=zero3 has nothing to share out on one process: training as parallel=single")
-        start = {"adapter.init_from": None} if checkpoint else {}
-        adapter, parallel = build_model(apply(config, decided | start), model, processes)
-        optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=settings.num_steps)
-        if checkpoint:
-            checkpoint.restore(adapter, optimizer)
-            processes.say(f"continuing from {checkpoint.path}")
+        adapter, parallel, optimizer = build_trained(config, decided, model, processes, checkpoint)
         checkpoint = None  # its tensors are in the optimizer now
         run = Training(
             processes,
@@ -252,10 +225,9 @@ def train_phase(
             checkpoints,
             loggers,
             validate,
-            Intervals(settings.save_every, settings.validate_every, settings.save_minutes),
-            settings.num_steps,
+            Intervals(config.train.save_every, config.train.validate_every, config.train.save_minutes),
+            config.train.num_steps,
             identity,
-            settings.max_grad_norm,
             lambda: bool(request.reason),
             step=first_step,
             saved=first_step,
@@ -277,6 +249,66 @@ def train_phase(
     return 1 if loggers.problems else 0
 
 
+def open_stream(
+    config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, dataset: str
+) -> BatchStream:
+    """The batches of the training rows, from the cache.
+
+    Args:
+        dataset: the digest of the training rows.
+
+    Raises:
+        InputError: the cache does not hold them as configured; or their files changed since, where no phase looked.
+    """
+    reader = CacheReader(
+        config.cache.dir,
+        dataset,
+        fingerprint=model.fingerprint(*ENCODERS),
+        geometry=geometry,
+        caption_dropout=config.data.caption_dropout > 0,
+        encoder_dtype=config.model.dtype,
+        preserve=preserved_prompts(config),
+    )
+    if processes.is_main and "cache" not in config.phases:
+        check_files(reader, config.cache.workers)
+    stream = BatchStream(
+        reader,
+        seed=config.seed,
+        global_batch_size=global_batch_size(config, processes.world_size),
+        micro_batch_size=config.train.micro_batch_size,
+        group_size=config.train.group_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        caption_dropout=config.data.caption_dropout,
+        preserve=preserved_prompts(config),
+    )
+    processes.say(f"batches: {stream}")
+    return stream
+
+
+def build_trained(
+    config: Config,
+    decided: dict[str, Any],
+    model: ModelDirectory,
+    processes: Processes,
+    checkpoint: Checkpoint | None,
+) -> tuple[Adapter, Parallel, Optimizer]:
+    """The adapter on its model and the optimizer of its weights, as the checkpoint has them, if there is one.
+
+    Args:
+        decided: what the plan chose for the settings that are `auto`.
+    """
+    if (decided["parallel.strategy"], config.parallel.strategy) == ("single", "zero3"):
+        processes.say("parallel=zero3 has nothing to shard on one process: training as parallel=single")
+    start = {"adapter.init_from": None} if checkpoint else {}
+    adapter, parallel = build_model(apply(config, decided | start), model, processes)
+    optimizer = build_optimizer(config.optim, adapter.parameters(), config.train)
+    if checkpoint:
+        checkpoint.restore(adapter, optimizer)
+        processes.say(f"resuming from {checkpoint.path}")
+    return adapter, parallel, optimizer
+
+
 def global_batch_size(config: Config, world_size: int) -> int:
     """Samples per optimizer step over all processes."""
     return config.train.micro_batch_size * config.train.accumulation(world_size) * world_size
@@ -292,7 +324,7 @@ def known_identity(config: Config, model: ModelDirectory, world_size: int) -> di
 def held_out_validation(
     config: Config,
     dataset: str | None,
-    fingerprint: str,
+    model: ModelDirectory,
     geometry: Geometry,
     decode: Callable[[Tensor], Tensor],
     processes: Processes,
@@ -302,13 +334,13 @@ def held_out_validation(
         return None
     if dataset is None:
         processes.say(
-            f"no validation: data.validation is not set and no row has split=validation and a source{other_splits(config)}"
+            f"no validation: data.validation is not set, and no row with a source has split=validation{other_splits(config)}"
         )
         return None
     held_out = CacheReader(
         config.cache.dir,
         dataset,
-        fingerprint=fingerprint,
+        fingerprint=model.fingerprint(*ENCODERS),
         geometry=geometry,
         negative=True,
         encoder_dtype=config.model.dtype,
@@ -319,10 +351,10 @@ def held_out_validation(
 
 
 def other_splits(config: Config) -> str:
-    """Of rows that are for neither training nor validation, how many there are and what their splits are called."""
+    """How many rows are for neither training nor validation, and what their splits are called."""
     found = Counter(row.split for row in configured_rows(config) if isinstance(row, Row))
     others = ", ".join(f"{found[name]} have split={name}" for name in found if name not in ("train", "validation"))
-    return f" ({others}, which is left alone: is it meant for validation?)" if others else ""
+    return f" ({others}, which is not used: is it meant for validation?)" if others else ""
 
 
 def where(run: Training, run_dir: Path) -> str:
@@ -335,16 +367,16 @@ def to_continue(run: Training, run_dir: Path) -> str:
     """From what, and with which command."""
     start = f"from {run_dir / CHECKPOINTS}/step-{run.saved:06d}" if run.saved else "from the beginning"
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    return f"the same command continues {start}: {launcher} {shlex.join(sys.argv)}"
+    return f"the same command resumes {start}: {launcher} {shlex.join(sys.argv)}"
 
 
 def check_folder(key: str, folder: Path) -> None:
     """Raises `InputError` if the folder neither exists nor can be made, before anything that takes long."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise InputError(f"{key}={folder} cannot be a folder, since {there} is a file: choose another")
+        raise InputError(f"{key}={folder} cannot be a folder, because {there} is a file: choose another")
     if not os.access(there, os.W_OK):
-        raise InputError(f"{key}={folder} cannot be written, since {there} is not yours to write: choose another")
+        raise InputError(f"{key}={folder} cannot be written, because you may not write to {there}: choose another")
 
 
 def run(config: Config) -> int:
@@ -375,13 +407,17 @@ def run(config: Config) -> int:
         plan = plan_run(config, model, processes.world_size)
         print(plan.render(), file=sys.stdout if config.phases == ["plan"] else sys.stderr, flush=True)
         if config.phases == ["plan"] and not plan.fits:
-            raise InputError(f"the plan of {config.name} does not fit {plan.gpu.name}: change what it suggests")
+            raise InputError(
+                f"{config.name} does not fit {plan.gpu.name}: use one of the settings that the plan suggests"
+            )
     exit_code = 0
     with locked(Path(config.run_dir)) if "train" in config.phases and processes.is_main else nullcontext():
         if "cache" in config.phases:
             cache_phase(config, model, geometry, processes, newest)
         if "train" in config.phases and processes.any(bool(request.reason)):
-            processes.say(f"stopped by {request.reason or 'another rank'} after caching: the same command trains")
+            processes.say(
+                f"stopped by {request.reason or 'another rank'} after caching: run the same command again to train"
+            )
             exit_code = request.exit_code
         elif "train" in config.phases:
             if torch.cuda.is_available():  # what phase 1 needed is free again

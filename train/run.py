@@ -26,23 +26,30 @@ def parse_arguments() -> argparse.Namespace:
     experiments = "\n".join(f"  {name:12} {line}" for name, line in lines.items())
     parser = argparse.ArgumentParser(
         usage="accelerate launch train/run.py +exp=NAME [key=value …]",
-        description="Caches a dataset and trains a LoRA on it. To continue a stopped run, give the same command again.",
+        description="Caches a dataset and trains a LoRA on it. To resume a stopped run, give the same command again.",
         epilog=f"experiments:\n{experiments}\n\nkeys and their meaning: --keys, or docs/configuration.md; groups: configs/",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.dataset=pairs.json train.num_steps=500"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Settings, such as data.dataset=pairs.json train.num_steps=500.",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--keys", metavar="WORD", nargs="?", const="", help="print the keys that have this word in them and exit"
+        "--keys",
+        metavar="WORD",
+        nargs="?",
+        const="",
+        help="Print the keys whose name or meaning contains WORD, and exit.",
     )
-    instead.add_argument("--cfg", action="store_true", help="print the resolved configuration and exit")
+    instead.add_argument("--cfg", action="store_true", help="Print the resolved configuration and exit.")
     instead.add_argument(
         "-m",
         "--multirun",
         action="store_true",
-        help="a run for every combination of values, e.g. python train/run.py -m +exp=NAME adapter.rank=16,64",
+        help="Run every combination of values, such as python train/run.py -m +exp=NAME adapter.rank=16,64.",
     )
     return parser.parse_intermixed_args()
 

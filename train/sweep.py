@@ -36,7 +36,7 @@ from train.record.run_summary import as_table
 
 ROOT = CONFIGS.parent
 MOST_COLUMNS = 400
-"""Of the table at the end: a path that is broken into lines cannot be pasted."""
+"""Width of the table at the end: a path that is broken into lines cannot be pasted."""
 LONGEST_NAME = 120
 """Characters of a folder's name, of the 255 that file systems take."""
 
@@ -82,7 +82,7 @@ class Sweep:
 
     @property
     def launcher(self) -> str:
-        """Of Hydra's launchers, the one that starts the jobs."""
+        """The launcher of Hydra that starts the jobs."""
         chosen = [str(each.value()) for each in self.hydra if each.key_or_group == "hydra/launcher"]
         return chosen[-1] if chosen else "basic"
 

@@ -22,7 +22,7 @@ from data_prep.rows.tables import COLUMNS, BadRow, RawRow, read_file
 
 
 def command(
-    table: Annotated[Path, typer.Option(help="A .csv, .tsv, .jsonl, .json or .parquet file.")],
+    table: Annotated[Path, typer.Option(help="Table of paths: a .csv, .tsv, .jsonl, .json or .parquet file.")],
     out: Out,
     root: Annotated[
         Path | None, typer.Option(help="Folder that relative paths start from.", show_default="the table's folder")
@@ -35,13 +35,13 @@ def command(
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """A CSV, TSV, JSONL, JSON or Parquet file of paths becomes a dataset, whatever its columns are called.
+    """Makes a dataset from a CSV, TSV, JSONL, JSON or Parquet file of paths, whatever its columns are called.
 
     --column NAME=COLUMN says which column is the dataset's image (target), edit_image (source), prompt, back_mask, ref_gt,
-    negative_prompt, bridge_image, split, tag, group, weight or id; columns of these names need no --column. Several --column
-    edit_image=… are several sources, of which the second and third may be empty; several --column id=… are joined by "-".
-    --prompt or --templates make instructions from {COLUMN} fields instead.
-    Pictures stay where they are. Each is decoded once, so that every row of the dataset can be used.
+    negative_prompt, bridge_image, split, tag, group, weight or id. Columns that already have these names need no --column.
+    Give --column edit_image=… up to three times for several sources, of which the second and third may be empty. Several
+    --column id=… are joined by "-". --prompt or --templates make the instructions from {COLUMN} fields instead.
+    Images stay where they are. Each is decoded once, so that every row of the dataset can be used.
 
     python data_prep/run.py table --table edits.csv --out data --column image=after --column edit_image=before
     --prompt "Remove the {object}"

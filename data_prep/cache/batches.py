@@ -29,7 +29,7 @@ class MicroBatch:
     random: SampleRandom
     """The draws of its samples, by their global numbers."""
     share: float
-    """Of the step's loss, which is the mean over all its samples: this micro-batch's samples over those of the global batch.
+    """Share of the step's loss (the mean over all its samples): this micro-batch's samples over those of the global batch.
     The shares of all ranks add up to 1. It is 0 for a micro-batch that is another rank's, repeated to keep pace."""
 
 
@@ -38,9 +38,9 @@ class _Piece:
     """A part of a group."""
 
     indices: list[int]
-    """Of the records."""
+    """Indices of the records."""
     numbers: range
-    """Of the samples."""
+    """Numbers of the samples in the run."""
 
 
 class BatchStream:
@@ -63,7 +63,7 @@ class BatchStream:
 
         Args:
             reader: the cache.
-            seed: of the run.
+            seed: random seed of the run.
             global_batch_size: places of an optimizer step, over all ranks and accumulation steps.
             micro_batch_size: samples of one forward pass.
             group_size: places that are filled from one bucket; the micro-batch by default.
@@ -103,8 +103,8 @@ class BatchStream:
             ", by weight" if order.rates is not None else ""
         )
         return (
-            f"{order.num_records} records in {buckets}: {epoch:.4g} steps an "
-            f"epoch, each of {self.global_batch_size} places in groups of {self.group_size} from one bucket; "
+            f"{order.num_records} records in {buckets}: {epoch:.4g} steps per "
+            f"epoch, each with {self.global_batch_size} places in groups of {self.group_size} from one bucket; "
             f"{order.empty_share:.1%} of the places stay empty"
         )
 

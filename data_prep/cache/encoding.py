@@ -150,7 +150,7 @@ def encode_rows(prepared: Sequence[PreparedRow], encoders: Encoders, dtype: torc
 
     Args:
         dtype: what tensors are stored as.
-        batch_size: of instructions too, where the text encoder takes several at once.
+        batch_size: also for instructions, if the text encoder takes several at once.
     """
     encoded = Encoded([], [], {})
     requests = {

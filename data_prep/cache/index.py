@@ -32,7 +32,7 @@ SCHEMA_VERSION = 2
 LOCATION = pa.struct([("shard", pa.string()), ("place", pa.int32())])
 LATER = ("weight", "max_pixels", "augmentation")
 DEFAULTS = {item.name: item.default for item in fields(Row)}
-"""Of a row; the fields in `LATER` are younger than the datasets' digests."""
+"""Default values of a row's fields. The fields in `LATER` are younger than the datasets' digests."""
 PROMPTS = ("prompt", "empty_prompt", "negative_prompt", "preserve_prompt")
 """Columns of the index that say where embeddings are."""
 INDEX_SCHEMA = pa.schema(
@@ -59,13 +59,13 @@ class CacheHeader:
     """All that a record depends on besides its own row. Another header is another index."""
 
     fingerprint: str
-    """Of the weights and settings of the VAE and the text encoder."""
+    """Fingerprint of the weights and settings of the VAE and the text encoder."""
     geometry: Geometry
-    dtype: str
-    """What tensors are stored as, e.g. `bfloat16`."""
-    caption_dropout: bool
+    dtype: str = "bfloat16"
+    """What tensors are stored as."""
+    caption_dropout: bool = False
     """Whether records have `empty_prompt_emb`."""
-    negative: bool
+    negative: bool = False
     """Whether records have `negative_prompt_emb`."""
     schema_version: int = SCHEMA_VERSION
     encoder_dtype: str = ""
@@ -142,7 +142,7 @@ class Index(NamedTuple):
     path: Path
     header: CacheHeader
     name: str
-    """Of the dataset, for people."""
+    """Name of the dataset, for people."""
     sizes: dict[str, int]
     """Bytes of every file of records that its lines name, by `latents/<hash>.arrow`."""
     failures: dict[str, list[Any]]
@@ -237,7 +237,7 @@ def read_index(path: Path) -> Index:
 
 
 class Indexes(NamedTuple):
-    """Those of a folder, by whether they can be read. One that vanishes meanwhile is none of them."""
+    """The indexes of a folder that can be read, and those that cannot. An index that vanishes meanwhile is neither."""
 
     readable: list[Index]
     unreadable: dict[Path, UnreadableIndex]

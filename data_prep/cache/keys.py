@@ -50,11 +50,11 @@ class KeyedRow:
 
     row: Row
     key: str
-    """Of all of it."""
+    """Key of the whole record."""
     latents: str
-    """Of its images' latents and its mask."""
+    """Key of its images' latents and its mask."""
     texts: dict[str, str]
-    """Of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, …"""
+    """Key of the embedding of each of its prompts, by the index's column: `prompt`, `empty_prompt`, …"""
 
 
 def key_rows(
@@ -129,7 +129,7 @@ def check_files(reader: CacheReader, workers: int = 8) -> None:
     cannot contradict its record.
 
     Args:
-        reader: of the dataset.
+        reader: cache reader of the dataset.
         workers: threads that look at files.
 
     Raises:
@@ -152,8 +152,8 @@ def check_files(reader: CacheReader, workers: int = 8) -> None:
     digests.save(digests.new)
     if found:
         raise InputError(
-            f"row {found[0].number} ({found[0].image}) has other pictures now than in the cache at {reader.folder.path}, as "
-            f"{len(found)} of {len(reader)} rows have: {BUILD}"
+            f"the images of {len(found)} of {len(reader)} rows have changed since they were cached at {reader.folder.path}, "
+            f"the first is row {found[0].number} ({found[0].image}): {BUILD}"
         )
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from data_prep.errors import InputError
 
 ORDER_VERSION = 2
-"""Of the order and of all draws of a sample. A checkpoint remembers it: a run of another version cannot be continued exactly."""
+"""Version of the order and of all draws. Checkpoints record it: a run of another version cannot be resumed exactly."""
 MOST_OFTEN = 0.5
 """Draws an epoch of the records with the greatest weight: at 1/2 and below, every draw has a whole epoch to be in."""
 LARGEST_RATIO = 1e6
-"""Of two weights."""
+"""Largest ratio of two weights."""
 ROUNDING = 1e-9
 """By how much a multiple of a weight may miss the whole number that it is."""
 PROBED = 8
@@ -39,7 +39,7 @@ class Epoch:
     records: np.ndarray
     """Bucket after bucket, each bucket shuffled."""
     first_record: np.ndarray
-    """Of each bucket, and the number of all."""
+    """Number of the first record of each bucket, and the number of all records."""
     first_group: np.ndarray
     """The same of the groups."""
     shuffled: np.ndarray
@@ -57,10 +57,10 @@ class Order:
 
     Args:
         buckets: bucket -> indices of its records; the order of the mapping does not matter.
-        seed: of the run.
+        seed: random seed of the run.
         group_size: records of a group. The last one of each bucket may have fewer; none is empty.
-        groups_per_step: of one optimizer step, over all ranks and accumulation steps.
-        weights: of all records, by index, each above 0; None: all the same.
+        groups_per_step: number of groups of one optimizer step, over all ranks and accumulation steps.
+        weights: weights of all records, by index, each above 0; None: all the same.
 
     Raises:
         InputError: a weight is more than a million times another.
@@ -78,7 +78,7 @@ class Order:
         self.names = sorted(buckets)
         self._members = [np.asarray(buckets[name]) for name in self.names]
         self.num_records = sum(map(len, self._members))
-        """Of all buckets."""
+        """The records of all buckets."""
         self.rates = draws_per_epoch(weights)
         """Draws of each record in an epoch, by index; None: one of each."""
         self._ends = np.zeros(1, np.int64)  # the groups of all epochs before each, as far as they were asked for
@@ -92,7 +92,7 @@ class Order:
 
     @property
     def empty_share(self) -> float:
-        """Of the places of all groups, those without a record."""
+        """Share of the places of all groups that have no record."""
         drawn = [self._drawn(epoch) for epoch in range(1 if self.rates is None else PROBED)]
         places = self.group_size * sum(self._num_groups(members).sum() for members in drawn)
         return float(1 - sum(len(each) for members in drawn for each in members) / places)
@@ -172,7 +172,7 @@ def draws_per_epoch(weights: np.ndarray | None) -> np.ndarray | None:
         return None
     if weights.max() > LARGEST_RATIO * weights.min():
         raise InputError(
-            f"the weights of two rows are {weights.min():g} and {weights.max():g}, more than a million times as much: look at "
+            f"the weights of two rows are {weights.min():g} and {weights.max():g}, more than a million times as much: check "
             "the column weight, and at weight, repeats and resolutions of data.dataset"
         )
     return MOST_OFTEN * weights / weights.max()

@@ -49,7 +49,7 @@ def write_arrow(path: Path, values: Iterable[dict[str, Any]], schema: pa.Schema,
     """Writes rows of plain values atomically.
 
     Args:
-        batch_rows: of a record batch, which is all that is in memory at once; None: one batch.
+        batch_rows: number of rows of a record batch, which is all that is in memory at once; None: one batch.
     """
     values = iter(values)
     batches = iter(lambda: list(itertools.islice(values, batch_rows)), []) if batch_rows else iter([list(values)])

@@ -25,7 +25,7 @@ TOKENS_PER_IMAGE, TOKENS_PER_ROW, BYTES_PER_TOKEN = 7, 5, 3
 """The edit template's own words, after its 64 dropped tokens, and UTF-8 bytes of a prompt per token (English has about
 4, Chinese 3 to 5)."""
 VALUES_PER_TOKEN = 64
-"""Of an image's latents: 16 channels, 2 x 2 cells."""
+"""Numbers per token of an image's latents: 16 channels, 2 x 2 cells."""
 TURNED = range(5, 9)
 """EXIF orientations that swap height and width."""
 
@@ -64,13 +64,13 @@ class Bucket:
     target: Size
     references: tuple[Size, ...]
     text_tokens: int
-    """Of the row with the longest text."""
+    """Text tokens of the row with the longest text."""
     share: float
-    """Of all draws, in (0, 1]: of the rows, where all are drawn alike."""
+    """Share of all draws, in (0, 1]; the share of the rows if all are drawn equally often."""
 
     @property
     def image_tokens(self) -> int:
-        """Of the target and all references."""
+        """Tokens of the target and all references."""
         return num_tokens(self.target) + sum(map(num_tokens, self.references))
 
     @property
@@ -124,9 +124,9 @@ def record_bytes(latent_tokens: int, text_tokens: int, text_width: int, num_prom
     """What a cached record takes on disk, in 16 bits a value.
 
     Args:
-        latent_tokens: of the target, the references, and the source where none of these is of the target's size.
+        latent_tokens: latent tokens of the target, the references, and the source where none of these is of the target's size.
         text_tokens: length of the prompt embeddings.
-        text_width: of the text encoder's hidden states.
+        text_width: width of the text encoder's hidden states.
         num_prompts: embeddings per row: one more with caption dropout, and one more where instructions are preserved.
     """
     return 2 * (latent_tokens * VALUES_PER_TOKEN + num_prompts * text_tokens * text_width)
@@ -207,7 +207,7 @@ def estimated_sizes(
     sample = _sample(usable, limit)
     sizes = [size for row in sample if (size := _row_size(row, geometry, vision_side, preserve))]
     if not sizes:
-        raise InputError(f"the images of none of {len(sample)} rows can be read: look at data.dataset and data.root")
+        raise InputError(f"none of the images of {len(sample)} rows can be read: check data.dataset and data.root")
     looked = f"{len(sizes)} of {len(usable)} rows" if len(sizes) != len(usable) else f"{len(sizes)} rows"
     return DatasetSizes(tuple(sizes), len(usable), f"the image headers of {looked}; text lengths estimated")
 
@@ -242,7 +242,7 @@ def _cropped(size: Size, side: float) -> Size:
 
 
 def estimated_tokens(text: str) -> int:
-    """Of an instruction, where no tokenizer is at hand."""
+    """Estimated tokens of an instruction, without a tokenizer."""
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 

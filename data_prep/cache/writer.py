@@ -29,7 +29,6 @@ import torch
 from data_prep.cache.digests import FileDigests
 from data_prep.cache.encoding import Encoders, Lacking, PreparedRow, encode_rows, encode_white, prepare_row
 from data_prep.cache.index import (
-    SCHEMA_VERSION,
     CacheFolder,
     CacheHeader,
     DatasetDigest,
@@ -52,7 +51,7 @@ from data_prep.errors import InputError
 from data_prep.files import remove_leftovers, write_text
 from data_prep.jobs.prefetch import ahead
 from data_prep.jobs.progress import progress
-from data_prep.model.geometry import Geometry, Size
+from data_prep.model.geometry import Size
 from data_prep.rows.rows import RejectedRow, Row
 
 BUILDING = ".building"
@@ -80,20 +79,14 @@ class CacheSummary:
 
 def build_cache(
     rows: Iterable[Row | RejectedRow],
-    geometry: Geometry,
+    header: CacheHeader,
     load_encoders: Callable[[], Encoders],
     folder: str | Path,
     *,
-    fingerprint: str,
     rejected_path: str | Path,
     name: str = "",
-    dtype: torch.dtype = torch.bfloat16,
-    encoder_dtype: torch.dtype | None = None,
     batch_size: int = 4,
     shard_size: int = 64,
-    caption_dropout: bool = False,
-    negative: bool = False,
-    preserve: Sequence[str] = (),
     on_error: Literal["raise", "skip"] = "raise",
     rank: int = 0,
     world_size: int = 1,
@@ -106,23 +99,16 @@ def build_cache(
 
     Args:
         rows: from `read_rows`; the rejected ones are reported with those that fail here.
-        geometry: sizes of everything.
+        header: sizes, encoders and number types of all records, and which embeddings they have. `encoder_dtype` must be set.
         load_encoders: called once, and only if this rank has something to encode.
         folder: on a disk that all ranks share.
-        fingerprint: of the weights that `load_encoders` loads.
         rejected_path: the report, one JSON object per rejected row: row, id, path, reason.
-        name: of the dataset, for people who look at what the folder holds.
-        dtype: what tensors are stored as.
-        encoder_dtype: what the encoders compute in, since another one gives other values; None: the same.
+        name: name of the dataset, for people who look at what the folder holds.
         batch_size: images of one size per call of the VAE.
         shard_size: rows per file, which is the most work that a kill can cost a rank.
-        caption_dropout: also encode an empty instruction with each row's images.
-        negative: also encode each row's negative prompt.
-        preserve: also encode one of these instructions with each row's images, in turn.
         on_error: with "raise", rejected rows stop the build: unreadable files before anything is encoded, broken
             images and bad prompts after the good rows are encoded, whose shards stay. The index is then not written.
-        rank: this process, from 0.
-        world_size: processes that share the work.
+        rank, world_size: this process, from 0, and how many share the work.
         barrier: returns when every rank has called it.
         job: tells the messages of these ranks from those of other builds in the folder; None: a hash of the rows, which
             is enough where no two builds of the same rows run at once.
@@ -134,12 +120,7 @@ def build_cache(
         InputError: there are rejected rows and `on_error` is "raise", or there is no usable row.
     """
     start = time.monotonic()
-    store = CacheFolder(folder)
-    stored, computed = (str(each).removeprefix("torch.") for each in (dtype, encoder_dtype or dtype))
-    header = CacheHeader(
-        fingerprint, geometry, stored, caption_dropout, negative, SCHEMA_VERSION, computed, tuple(preserve)
-    )
-    all_rows = list(rows)
+    store, all_rows = CacheFolder(folder), list(rows)
     if not all_rows:
         raise InputError("there are no rows to cache: check data.dataset and the column split")
     good_rows = [row for row in all_rows if isinstance(row, Row)]
@@ -150,11 +131,7 @@ def build_cache(
     rejections.found += [row for row in all_rows if isinstance(row, RejectedRow)]
 
     with _building(store.work / f"{job}-{uuid.uuid4().hex}{BUILDING}") as touch:
-        answers = key_rows(good_rows, header, ranks, workers, FileDigests(store.digests))
-        keyed = [answer for answer in answers if isinstance(answer, KeyedRow)]
-        rejections.found += [answer for answer in answers if isinstance(answer, RejectedRow)]
-        rejections.report()
-
+        keyed = rejections.sort_out(key_rows(good_rows, header, ranks, workers, FileDigests(store.digests)))
         touch()
         stored = _Stored(store, header)
         known = _finished(store, dataset, header, keyed, on_error) if rank == 0 else None
@@ -168,7 +145,6 @@ def build_cache(
         for share in (known_failures, *ranks.exchange("failures", encoding.run(work))):
             failures.update({key: Failure(*failure) for key, failure in share.items()})
         served = rejections.without(keyed, failures)
-        rejections.report()
 
         if known is not None:
             mark_used(store.index(dataset, header))
@@ -200,13 +176,24 @@ class _Rejections:
 
     ranks: Ranks
     num_rows: int
-    """Of the dataset."""
+    """Number of rows of the dataset."""
     path: Path
     on_error: Literal["raise", "skip"]
     found: list[RejectedRow] = field(default_factory=list)
 
+    def sort_out(self, answers: Iterable[KeyedRow | RejectedRow]) -> list[KeyedRow]:
+        """The rows that can be read; the others are rejected. Raises as `report`."""
+        keyed = []
+        for answer in answers:
+            if isinstance(answer, KeyedRow):
+                keyed.append(answer)
+            else:
+                self.found.append(answer)
+        self.report()
+        return keyed
+
     def without(self, keyed: list[KeyedRow], failures: dict[str, Failure]) -> list[KeyedRow]:
-        """The rows of which nothing failed; the others are rejected."""
+        """The rows of which nothing failed; the others are rejected. Raises as `report`."""
         served = []
         for each in keyed:
             reasons = [failures[key] for key in (each.latents, *each.texts.values()) if key in failures]
@@ -214,6 +201,7 @@ class _Rejections:
                 self.found.append(reasons[0].reject(each.row))
             else:
                 served.append(each)
+        self.report()
         return served
 
     def report(self) -> None:
@@ -230,7 +218,7 @@ class _Rejections:
         if not rejected or (self.on_error == "skip" and len(rejected) < self.num_rows):
             return
         self.ranks.forget()  # waits: the first process to fail may take the others with it
-        way_out = "mend them" if len(rejected) == self.num_rows else "mend them or set data.on_error=skip"
+        way_out = "fix them" if len(rejected) == self.num_rows else "fix them or set data.on_error=skip"
         raise InputError(
             f"{rejected[0]}. {len(rejected)} of {self.num_rows} rows cannot be used, all listed in {self.path}: {way_out}"
         )

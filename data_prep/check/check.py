@@ -28,37 +28,59 @@ PRELOAD = ["data_prep.check.measures.measurement"]
 
 
 def command(
-    dataset: Annotated[str, typer.Option(help="Dataset file (JSON, JSONL, CSV, TSV, Parquet), folder or hub id.")],
-    root: Annotated[Path | None, typer.Option(help="Folder of relative paths.", show_default="the file's own")] = None,
+    dataset: Annotated[str, typer.Option(help="Dataset file (JSON, JSONL, CSV, TSV or Parquet), folder or hub id.")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that relative paths start from.", show_default="the file's own")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the report.", show_default="NAME-check beside the file")
+        Path | None, typer.Option(help="Folder to write the report to.", show_default="NAME-check beside the file")
     ] = None,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Write NAME.cleaned.jsonl without the rows that have errors.")
+        bool, typer.Option("--fix", help="Write NAME.cleaned.jsonl, which leaves out the rows with errors.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Model directory or hub id, whose tokenizer counts tokens.")] = None,
-    time_caching: Annotated[int, typer.Option(help="Rows to encode with --model, to know how long caching takes.")] = 0,
-    max_pixels: Annotated[int, typer.Option(help="As data.max_pixels in training.")] = 1024 * 1024,
-    vision_pixels: Annotated[int, typer.Option(help="As data.vision_pixels in training.")] = 384 * 384,
-    reference_pixels: Annotated[int | None, typer.Option(help="As data.reference_pixels in training.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id. Its tokenizer counts the prompts' tokens.")
+    ] = None,
+    time_caching: Annotated[
+        int, typer.Option(help="Number of rows to encode with --model, to estimate how long caching takes.")
+    ] = 0,
+    max_pixels: Annotated[
+        int, typer.Option(help="Largest area of a target in pixels, the same as data.max_pixels in training.")
+    ] = 1024 * 1024,
+    vision_pixels: Annotated[
+        int, typer.Option(help="Area that the text encoder sees in pixels, the same as data.vision_pixels.")
+    ] = 384 * 384,
+    reference_pixels: Annotated[
+        int | None, typer.Option(help="Largest area of a reference in pixels, the same as data.reference_pixels.")
+    ] = None,
     micro_batch_sizes: Annotated[
-        str, typer.Option(help="Of training, or its train.group_size: counts groups.")
+        str, typer.Option(help="Micro-batch sizes (or values of train.group_size) to count groups for.")
     ] = "1,2,4,8",
-    max_shift: Annotated[float, typer.Option(help="Pixels, at the size that is trained.")] = Limits.max_shift,
-    max_zoom: Annotated[float, typer.Option(help="Per cent.")] = Limits.max_zoom,
-    min_side: Annotated[int, typer.Option(help="Pixels; below it is a warning.")] = Limits.min_side,
+    max_shift: Annotated[
+        float,
+        typer.Option(help="Largest allowed shift of the target against its source, in pixels at the training size."),
+    ] = Limits.max_shift,
+    max_zoom: Annotated[
+        float, typer.Option(help="Largest allowed scale difference between target and source, in per cent.")
+    ] = Limits.max_zoom,
+    min_side: Annotated[
+        int, typer.Option(help="Warn if a target's shorter side has fewer pixels than this.")
+    ] = Limits.min_side,
     max_aspect: Annotated[
-        float, typer.Option(help="Longer side over shorter; above it is a warning.")
+        float, typer.Option(help="Warn if an image's longer side divided by its shorter one is above this.")
     ] = Limits.max_aspect,
-    max_tokens: Annotated[int, typer.Option(help="Of a prompt; above it is a warning.")] = Limits.max_tokens,
-    ignore: Annotated[list[str] | None, typer.Option(help="A kind of finding that is meant; may be repeated.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Warn if a prompt has more tokens than this.")] = Limits.max_tokens,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Kind of finding to leave out, such as small. Repeatable.")
+    ] = None,
     processes: Processes = CORES,
     engine: Engine = "local",
 ) -> None:
-    """Reads every file of every row as caching will, and tells what is wrong: on the terminal, in check.json and check.html.
+    """Reads every file of every row as caching will, and reports what is wrong on the terminal, in check.json and check.html.
 
-    Files that cannot be used, targets shifted or zoomed against their sources, masks of the wrong polarity, duplicates,
-    training rows that show what is held out. Ends with code 2 when rows must be fixed. Killed, it continues.
+    It finds files that cannot be used, targets that are shifted or scaled against their sources, masks of the wrong polarity,
+    duplicates, and training rows that show held-out images. The exit code is 2 if rows must be fixed. If it is killed, the
+    same command continues.
 
     Example: python data_prep/run.py check --dataset pairs.json --root photos
     """
@@ -99,8 +121,8 @@ def _finish(facts: Facts, cleaned: Path, fix: bool) -> None:
         print(f"{kept} rows without errors in {cleaned}; {facts.num_errors} left out{use}")
     elif facts.num_errors:
         raise InputError(
-            f"{facts.num_errors} of {facts.survey.num_rows} rows must be fixed, all listed in check.json: mend them, write the "
-            f"others to {cleaned} with --fix, or say --ignore KIND for what is meant"
+            f"{facts.num_errors} of {facts.survey.num_rows} rows must be fixed, all listed in check.json: fix them, write the "
+            f"others to {cleaned} with --fix, or add --ignore KIND for findings that are intended"
         )
 
 
@@ -114,7 +136,7 @@ def _geometry(max_pixels: int, vision_pixels: int, reference_pixels: int | None)
 def _batch_sizes(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--micro-batch-sizes must be whole numbers above 0 with commas between, got {text!r}")
+        raise InputError(f"--micro-batch-sizes must be whole numbers above 0, separated by commas, got {text!r}")
     return [int(part) for part in parts]
 
 

@@ -33,7 +33,7 @@ def write_cleaned(dataset: str, root: Path | None, has_error: bytearray, path: P
         dataset: file, folder or hub id.
         root: where relative paths start, and will start from the new file too; None: each beside its own file.
         has_error: for each row, 1 if it is left out.
-        path: of the new file.
+        path: path of the new file.
 
     Returns:
         The number of rows.

@@ -66,7 +66,7 @@ class Limits:
     max_aspect: float = 4.0
     """Longer side over shorter."""
     max_tokens: int = 512
-    """Of a prompt."""
+    """Most tokens of a prompt."""
     ignored: frozenset[str] = field(default_factory=frozenset)
     """Kinds that are none."""
 
@@ -97,7 +97,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """Of its kind."""
+        """Severity of its kind."""
         return "error" if self.kind in ERRORS else "warning"
 
 

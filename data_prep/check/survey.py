@@ -38,7 +38,7 @@ class Survey:
 
     @property
     def num_rows(self) -> int:
-        """Of the dataset file."""
+        """Number of rows of the dataset file."""
         return len(self.has_error)
 
     @property

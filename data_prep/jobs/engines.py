@@ -52,7 +52,7 @@ def local_engine(processes: int, preload: Iterable[str] = ()) -> Engine:
             yield from ahead(function, parts, pool, depth=4 * processes)
         except BrokenProcessPool:
             raise RuntimeError(
-                "a worker process was killed, perhaps for want of memory: run the same command again to continue, "
+                "a worker process was killed, perhaps because memory ran out: run the same command again to continue, "
                 "with fewer --processes"
             ) from None
 

@@ -50,7 +50,8 @@ class ModelDirectory:
         missing = [name for name in COMPONENTS if not (path / name).is_dir()]
         if missing:
             raise InputError(
-                f"{path} is no model directory, it lacks {', '.join(missing)}: expected the layout of Qwen/Qwen-Image-Edit-2511"
+                f"{path} is not a model folder: {', '.join(missing)} missing. It must have the layout of "
+                "Qwen/Qwen-Image-Edit-2511"
             )
         return cls(path)
 

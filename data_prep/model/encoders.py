@@ -25,11 +25,11 @@ IMAGE_SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects "
     "and background:"
 )
-"""Of text to image, as Qwen-Image was trained (diffusers' QwenImagePipeline)."""
+"""The template for text to image, as Qwen-Image was trained (diffusers' QwenImagePipeline)."""
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 DROPPED_TOKENS, DROPPED_IMAGE_TOKENS = 64, 34  # the template up to the user's turn: of an edit, of text to image
 MAX_PROMPT_TOKENS = 4096
-"""Of an instruction: the positions that the transformer has for text and images."""
+"""Most tokens of an instruction: the positions that the transformer has for text and images."""
 LATENT_CHANNELS = 16
 
 
@@ -220,7 +220,7 @@ class PromptEncoder:
 
 
 def dropped_tokens(images: Sequence[Image.Image]) -> int:
-    """Of the template, before the user's turn."""
+    """Number of the template's tokens that are dropped, before the user's turn."""
     return DROPPED_TOKENS if images else DROPPED_IMAGE_TOKENS
 
 

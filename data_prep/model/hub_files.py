@@ -18,7 +18,7 @@ def fetch(name: str, patterns: Sequence[str], download: bool = True, needed: Seq
 
     Args:
         name: folder or hub id.
-        patterns: of the files.
+        patterns: patterns of the files.
         download: whether the hub may be asked.
         needed: patterns of which the cache has a file each if it has all: the hub is not asked then.
 

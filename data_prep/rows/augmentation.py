@@ -33,7 +33,7 @@ class Box(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Of a row."""
+    """The images of a row."""
 
     target: Image.Image
     references: list[Image.Image]

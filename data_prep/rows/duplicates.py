@@ -90,7 +90,7 @@ def near_duplicates(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Groups of near-duplicates. What is alike in a chain is one group.
 
     Args:
-        hashes: of `image_hash`, shape (N, HASH_BYTES).
+        hashes: hashes from `image_hash`, shape (N, HASH_BYTES).
 
     Returns:
         For each row the smallest index of its group, shape (N,): its own where the picture has no earlier double.

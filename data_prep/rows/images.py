@@ -130,7 +130,7 @@ def check_mask_shape(mask: Image.Image, image: Image.Image, path: Path) -> None:
     aspect_ratio = (mask.width * image.height) / (mask.height * image.width)
     if abs(aspect_ratio - 1) > MASK_TOLERANCE:
         sizes = f"{image_size_text(mask)}, its image is {image_size_text(image)}"
-        raise RejectedImage(path, f"the mask has another shape than its image: {sizes}")
+        raise RejectedImage(path, f"the mask and its image have different shapes: {sizes}")
 
 
 def file_digest(path: str | Path) -> str:
@@ -239,7 +239,7 @@ def _to_srgb(image: Image.Image, profile: bytes, path: Path, conversions: list[s
     if mode not in (
         ("CMYK",) if image.mode == "CMYK" else ("L", "RGB") if image.mode in ("1", "L", "LA") else ("RGB",)
     ):
-        conversions.append("its ICC profile is broken or of another colour space, and is left out")
+        conversions.append("its ICC profile is broken or for another colour space, and is ignored")
         return image
     if transform is None:
         return image

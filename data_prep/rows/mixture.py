@@ -19,7 +19,7 @@ class DatasetSource:
     root: str | None = None
     """The folder that its paths are relative to; None: its own."""
     weight: float | None = None
-    """Of all its rows together, in proportion to the other datasets' weights; None: its size decides."""
+    """Weight of all its rows together, in proportion to the other datasets' weights; None: its size decides."""
     repeats: float = 1.0
     """How often a row of it counts, where no dataset has a weight."""
     resolutions: Mapping[int, float] = field(default_factory=dict)

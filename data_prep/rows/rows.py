@@ -183,7 +183,7 @@ def plain_text(value: Any, name: str) -> str:
 
     Args:
         value: the cell.
-        name: of its column.
+        name: name of its column.
 
     Raises:
         BadRow: not text, not UTF-8, or with a zero byte.
@@ -238,7 +238,7 @@ def resolve_path(value: Any, name: str, root: Path) -> Path:
 
     Args:
         value: the cell.
-        name: of its column.
+        name: name of its column.
         root: an absolute folder.
 
     Raises:
@@ -249,5 +249,5 @@ def resolve_path(value: Any, name: str, root: Path) -> Path:
         raise BadRow(f"{name} must be the path of a file, got {text!r}")
     path = Path(os.path.normpath(root / text))
     if not os.path.isabs(text) and not path.is_relative_to(root):
-        raise BadRow(f"{name} {text!r} leaves the root folder {root}")
+        raise BadRow(f"{name} {text!r} is outside the root folder {root}")
     return path

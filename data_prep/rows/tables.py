@@ -176,7 +176,7 @@ def _read_hub(name: str, check: CheckColumns) -> Iterator[RawRow]:
     try:
         return _read_splits(datasets.load_dataset(name), name, check)
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise InputError(f"there is no file {name}, and the hub gives no dataset of this name: {error}") from None
+        raise InputError(f"there is no file {name}, and the hub has no dataset of this name: {error}") from None
 
 
 def _read_splits(loaded: Any, name: str, check: CheckColumns) -> Iterator[RawRow]:

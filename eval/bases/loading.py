@@ -84,7 +84,7 @@ def check_placement(placement: Placement, base: str) -> None:
     }
     if refused := [name for name, is_asked in asked.items() if is_asked]:
         raise InputError(
-            f"{base} is not placed with {refused[0]}: leave it out; offload=model or layer saves memory too"
+            f"{base} does not support {refused[0]}: leave it out; offload=model or offload=layer saves memory too"
         )
     if placement.offload != "none" and placement.device.type == "cpu":
         raise InputError(f"offload={placement.offload} of {base} needs a GPU, and device is cpu: leave it out")

@@ -30,9 +30,9 @@ def check_adapter(path: Path, base: str) -> None:
     """
     file = adapter_file(path)
     if "objective" in read_metadata(file):
-        raise InputError(f"{file} is an adapter of qwen-image-edit, and the base model is {base}: leave it out")
+        raise InputError(f"{file} is an adapter for qwen-image-edit, but the base model is {base}: leave it out")
     if not _num_modules(file):
-        raise InputError(f"{file} is no LoRA adapter: no tensor's name ends in {' or '.join(ONE_PER_MODULE)}")
+        raise InputError(f"{file} is not a LoRA adapter: no tensor's name ends in {' or '.join(ONE_PER_MODULE)}")
 
 
 def use_adapters(pipeline: DiffusionPipeline, adapters: Sequence[AdapterUse], base: str) -> None:
@@ -61,10 +61,12 @@ def _load(pipeline: DiffusionPipeline, file: Path, name: str, base: str) -> None
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{file} is no adapter of {base}: {first_line(error)}") from error
+        raise InputError(f"{file} is not an adapter for {base}: {first_line(error)}") from error
     touched = _num_touched(pipeline, name)
     if touched < expected:  # diffusers only logs what it leaves out; it may split one module of a file into several
-        raise InputError(f"{file} is no adapter of {base}: {touched} of its {expected} modules are in this model")
+        raise InputError(
+            f"{file} is not an adapter for {base}: only {touched} of its {expected} modules are in this model"
+        )
 
 
 @contextmanager

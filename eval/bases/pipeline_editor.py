@@ -85,7 +85,7 @@ class PipelineEditor(BaseEditor):
         return self.geometry
 
     def sizes(self, request: EditRequest) -> Geometry:
-        """Of the request's images."""
+        """Sizes of the request's images."""
         return self.limits.applied_to(request.geometry) if request.geometry else self.geometry
 
     def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
@@ -119,7 +119,7 @@ class PipelineEditor(BaseEditor):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all its components' folders."""
+        """Fingerprint of all its components' folders."""
         parts = (path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         return ModelDirectory(self.folder).fingerprint(*sorted(parts))
 

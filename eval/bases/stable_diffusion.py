@@ -30,7 +30,7 @@ CLASSES = {
 }
 MASK_MODES = ("inpaint", "focus")
 MASK_CHANNELS = 9
-"""Of a UNet that reads the latents (4), a mask (1) and the masked picture's latents (4)."""
+"""Input channels of a UNet that reads the latents (4), a mask (1) and the masked picture's latents (4)."""
 
 
 class StableDiffusionEditor(PipelineEditor):

@@ -59,7 +59,7 @@ def soft_lines(pixels: np.ndarray, scales: Sequence[float] = (1, 2, 4), white: f
 
     Args:
         pixels: RGB, uint8 (H, W, 3).
-        scales: of the edges, multiples of 1/512 of the shorter side.
+        scales: widths of the edges, multiples of 1/512 of the shorter side.
         white: this percentile of what is found, or 3 units of CIELAB where that is more, becomes white.
 
     Returns:

@@ -60,7 +60,7 @@ class DepthFiles:
     """A folder or a hub id."""
     folder: Path
     fingerprint: str
-    """Of its configuration and weights."""
+    """Fingerprint of its configuration and weights."""
 
 
 class DepthSource:
@@ -166,6 +166,6 @@ def read_depth_model(files: DepthFiles) -> DepthModel:
 
 def _unreadable(path: str) -> InputError:
     return InputError(
-        f"no depth model could be read from {path}: name a folder that holds one with --depth-model or {DEPTH_MODEL}, or "
+        f"no depth model could be read from {path}: give a folder with one as --depth-model or {DEPTH_MODEL}, or "
         f"fetch one where there is a network with `hf download {DEFAULT_DEPTH_MODEL}`"
     )

@@ -65,7 +65,7 @@ class Task:
 
     jobs: Sequence[Job]
     groups: Sequence[Sequence[tuple[int, int]]]
-    """Of each picture the number of its job, and its seed."""
+    """For each image, the number of its job and its seed."""
 
     @classmethod
     def alone(cls, job: Job) -> "Task":
@@ -87,7 +87,7 @@ class Task:
 
     @property
     def num_calls(self) -> int:
-        """Of `on_step`."""
+        """Number of calls of `on_step`."""
         return len(self.groups) * self.plan.sampler.calls(self.plan.steps)
 
 
@@ -138,7 +138,7 @@ class Editor(BaseEditor):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that is read of the model."""
+        """Fingerprint of everything that is read from the model."""
         return self.model.fingerprint(*COMPONENTS)
 
     def identity(self, request: EditRequest) -> dict[str, str]:
@@ -151,7 +151,7 @@ class Editor(BaseEditor):
         self.prepare(request)
 
     def notes(self, request: EditRequest) -> Sequence[str]:
-        """Of its plan, and of its adapters."""
+        """The notes on its plan and its adapters."""
         return (*self.prepare(request).plan.notes, *left_out(request.adapters))
 
     def prepare(self, request: EditRequest) -> Job:
@@ -181,7 +181,7 @@ class Editor(BaseEditor):
         return self.limits.applied_to(self.geometry or trained_geometry(first))
 
     def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
-        """Those of its plan."""
+        """The step counts of its plan."""
         return self.prepare(request).plan.compared
 
     def preload(self, adapters: Sequence[AdapterUse] = ()) -> None:

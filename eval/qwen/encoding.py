@@ -20,7 +20,7 @@ from eval.request.recent import Recent
 from losses.batch import Condition, Edit, Scene, join_scenes
 
 EMBEDDING_BYTES = 256 * 2**20
-"""Of latents and embeddings that are kept, on the denoiser's device: those of about 20 requests at one megapixel."""
+"""Bytes of latents and embeddings that are kept, on the denoiser's device: those of about 20 requests at one megapixel."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Encoded:
     empty: Condition | None = None
     """Without an instruction, where that is asked for."""
     strengths: Sequence[float] = ()
-    """Of the control maps, where they are not all 1; then `edit` is without maps, and `controlled` has the conditions with each
-    map alone: for `edit.condition`, and for `edit.negative` if there is one."""
+    """Strengths of the control maps, if they are not all 1. Then `edit` is without maps, and `controlled` has the conditions with
+    each map alone: for `edit.condition`, and for `edit.negative` if there is one."""
     controlled: Sequence[Sequence[Condition]] = ()
 
     def velocity(self, denoiser: Velocity) -> Velocity:
@@ -102,10 +102,10 @@ class RequestEncoder:
         Args:
             images: the source and further references.
             negative_prompt: None where no negative condition is needed.
-            size: of the result.
+            size: size of the result.
             mask: at that size.
             maps: control maps, given as further references.
-            strengths: of the maps, 1 as they are.
+            strengths: strengths of the maps, 1 as they are.
             empty: also encode the condition without an instruction.
             white: also encode a white canvas, from which the sub stream starts.
             bridge_image: the source's place among the images.

@@ -57,7 +57,7 @@ def invert(flow: Flow, latents: Tensor, sigmas: list[float], on_step: OnStep | N
 
     Args:
         flow: usually with an empty instruction.
-        latents: of the picture, (B, 16, h, w).
+        latents: latents of the picture, (B, 16, h, w).
         sigmas: ascending from 0.
 
     Raises:

@@ -56,9 +56,7 @@ def check_mask(mask: Image.Image, image: Image.Image) -> None:
             "image's size"
         )
     if mask.getbbox() is None:
-        raise InputError(
-            "the mask is black everywhere, so that nothing would be edited: white says where the edit may go"
-        )
+        raise InputError("the mask is black everywhere, so nothing would be edited: paint the area to edit white")
 
 
 def _grey(values: np.ndarray) -> Image.Image:

@@ -42,8 +42,8 @@ def choose_sampler(metadata: Mapping[str, str], cfg_scale: float | None = None) 
     """The sampler for what the adapter was trained with; without an adapter (no metadata), flow matching.
 
     Args:
-        metadata: of the adapter's file: `objective` ("lbm" or "flow") and `loss`, the loss's arguments as JSON.
-        cfg_scale: of classifier-free guidance, for flow matching alone; 4 by default.
+        metadata: metadata of the adapter's file: `objective` ("lbm" or "flow") and `loss`, the loss's arguments as JSON.
+        cfg_scale: guidance scale of classifier-free guidance, for flow matching alone; 4 by default.
 
     Raises:
         InputError: guidance is asked of a bridge, or the objective is unknown.
@@ -84,7 +84,7 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
     """The sampler and its steps: what the request says, and else what suits its mode and its first adapter.
 
     Args:
-        metadata: of the first adapter's file; empty without one.
+        metadata: metadata of the first adapter's file; empty without one.
 
     Raises:
         InputError: the adapter cannot be sampled as asked.
@@ -103,7 +103,7 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
         plan = _flow(request)
     if request.count > 1 and not plan.sampler.draws:
         raise InputError(
-            f"mode={request.mode} with sampler={plan.name} draws nothing, so that all {request.count} pictures would be the "
+            f"mode={request.mode} with sampler={plan.name} uses no random noise, so all {request.count} images would be the "
             "same: leave out count" + (", or use sampler=bridge-stochastic" if plan.name in BRIDGES else "")
         )
     return plan
@@ -120,7 +120,7 @@ def _flow(request: EditRequest) -> Plan:
     if name == "lightning":
         if request.cfg_scale not in (None, 1.0):
             raise InputError(
-                f"sampler=lightning was distilled to do without guidance: leave out cfg_scale={request.cfg_scale}"
+                f"sampler=lightning was distilled to work without guidance: leave out cfg_scale={request.cfg_scale}"
             )
         sampler, steps = FlowSampler(1.0, shift="lightning"), LIGHTNING_STEPS
     else:
@@ -142,17 +142,19 @@ def _bridge(request: EditRequest, trained: BridgeSampler, loss: Mapping[str, Any
     name = request.sampler or own
     if request.mode in FROM_NOISE:
         raise InputError(
-            f"mode={request.mode} starts from noise, and the adapter is a bridge (objective lbm): use mode=edit"
+            f"mode={request.mode} starts from noise, but the adapter is a bridge (objective lbm): use mode=edit"
         )
     if name not in BRIDGES:
         raise InputError(
-            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}; loss.preserve would "
-            "have kept sampler=flow"
+            f"sampler={name} does not suit a bridge (objective lbm): leave it out, or use sampler={own}. Only a bridge trained "
+            "with loss.preserve can use sampler=flow"
         )
     if request.strength not in (None, 1.0):
-        raise InputError(f"a bridge is walked whole: leave out strength={request.strength}")
+        raise InputError(f"a bridge has no denoising strength: leave out strength={request.strength}")
     if name == "bridge-white" and loss.get("sub_prob") == 0:
-        raise InputError("sampler=bridge-white needs a sub stream, and the adapter was trained without (sub_prob=0)")
+        raise InputError(
+            "sampler=bridge-white needs a sub stream, but the adapter was trained without one (sub_prob=0)"
+        )
     start = "white" if name == "bridge-white" else "source"
     sampler = replace(trained, start=start, stochastic=name == "bridge-stochastic")
     return Plan(name, sampler, request.steps or BRIDGE_STEPS)
@@ -170,13 +172,13 @@ def _untrained_steps(num_steps: int, sigmas: list[float] | None) -> tuple[str, .
     if not (untrained := others(num_steps)):
         return ()
     suited = [str(count) for count in range(1, MAX_SUGGESTED_STEPS + 1) if not others(count)]
-    instead = f"; {' or '.join(suited)} would not" if suited else ""
+    instead = f"; {' or '.join(suited)} steps would not" if suited else ""
     values, visited = (", ".join(f"{sigma:.3g}" for sigma in some) for some in (sigmas, untrained))
-    return (f"the adapter was trained at sigma {values}, and {num_steps} steps visit {visited} too{instead}",)
+    return (f"the adapter was trained at sigma {values}, but {num_steps} steps also visit {visited}{instead}",)
 
 
 def result_size(request: EditRequest, geometry: Geometry) -> Size:
-    """Of the pictures: the request's, or as many pixels as the source has in the request's aspect, or as the source."""
+    """Size of the results: the request's, or as many pixels as the source has in the request's aspect, or as the source."""
     if request.size:
         return request.size
     own = geometry.target_size(Size.of(request.images[0]))
@@ -208,7 +210,7 @@ def check_request(request: EditRequest, size: Size) -> None:
     """What can be said without a model.
 
     Args:
-        size: of the result.
+        size: size of the result.
 
     Raises:
         InputError: the mask does not suit, or the disc is smaller than a pixel.

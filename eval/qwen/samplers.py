@@ -34,7 +34,7 @@ class Keep:
     """What sampling leaves as it is: after every step the latents outside the mask are put where their own path is."""
 
     latents: Tensor
-    """Of the picture that is kept, (B, 16, h, w)."""
+    """Latents of the image that is kept, (B, 16, h, w)."""
     mask: Tensor
     """1 where the edit may go, 0 where nothing changes, between them a blend, (B, 1, h, w)."""
 

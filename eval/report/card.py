@@ -88,10 +88,10 @@ def check_card(request: CardRequest) -> Card:
     there = file.parent / README
     old = there.read_text(encoding="utf-8") if there.is_file() else None
     if old is not None and MARKER not in old:
-        raise InputError(f"{there} was written by somebody else: move it away, or put this line into it: {MARKER}")
+        raise InputError(f"{there} was not written by this command: move it away, or add this line to it: {MARKER}")
     license = request.license or (ModelCard(old, ignore_metadata_errors=True).data.get("license") if old else None)
     if not license:
-        raise InputError("a card names a licence, and nobody can guess it: add --license, for example apache-2.0")
+        raise InputError("a model card must name a licence: add --license, for example apache-2.0")
     if not LICENSE.fullmatch(license):
         raise InputError(f"--license must be a licence as the hub names it, such as apache-2.0, got {license!r}")
     if request.base_model and not HUB_ID.fullmatch(request.base_model):

@@ -81,24 +81,24 @@ class ScoreTable:
 
 GROUPS: dict[str, tuple[str, Callable[[Metric], bool]]] = {
     "Against the target": (
-        "How close the picture is to the ground truth.",
+        "How close the image is to the ground truth.",
         lambda metric: metric.against == "target" and not _is_part(metric),
     ),
     "Edited part and background": (
-        "Over the rows that have a mask: over the part's own pixels, against the target.",
+        "Rows with a mask, measured only on the pixels of the part, against the target.",
         lambda metric: _is_part(metric) and not metric.name.endswith("_pie"),
     ),
     "Edited part and background, as in PIE-Bench": (
-        "The same rows: everything outside the part is blackened and the whole is compared, the background with the source.",
+        "The same rows, with everything outside the part made black. The background is compared with the source.",
         lambda metric: metric.name.endswith("_pie"),
     ),
     "Against the instruction and the source": (
-        "Whether the instruction was followed, and whether what it does not name was left alone.",
+        "Whether the instruction was followed, and whether everything else stayed the same.",
         lambda metric: not _is_part(metric) and metric.against != "target" and not metric.name.startswith("drift"),
     ),
     "Registration": (
-        "Shift and zoom of the background against the source; drifted is the share of pictures beyond 1 px or 0.3 %. The line "
-        "“target” is what the data itself has.",
+        "Shift and zoom of the background against the source. “Drifted” is the share of images beyond 1 px or 0.3 %. The line "
+        "“target” shows the drift in the data itself.",
         lambda metric: metric.name.startswith("drift"),
     ),
 }

@@ -26,12 +26,12 @@ def build_report(
     """The content of `report.json`: JSON values only.
 
     Args:
-        title: of the page.
+        title: title of the page.
         methods: what was measured; the sources unchanged and the targets among them.
         prompts: instruction by row's id.
         unavailable: reason by metric's name.
         settings: how it was made.
-        seed: of the resampling.
+        seed: random seed of the resampling.
     """
     names = [name for name in METRICS if any(name in scores for each in methods for scores in _all_scores(each))]
     return {
@@ -59,7 +59,7 @@ def build_report(
 def unmeasured(chosen: Iterable[str], methods: Sequence[Measured], unavailable: Mapping[str, str]) -> dict[str, str]:
     """Why each chosen metric is not in the report, in the order of tables: its own reason, or no row has what it looks at."""
     found = {name for each in methods for scores in _all_scores(each) for name in scores}
-    reasons = dict.fromkeys(chosen, "no row has what it looks at: a mask, or a face") | dict(unavailable)
+    reasons = dict.fromkeys(chosen, "no row has what it needs: a mask, or a face") | dict(unavailable)
     return {name: reasons[name] for name in METRICS if name in reasons and name not in found}
 
 

@@ -53,7 +53,7 @@ def log_wandb(project: str, report: Report, picture: PictureFile, folder: Path) 
     run.summary.update(summary(report))
     run.finish()
     if run.offline and not run.disabled:
-        print(f"W&B was offline; to upload: wandb sync {shlex.join([run.settings.sync_dir])}", file=sys.stderr)
+        print(f"W&B was offline. To upload the run: wandb sync {shlex.join([run.settings.sync_dir])}", file=sys.stderr)
 
 
 def table_rows(report: Report) -> tuple[list[str], list[list[Any]]]:

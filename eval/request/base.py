@@ -23,7 +23,7 @@ class BaseEditor(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Of the model's contents. A model that is only a hub id is downloaded for it."""
+        """Fingerprint of the model's contents. A model that is only a hub id is downloaded for it."""
 
     def identity(self, request: EditRequest) -> dict[str, str]:
         """Fingerprints of all models that the request's pictures depend on, by what they are."""
@@ -66,7 +66,7 @@ class BaseEditor(ABC):
         Raises:
             InputError: something is missing, it would not stay loaded, or this base loads with its first edit alone.
         """
-        raise InputError(f"{self.abilities.base} loads with its first edit: leave out --preload")
+        raise InputError(f"{self.abilities.base} is only loaded by its first edit: leave out --preload")
 
     @abstractmethod
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> list[EditResult]:

@@ -24,27 +24,27 @@ AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
 
 @dataclass(frozen=True)
 class Knob:
-    """How a field is asked for."""
+    """How a field is given: its help, its range and the modes that take it."""
 
     help: str = ""
     default: str = ""
-    """What it is where nobody says, in words."""
+    """The default value, in words."""
     least: float | None = None
-    """Of a number, or of the characters of a text."""
+    """Least value of a number, or least number of characters of a text."""
     most: float | None = None
     above: bool = False
-    """The least value itself is out of range."""
+    """Whether the least value itself is out of range."""
     modes: tuple[ModeName, ...] = MODES
-    """Those that take it."""
+    """The modes that take it."""
     needed: bool = False
-    """Whether these modes cannot do without."""
+    """Whether these modes need it."""
     parse: Callable[[str], Any] | None = None
-    """Makes a value of an option's or a cell's text; by default its type does."""
+    """Turns the text of an option or a cell into a value; by default the type does."""
     metavar: str | None = None
     option: str = ""
-    """Name of the option and of the column, where it is another; of a field that holds several."""
+    """Name of the option and of the column, if it is not the field's name: for a field that holds several values."""
     label: str = ""
-    """What the page calls it; by default the field's name in words."""
+    """Label on the web page; by default the field's name."""
 
     def check(self, name: str, value: Any) -> None:
         """Whether a value is one.
@@ -84,12 +84,12 @@ class Declared:
 
     @property
     def name(self) -> str:
-        """Of its option and its column."""
+        """Name of its option and its column."""
         return self.knob.option or self.field
 
     @property
     def label(self) -> str:
-        """What the page calls it."""
+        """Label on the web page."""
         return self.knob.label or self.field.replace("_", " ").capitalize()
 
     @property

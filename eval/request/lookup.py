@@ -1,4 +1,4 @@
-"""Where base models are looked up: as named, then below `$MODEL_DIR`."""
+"""Where base models are searched: first the path itself, then below `$MODEL_DIR`."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ MODEL_DIR = "MODEL_DIR"
 
 
 def find_model(text: str) -> str:
-    """A folder as it is named, else below `$MODEL_DIR`, else a hub id, which is returned as it is.
+    """A folder with this path, otherwise one below `$MODEL_DIR`, otherwise the text itself as a hub id.
 
     Raises:
         InputError: no such folder, and the text cannot be a hub id.
@@ -25,7 +25,7 @@ def find_model(text: str) -> str:
             return str(path)
     if HUB_ID.fullmatch(text):
         return text
-    where = f"looked at {listed(tried)}" if parent else f"${MODEL_DIR}, where models may be, is not set"
+    where = f"looked at {listed(tried)}" if parent else f"${MODEL_DIR}, a folder for models, is not set"
     raise InputError(
         f"no model at {text}{nearest(text, _model_names(parent))}: name a folder or a hub id such as "
         f"Qwen/Qwen-Image-Edit-2511 ({where})"

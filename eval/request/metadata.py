@@ -75,7 +75,7 @@ def left_out(adapters: Sequence[AdapterUse]) -> list[str]:
     beneath = {use.path: json.loads(read_metadata(use.path).get("frozen", "{}")) for use in used}
     digests = {stored_digest(adapter_file(use.path)) for use in used} if any(beneath.values()) else set()
     return [
-        f"{path} was trained over {name}, which is not in use: add --adapter {name}"
+        f"{path} was trained on top of {name}, which is not in use: add --adapter {name}"
         for path, names in beneath.items()
         for digest, name in names.items()
         if digest not in digests

@@ -98,24 +98,25 @@ def _annotation(knob: Declared) -> Any:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A base model, and the sizes of its pictures."""
+    """The options for the base model and the sizes of its images."""
 
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Folder (as named, or below $MODEL_DIR) or hub id of the base model.", show_default="required"
-        ),
+        typer.Option(help="Base model: a folder, also one below $MODEL_DIR, or a hub id.", show_default="required"),
     ] = None
     max_pixels: Annotated[
         int | None,
-        typer.Option(help="Largest area of a picture, in pixels.", show_default="as the adapter was trained"),
+        typer.Option(help="Largest area of an image, in pixels.", show_default="as the adapter was trained"),
     ] = None
     vision_pixels: Annotated[
         int | None,
-        typer.Option(help="Area that the text encoder sees, in pixels.", show_default="as the adapter was trained"),
+        typer.Option(
+            help="Area at which the text encoder sees the images, in pixels.", show_default="as the adapter was trained"
+        ),
     ] = None
     depth_model: Annotated[
-        str | None, typer.Option(help="Folder or hub id, for depth maps.", show_default="$DEPTH_MODEL, or V2-Small")
+        str | None,
+        typer.Option(help="Model for depth maps: a folder or a hub id.", show_default="$DEPTH_MODEL, or V2-Small"),
     ] = None
 
     @property
@@ -130,32 +131,35 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PlaceOptions:
-    """The words of a `Placement`; None for what is usual."""
+    """The options for a `Placement`; None for the default."""
 
-    device: Annotated[str | None, typer.Option(help="Where the models run.", show_default="cuda if there is one")] = (
-        None
-    )
+    device: Annotated[
+        str | None, typer.Option(help="Device that the models run on.", show_default="cuda if there is one")
+    ] = None
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Of the weights.", show_default="bfloat16 on cuda, float32 on cpu")
+        DtypeName | None,
+        typer.Option(help="Data type of the model weights.", show_default="bfloat16 on cuda, float32 on cpu"),
     ] = None
     encoder_device: Annotated[
-        str | None, typer.Option(help="Where the text encoder and the VAE run.", show_default="as --device")
+        str | None, typer.Option(help="Device that the text encoder and the VAE run on.", show_default="as --device")
     ] = None
     offload: Annotated[
-        OffloadName, typer.Option(help="What waits in CPU memory: unused parts, or the transformer's blocks too.")
+        OffloadName,
+        typer.Option(help="Keep in CPU memory the parts not in use (model), or also the transformer's blocks (layer)."),
     ] = "none"
     weights: Annotated[
         WeightsName | None,
-        typer.Option(help="Of the transformer's layers: as --dtype, or rounded to fewer bits.", show_default="full"),
+        typer.Option(help="Format of the transformer's weights: as --dtype (full), or quantised.", show_default="full"),
     ] = None
-    gguf: Annotated[Path | None, typer.Option(help="Read the transformer from this GGUF file.", show_default="no")] = (
-        None
-    )
+    gguf: Annotated[Path | None, typer.Option(help="GGUF file to read the transformer from.", show_default="no")] = None
     vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: large pictures, less memory.")
+        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles, which needs less memory for large images.")
     ] = False
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer's block: a slower first picture, faster steps.")
+        bool,
+        typer.Option(
+            "--compile", help="Compile the transformer's block. The first image takes longer, later steps are faster."
+        ),
     ] = False
 
     def place(self, device: str | None = None) -> "Placement":

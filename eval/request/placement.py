@@ -1,4 +1,4 @@
-"""Where the parts of a model live and in which numbers, checked before anything is loaded."""
+"""On which devices and in which data types the parts of a model are, checked before anything is loaded."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model live, and in which numbers. docs/memory.md says what each saves and costs.
+    """Devices and data types of the parts of a model. docs/memory.md says what each choice saves and costs.
 
     Raises:
         InputError: this machine, or the packages that are installed, cannot serve it.
@@ -28,12 +28,12 @@ class Placement:
     device: torch.device = CPU
     dtype: torch.dtype = torch.bfloat16
     encoder_device: torch.device | None = None
-    """Of the text encoder and the VAE; None for `device`."""
+    """Device of the text encoder and the VAE; None for `device`."""
     offload: OffloadName = "none"
     """`model`: only the parts in use are on `device`, the others wait in CPU memory (freed if `device` is the CPU).
     `layer`: the transformer's blocks come from CPU memory one after the other, the next while one computes."""
     weights: WeightsName = "full"
-    """Of the linear layers in the transformer's blocks: `full` as `dtype` says, or rounded as they are read. `device` may
+    """Format of the linear layers in the transformer's blocks: `full` for `dtype`, or quantised as they are read. `device` may
     multiply int8 and fp8 as they are, and then rounds activations too."""
     gguf: Path | None = None
     """A GGUF file to read the transformer from instead of the model's own; its layers stay as they are in it."""
@@ -90,7 +90,7 @@ class Placement:
     def _check_offload(self) -> None:
         if self.offload == "layer" and self.device.type == "cpu":
             raise InputError(
-                "offload=layer streams blocks to a device such as cuda, and device is cpu: use offload=model, which frees "
+                "offload=layer streams blocks to a device such as cuda, but the device is cpu: use offload=model, which frees "
                 "the parts that are not in use"
             )
 
@@ -98,14 +98,16 @@ class Placement:
         if self.gguf:
             _check_gguf(self.gguf)
         if self.gguf and self.weights != "full":
-            raise InputError(f"gguf and weights={self.weights} both say what the transformer is stored in: give one")
+            raise InputError(
+                f"gguf and weights={self.weights} both set the format of the transformer's weights: use only one of them"
+            )
         if (self.gguf or self.weights != "full") and self.dtype == torch.float16:
             raise InputError("quantised weights compute in bfloat16 or float32: float16 would overflow")
         if self.weights == "fp8" and self.device.type == "mps":
-            raise InputError("weights=fp8 does not exist on mps: use weights=int8")
+            raise InputError("weights=fp8 is not supported on mps: use weights=int8")
         check_weights(self.format, "weights")
         if self.weights == "nf4" and self.device.type == "mps":
-            raise InputError("weights=nf4 does not exist on mps: use weights=int8")
+            raise InputError("weights=nf4 is not supported on mps: use weights=int8")
 
 
 def make_placement(

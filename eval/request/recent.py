@@ -11,8 +11,8 @@ class Recent(Generic[V]):
     """Values by what they were made of.
 
     Args:
-        max_bytes: of all that is kept; the value that was asked for last is kept whatever it takes.
-        num_bytes: of a value.
+        max_bytes: most bytes of all that is kept; the value that was asked for last is kept whatever it takes.
+        num_bytes: bytes of a value.
     """
 
     def __init__(self, max_bytes: int, num_bytes: Callable[[V], int]):

@@ -54,7 +54,7 @@ class Repeat:
             InputError: another file, one too many, or none.
         """
         if (stored_digest(gguf) if gguf else None) != self.settings.get("gguf"):
-            raise InputError(f"{self.path} was made with another --gguf, or none: give the same")
+            raise InputError(f"{self.path} was made with another GGUF file, or with none: give the same --gguf")
 
     def check_images(self, images: Sequence[Image.Image], mask: Image.Image | None) -> None:
         """Refuses other images than those that the picture was made of; a mask is new where the mode is.
@@ -64,25 +64,29 @@ class Repeat:
         """
         wanted, names = self.settings["image_digests"], ", ".join(each["name"] for each in self.settings["images"])
         if [pixel_digest(each) for each in images] != wanted:
-            raise InputError(f"{self.path} was made of {len(wanted)} other image(s) than --image: give {names}")
+            raise InputError(
+                f"{self.path} was made from {len(wanted)} image(s), which --image does not match: give {names}"
+            )
         mode, before = self.knobs["mode"], self.settings.get("mask_digest")
         if mode != self.settings["mode"] and not (before and mode in MASKED):
             return  # the request knows whether its mode needs one
         if (pixel_digest(mask) if mask else None) != before:
-            raise InputError(f"{self.path} was made with another --mask, or none: it was made of {names}")
+            raise InputError(f"{self.path} was made with another --mask, or with none: it was made from {names}")
 
     def check_models(self, identity: Mapping[str, str], folder: Path) -> None:
         """Refuses what another model would make.
 
         Args:
             identity: the fingerprints of the models that are to make it, as `BaseEditor.identity` gives them.
-            folder: of the base model.
+            folder: folder of the base model.
 
         Raises:
             InputError: a model has other contents than the one that the picture was made with.
         """
         if identity["model"] != self.settings["model_fingerprint"]:
-            raise InputError(f"{self.path} was made with another model than {folder} holds now: name it with --model")
+            raise InputError(
+                f"{self.path} was made with a different model from the one in {folder} now: name it with --model"
+            )
         before = self.settings.get("depth_model")
         if before and identity.get("depth_model", before["fingerprint"]) != before["fingerprint"]:
             raise InputError(
@@ -103,7 +107,8 @@ def read_repeat(path: Path, changes: Mapping[str, Any]) -> Repeat:
     settings = read_png(path)
     if "overlay" in settings:
         raise InputError(
-            f"{path} is of a table's row with an overlay, and no file holds what was edited: make it again with --csv"
+            f"{path} was made from a table's row with an overlay, and the image under edit was not saved: make it "
+            "again with --csv"
         )
     try:
         knobs = _knobs(settings, changes)
@@ -112,7 +117,7 @@ def read_repeat(path: Path, changes: Mapping[str, Any]) -> Repeat:
         made = Repeat(path, settings, knobs)
         _ = [settings[name] for name in ("model", "dtype", "image_digests", "model_fingerprint")]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} was written by another version, its settings lack {error}") from None
+        raise InputError(f"{path} was written by another version of this program: its settings lack {error}") from None
     return made
 
 
@@ -160,5 +165,5 @@ def _adapter(path: Path, used: Mapping[str, Any]) -> AdapterUse:
     place = find_adapter(used["path"])
     now = {"digest": stored_digest(adapter_file(place)), **extra_digest(place)}
     if any(now.get(name) != used.get(name) for name in ("digest", "extra_digest")):
-        raise InputError(f"{path} was made with another adapter than {place} is now: name it with --adapter")
+        raise InputError(f"{path} was made with a different adapter from {place} as it is now: name it with --adapter")
     return AdapterUse(place, used["weight"])

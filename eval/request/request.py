@@ -1,4 +1,4 @@
-"""What an edit is asked for and what comes back: the same record for every base model, command and page."""
+"""The request for an edit and its result: the same records for every base model, command and page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,35 +29,35 @@ MASKED: tuple[ModeName, ...] = ("inpaint", "control-inpaint")
 CONTROLLED: tuple[ModeName, ...] = ("control", "control-inpaint")
 WITH_STRENGTH: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
-"""Of the modes that begin at the source; the others walk the whole way."""
+"""Default strengths of the modes that begin at the source. The others always take the whole path."""
 BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
 MAX_STEPS, MAX_COUNT, MAX_CFG_SCALE, MAX_PROMPT = 1000, 64, 100, 10_000
 MAX_PIXELS = 4096 * 4096
-"""Of a result: no base was trained beyond a quarter of it."""
+"""Largest area of a result: no base was trained beyond a quarter of it."""
 FEATHER, MAX_FEATHER = 8.0, 1024
 
 OnProgress = Callable[[int, int], None]
-"""Called after every step of a sampler with the steps done and the steps in all, over all pictures of the call. What it raises
-ends the edit: that is how one is cancelled."""
+"""Called after every step of a sampler with the steps done and the total steps, over all images of the call. An exception in it
+ends the edit, which is how an edit is cancelled."""
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What is wanted. A field with a `Knob` is an option of the command line, a column of tables and a setting of pictures too.
+    """An edit to make. A field with a `Knob` is also an option of the command line, a column of tables and a setting in results.
 
     Raises:
-        InputError: a value is out of its range, or is not one that the mode takes.
+        InputError: a value is out of its range, or the mode does not take it.
     """
 
-    prompt: Annotated[str, Knob("The instruction.", most=MAX_PROMPT, label="Instruction")]
+    prompt: Annotated[str, Knob("Instruction for the edit.", most=MAX_PROMPT, label="Instruction")]
     """The instruction; `variation` takes none."""
     images: Sequence[Image.Image]
-    """One to three RGB images; the first is the one that is edited, and the result has its shape."""
-    mode: Annotated[ModeName, Knob("What is done; docs/editing.md explains each.", "edit")] = "edit"
+    """One to three RGB images. The first one is edited, and the result has its shape. The others are references."""
+    mode: Annotated[ModeName, Knob("Way of editing, explained in docs/editing.md.", "edit")] = "edit"
     adapters: Annotated[
         Sequence[AdapterUse],
         Knob(
-            "Run, checkpoint or safetensors file, as named or below $CHECKPOINT_DIR; repeatable, added up.",
+            "LoRA to apply: run folder, checkpoint or safetensors file, also below $CHECKPOINT_DIR. Repeatable.",
             *("the base model",),
             parse=AdapterUse.parse,
             metavar="PATH[:WEIGHT]",
@@ -65,35 +65,37 @@ class EditRequest:
             label="Adapter",
         ),
     ] = ()
-    """Added up. The first says how it must be sampled, and at which sizes it was trained."""
-    negative_prompt: Annotated[str, Knob("What guidance leads away from.", "nothing", most=MAX_PROMPT)] = EMPTY_PROMPT
-    """Read only with classifier-free guidance."""
+    """Adapters to add up. The first one decides the sampler and the sizes."""
+    negative_prompt: Annotated[
+        str, Knob("Negative prompt, used with a guidance scale above 1.", "none", most=MAX_PROMPT)
+    ] = EMPTY_PROMPT
+    """Negative prompt, used only with classifier-free guidance."""
     mask: Image.Image | None = None
-    """Mode L, of the first image's shape: 255 where the edit may go, 0 where every pixel is kept. (A dataset's `back_mask` is
-    the other way round.) For `inpaint` and `control-inpaint`."""
+    """Mask for `inpaint` and `control-inpaint`: mode L, of the first image's shape, 255 where the image is edited, and 0
+    where every pixel is kept. (A dataset's `back_mask` is the opposite.)"""
     feather: Annotated[
         float | None,
         Knob(
-            *("Width of the mask's feathered edge, in pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
+            *("Feathering: width of the mask's soft edge, in pixels of the result.", f"{FEATHER:g}", 0, MAX_FEATHER),
             modes=MASKED,
         ),
     ] = None
-    """Width of the mask's soft rim, pixels of the result; by default FEATHER."""
+    """Width of the mask's soft edge, in pixels of the result; by default FEATHER."""
     focus: Annotated[
         Focus | None,
         Knob(
-            "For mode focus: where the edit may go, in shares of the picture.",
+            "Disc to edit in mode focus: centre and radius as shares of the image, 0–1.",
             "0.5,0.5,0.25",
             modes=("focus",),
             parse=Focus.parse,
             metavar="X,Y,R",
         ),
     ] = None
-    """For `focus`; the middle by default."""
+    """Disc to edit in mode `focus`; by default in the middle."""
     controls: Annotated[
         Sequence[Control],
         Knob(
-            "For mode control: a map of the image (canny, lines, depth) as a reference; repeatable.",
+            "Control map made from the image: canny, lines or depth, with a strength of 0–2. Repeatable.",
             modes=CONTROLLED,
             needed=True,
             parse=Control.parse,
@@ -102,39 +104,54 @@ class EditRequest:
             label="Maps of the source",
         ),
     ] = ()
-    """For `control` and `control-inpaint`; with the images they are at most three."""
-    steps: Annotated[int | None, Knob("Of the sampler.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)] = None
-    """Calls of the sampler; by default what suits it."""
+    """Control maps for `control` and `control-inpaint`. Together with the images, there are at most three."""
+    steps: Annotated[
+        int | None, Knob("Number of sampling steps.", "4 for a bridge, 40 for flow matching", 1, MAX_STEPS)
+    ] = None
+    """Number of sampling steps; by default the sampler's own."""
     cfg_scale: Annotated[
         float | None,
-        Knob("Guidance of flow matching, 1 for none.", "4 for flow matching", 1, MAX_CFG_SCALE, label="Guidance scale"),
+        Knob(
+            "Guidance scale for flow matching. 1 turns guidance off.",
+            "4 for flow matching",
+            1,
+            MAX_CFG_SCALE,
+            label="Guidance scale",
+        ),
     ] = None
-    """Classifier-free guidance where the sampler has it: 1 is without; by default what suits the base."""
+    """Guidance scale, if the sampler has guidance. 1 turns it off; by default it is the base model's own."""
     strength: Annotated[
         float | None,
         Knob(
-            *("How far from the source, over 0 to 1, in modes that have it.", "by the mode", 0, 1, True),
+            *("Denoising strength, 0–1: how far the result may move from the source.", "by the mode", 0, 1, True),
             modes=WITH_STRENGTH,
             label="Denoising strength",
         ),
     ] = None
     """How far from the source, in (0, 1]: the share of the way that `img2img`, `variation` (and `inpaint`, if given) walk again,
     and the share of inverted steps that `invert` walks back with the instruction."""
-    sampler: Annotated[SamplerName | None, Knob(default="as the adapter was trained")] = None
-    """By default as the first adapter was trained."""
-    seed: Annotated[int, Knob("Of the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
-    count: Annotated[int, Knob("Pictures, with the seeds seed, seed + 1, …", "1", 1, MAX_COUNT, label="Pictures")] = 1
-    """Pictures; picture i has the seed `seed + i`, and is the one that this seed gives alone."""
-    size: Annotated[Size | None, Knob("In multiples of 32.", "as the first image", parse=parse_size, metavar="WxH")] = (
-        None
-    )
-    """Of the result, in multiples of 32; by default as the first image, within the geometry's `max_pixels`."""
-    aspect: Annotated[AspectName | None, Knob("Shape of the result.", "as the first image")] = None
-    """The result's shape instead of its size: as many pixels as the source would have."""
+    sampler: Annotated[
+        SamplerName | None, Knob("Sampler to use instead of the adapter's own.", "as the adapter was trained")
+    ] = None
+    """Sampler; by default the one that the first adapter was trained for."""
+    seed: Annotated[int, Knob("Random seed for the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
+    count: Annotated[
+        int, Knob("Number of images, made with the seeds seed, seed + 1 and so on.", "1", 1, MAX_COUNT, label="Images")
+    ] = 1
+    """Number of images. Image i has the seed `seed + i`, and is the same as with this seed alone."""
+    size: Annotated[
+        Size | None,
+        Knob(
+            "Size of the result in pixels, in multiples of 32.", "as the first image", parse=parse_size, metavar="WxH"
+        ),
+    ] = None
+    """Size of the result, in multiples of 32; by default that of the first image, within the geometry's `max_pixels`."""
+    aspect: Annotated[AspectName | None, Knob("Aspect ratio of the result.", "as the first image")] = None
+    """Aspect ratio of the result, with as many pixels as the source would have. It replaces `size`."""
     bridge_image: int = 0
-    """Which of the images an edit begins at, as in a dataset file."""
+    """Number of the image that a bridge starts from, as in a dataset file."""
     geometry: Geometry | None = None
-    """Sizes of images; by default what suits the base and the first adapter."""
+    """Sizes of images; by default those of the base model and the first adapter."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -143,7 +160,9 @@ class EditRequest:
             with_maps = f" and {len(self.controls)} control maps" if self.controls else ""
             raise InputError(f"an edit takes 1 to {MAX_SOURCES} images, got {len(self.images)}{with_maps}")
         if not 0 <= self.bridge_image < len(self.images):
-            raise InputError(f"bridge_image={self.bridge_image} of {len(self.images)} image(s), counted from 0")
+            raise InputError(
+                f"bridge_image={self.bridge_image} is not one of the {len(self.images)} image(s), counted from 0"
+            )
         for each in KNOBS:
             each.knob.check(each.field, getattr(self, each.field))
         self._check_size()
@@ -157,7 +176,7 @@ class EditRequest:
         if self.aspect is not None and self.aspect not in ASPECTS:
             raise InputError(f"aspect must be one of {', '.join(ASPECTS)}, got {self.aspect!r}")
         if self.size and self.aspect:
-            raise InputError(f"size and aspect both say how large the result is: leave out aspect={self.aspect}")
+            raise InputError(f"size and aspect both set the size of the result: leave out aspect={self.aspect}")
 
     def _check_mode(self) -> None:
         if self.mode == "variation" and self.prompt.strip():
@@ -173,12 +192,12 @@ class EditRequest:
 
     @property
     def rim(self) -> float:
-        """Width of the mask's soft rim, pixels."""
+        """Width of the mask's soft edge, in pixels."""
         return FEATHER if self.feather is None else self.feather
 
     @property
     def seeds(self) -> range:
-        """One for each picture."""
+        """One seed for each image."""
         return range(self.seed, self.seed + self.count)
 
 
@@ -188,37 +207,37 @@ KNOBS = tuple(declared(EditRequest))
 
 @dataclass(frozen=True)
 class EditResult:
-    """What was made of it."""
+    """The result of an edit."""
 
     image: Image.Image
     seed: int
     seconds: float
-    """Of this picture: encoding, sampling, decoding, with models loaded."""
+    """Seconds for this image: encoding, sampling, decoding, with models loaded."""
     settings: dict[str, Any]
-    """Everything but the images that is needed to make it again, and what made it; values that JSON knows."""
+    """Everything except the images that is needed to make it again, and what made it, as JSON values."""
     maps: Sequence[Image.Image] = field(default=())
-    """The control maps that the model was shown."""
+    """The control maps that the model saw."""
     encoding: float = 0.0
-    """The seconds of it before the first step; 0 where nobody knows."""
+    """The part of the seconds before the first step; 0 if not known."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a base model can be asked."""
+    """What a base model can do."""
 
     base: str
     """Its name: `qwen-image-edit`, `flux-kontext`, `sd15`, `sdxl`."""
     modes: tuple[ModeName, ...]
     max_images: int
     samplers: tuple[SamplerName, ...] = ()
-    """Those that a request may name; empty: it must leave the choice to the base."""
+    """The samplers that a request may name. Empty: it must leave the choice to the base model."""
 
     def has(self, knob: Declared) -> bool:
         """Whether any of the base's modes takes this."""
         return any(mode in knob.knob.modes for mode in self.modes) and (knob.field != "sampler" or bool(self.samplers))
 
     def check(self, request: EditRequest) -> None:
-        """Nothing is loaded for it.
+        """Checks a request without loading anything.
 
         Raises:
             InputError: the base cannot serve the request.

@@ -32,7 +32,7 @@ class Comparison:
     first: str
     second: str
     difference: Interval
-    """Of the first minus the second."""
+    """Interval of the first minus the second."""
     p: float | None
     """Probability of a difference this large if the two were alike; None with fewer than two rows."""
     p_holm: float | None = None
@@ -102,7 +102,7 @@ def compare_methods(
     Args:
         scores: method -> row's id -> value.
         baselines: method -> the one that it is held against; that one is no method itself.
-        seed: of the resampling.
+        seed: random seed of the resampling.
     """
     known = {method: baseline for method, baseline in (baselines or {}).items() if {method, baseline} <= scores.keys()}
     methods = [name for name in scores if name not in (baselines or {}).values()]

@@ -40,7 +40,7 @@ class Method:
     """One for each row, by its id."""
     steps: int | None = None
     seconds: tuple[float, ...] = ()
-    """Of sampling and decoding, of the pictures for which that is known."""
+    """Seconds of sampling and decoding, of the images for which they are known."""
     sampler: dict[str, Any] | None = None
     """What made them."""
 
@@ -107,8 +107,8 @@ class Contest:
         masked = sum(row.back_mask is not None for row in rows)
         seeing = [name for name, uses in self.subjects.items() if any(added_modules(use.path) for use in uses)]
         return [
-            f"{masked} of {len(rows)} rows have a mask, and the modules that {name} adds see none here: in training and in its "
-            "validation they see it, so those figures may be better"
+            f"{masked} of {len(rows)} rows have a mask, but the modules that {name} adds do not see it here. In training and in "
+            "its validation they do, so those scores may be better"
             for name in (seeing if masked else [])
         ]
 
@@ -155,7 +155,7 @@ def usable(row: Row | RejectedRow) -> Row | RejectedRow:
         return RejectedRow(row.number, row.id, str(row.image), "it has no source: there is nothing to edit")
     for path in filter(None, (row.image, row.ref_gt, row.back_mask)):
         if not path.is_file() or (path != row.back_mask and image_size(path) is None):
-            return RejectedRow(row.number, row.id, str(path), "there is no such picture, or it cannot be read")
+            return RejectedRow(row.number, row.id, str(path), "the image does not exist or cannot be read")
     return row
 
 
@@ -173,7 +173,7 @@ def edited_methods(jobs: Sequence[Job], done: Sequence[KeyedJob], folder: Path) 
         subject, count, row = keyed.job.id.split("/", 2)
         groups[subject, count][row] = keyed
     if empty := ", ".join("/".join(names) for names, made in groups.items() if not made):
-        raise InputError(f"every row failed for {empty}, {folder / FAILED} says why: mend that, or leave it out")
+        raise InputError(f"every row failed for {empty}, {folder / FAILED} says why: fix the rows, or leave it out")
     known, methods = read_seconds(folder), []
     for (subject, count), made in groups.items():
         files = {row: folder / keyed.outputs[0] for row, keyed in made.items()}
@@ -203,8 +203,8 @@ def found_methods(folders: Sequence[Path], rows: Sequence[Row]) -> list[Method]:
                 files[row.id] = pictures[found]
                 if (owner := owners.setdefault(found, row.id)) != row.id:
                     raise InputError(
-                        f"{pictures[found]} could be of the rows {owner} and {row.id}: call pictures by the rows' ids, "
-                        "or put them into folders as the targets are"
+                        f"{pictures[found]} could belong to the rows {owner} and {row.id}: name the images by the rows' ids, "
+                        "or put them into the same folders as the targets"
                     )
         methods.append(Method(name, files))
     return methods
@@ -220,7 +220,7 @@ def named_pictures(folder: Path) -> dict[str, Path]:
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if (first := pictures.setdefault(name, path)) != path:
-            raise InputError(f"{first} and {path} have one name: keep one of them, or rename it")
+            raise InputError(f"{first} and {path} have the same name: rename or remove one of them")
     return pictures
 
 
@@ -248,7 +248,7 @@ def with_all(rows: Sequence[Row], methods: Sequence[Method]) -> Iterator[Row | R
     """The rows, rejected where a method has no picture."""
     for row in rows:
         missing = next((method.name for method in methods if row.id not in method.files), None)
-        reason = f"{missing} has no picture called {row.id} or {row.image.stem}"
+        reason = f"{missing} has no image named {row.id} or {row.image.stem}"
         yield RejectedRow(row.number, row.id, str(row.image), reason) if missing else row
 
 
@@ -261,7 +261,7 @@ def rows_of_folders(sources: Path, targets: Path) -> list[Row | RejectedRow]:
     named = named_pictures(sources)
     rows: list[Row | RejectedRow] = []
     for number, (name, path) in enumerate(named_pictures(targets).items(), start=1):
-        reason = f"{sources} has no picture called {name}"
+        reason = f"{sources} has no image named {name}"
         rows.append(
             Row(number, name, EMPTY_PROMPT, path.absolute(), (named[name].absolute(),))
             if name in named

@@ -48,11 +48,11 @@ class Measured:
     rows: dict[str, Scores] = field(default_factory=dict)
     """By the row's id."""
     whole: Scores = field(default_factory=dict)
-    """Of all pictures together."""
+    """Scores of all images together."""
     kind: Kind = "edit"
     """Names do not say it: a run may be called `target`."""
     baseline: str | None = None
-    """Of an edit: the name of the source unchanged at its size."""
+    """For an edit: the name of the unchanged source at its size."""
 
 
 class Recorder:

@@ -53,16 +53,16 @@ class Validation:
         reader: the cache of the held-out rows. Targets, sources and masks are read from the rows' own files.
         decode: latents (B, 16, h, w) -> pixels (B, 3, 8h, 8w) in about [-1, 1].
         folder: where `step-NNNNNN/` folders are written.
-        sampler: makes the edited latents.
-        white: another one, for the second stream of a bridge; its methods are `white/steps_1` and so on.
-        steps: step counts to try, each a column of the grid.
-        num_rows: rows to use, chosen by `seed` and the same ever after; all of them if there are fewer.
-        batch_size: rows of one bucket that are sampled together; it changes no result but by rounding.
-        seed: of the choice of rows and of every row's noise.
-        grid_rows: rows that the picture shows.
-        show_progress: draw a bar on stderr; not inside a training, which has its own.
+        sampler: sampler that makes the edited latents.
+        white: sampler for the sub stream of a bridge, which starts from white. Its numbers are called `white/steps_1/…`.
+        steps: numbers of sampling steps to validate with. Each is a column of the picture grid.
+        num_rows: number of held-out rows to use, chosen by `seed` and the same in every validation.
+        batch_size: number of rows of one bucket that are sampled together. It changes results only by rounding.
+        seed: random seed for choosing the rows and for the noise of each row.
+        grid_rows: number of rows in the picture grid.
+        show_progress: show a progress bar on stderr. A training has its own, so leave this off there.
         processes: those that share the rows out and all call this; rank 0 writes. None for one process.
-        scorer: what is measured of every picture, and of every row's source; PSNR and SSIM by default.
+        scorer: metrics to measure on each edit and on each row's unchanged source. By default they are PSNR and SSIM.
 
     Raises:
         ValueError: a number is not positive, or there are no rows.

@@ -13,10 +13,14 @@ from eval.request.options import ModelOptions, PlaceOptions
 
 WINDOW = 16
 """Rows for which each part of an offloaded model comes to the device once: their embeddings take about 0.3 GB there."""
-BatchSize = Annotated[int, typer.Option(help="Rows of one size that are sampled together.", min=1, max=1024)]
+BatchSize = Annotated[
+    int, typer.Option(help="Batch size: number of rows of one size that are sampled together.", min=1, max=1024)
+]
 Window = Annotated[
     int,
-    typer.Option(help="With --offload model, rows that are encoded, then sampled, then decoded.", min=1, max=10_000),
+    typer.Option(
+        help="Number of rows to encode, then sample, then decode together with --offload model.", min=1, max=10_000
+    ),
 ]
 
 
@@ -24,23 +28,30 @@ Window = Annotated[
 class TableOptions:
     """A table of edits, and how its rows are done."""
 
-    csv: Annotated[Path | None, typer.Option(help="Edit every row of a table: CSV, TSV, JSON, JSONL or Parquet.")] = (
-        None
-    )
+    csv: Annotated[
+        Path | None, typer.Option(help="Edit every row of this table (CSV, TSV, JSON, JSONL or Parquet).")
+    ] = None
     root: Annotated[
-        Path | None, typer.Option(help="Folder that the table's paths start from.", show_default="the table's")
+        Path | None, typer.Option(help="Folder that the paths in the table start from.", show_default="the table's")
     ] = None
     coco: Annotated[
-        Path | None, typer.Option(help="COCO file whose ids image_id holds; not needed for 123 -> 000000000123.jpg.")
+        Path | None,
+        typer.Option(help="COCO file for the table's image ids. Names like 000000000123.jpg are found without it."),
     ] = None
     font: Annotated[
-        list[Path] | None, typer.Option(help="Of overlay_text; repeatable.", show_default="DejaVu Sans")
+        list[Path] | None,
+        typer.Option(
+            help="Font file for overlay_text. Repeatable: each row draws one of those that contain its characters.",
+            show_default="DejaVu Sans",
+        ),
     ] = None
-    ignore_columns: Annotated[bool, typer.Option("--ignore-columns", help="Do without unknown columns.")] = False
+    ignore_columns: Annotated[bool, typer.Option("--ignore-columns", help="Ignore unknown columns of the table.")] = (
+        False
+    )
     batch_size: BatchSize = 1
     window: Window = WINDOW
     on_error: Annotated[
-        OnErrorName, typer.Option(help="With unusable input, keep the rest and end with code 2, or with code 0.")
+        OnErrorName, typer.Option(help="Exit code if some rows cannot be edited: 2 (raise) or 0 (skip).")
     ] = "raise"
 
     def check_unused(self) -> None:

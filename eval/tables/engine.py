@@ -46,7 +46,9 @@ class Engine:
         processes, device, limits = None, place.device, model.limits
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             if device and torch.device(device).index is not None:
-                raise InputError(f"several processes have a device each: use --device {torch.device(device).type}")
+                raise InputError(
+                    f"each of several processes gets its own device: use --device {torch.device(device).type}"
+                )
             processes = Processes.start(device)
             device = str(processes.device)
         placement = place.place(device)
@@ -82,10 +84,10 @@ def check_done(summary: Summary, out: Path, on_error: OnErrorName) -> None:
     """
     failed = f"{len(summary.failures)} of {summary.num_rows} rows failed, {out / FAILED} says why"
     if summary.bugs:
-        print(f"{failed}; {summary.bugs} of them by a mistake of the program, shown above", file=sys.stderr)
+        print(f"{failed}; {summary.bugs} of them because of an error in the program, shown above", file=sys.stderr)
         raise typer.Exit(1)
     if summary.failures and on_error == "raise":
-        raise InputError(f"{failed}: the same command does those again, and no others")
+        raise InputError(f"{failed}: run the same command again to retry only those")
 
 
 def common(limits: SizeLimits, placement: Placement) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from train.model.adapter_files import adapter_file, extra_file
 
 KEY_DIGITS = 16
 VERSION = 1
-"""Of what keys are made of."""
+"""Version of what the keys are made of."""
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def _attempt(function: Callable[[Any], Answer], argument: Any, job: Job, quiet: 
             if not quiet:
                 traceback.print_exc()
             return Failed(job.reject(f"{type(error).__name__}: {error}"), bug=True)
-        reason = f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
+        reason = f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'})"
     gc.collect()  # here, where the error and the frames it holds are gone
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -167,7 +167,9 @@ def _job(number: int, texts: dict[str, str], root: Path, photographs: Photograph
 def _images(texts: Mapping[str, str], root: Path, photographs: Photographs) -> tuple[tuple[Path, ...], str]:
     """The files of a row, and the first as the table names it."""
     if ("image" in texts) == ("image_id" in texts):
-        raise BadRow(f"a row fills one of image and image_id, this one {'both' if 'image' in texts else 'none'}")
+        raise BadRow(
+            f"a row must fill exactly one of image and image_id; this one fills {'both' if 'image' in texts else 'neither'}"
+        )
     if "image_id" in texts:
         first = [photographs.find(texts["image_id"])]
     else:
@@ -183,7 +185,7 @@ def _overlay(texts: Mapping[str, str], root: Path) -> Overlay | None:
     filled = [name for name in OVERLAYS if name in texts]
     style = {name: texts[name] for name in STYLE if name in texts}
     if len(filled) > 1:
-        raise BadRow("a row fills at most one of overlay_text and overlay_image, this one both")
+        raise BadRow("a row may fill only one of overlay_text and overlay_image; this one fills both")
     try:
         parse_style(style)
     except ValueError as error:
@@ -231,4 +233,4 @@ def _check_columns(names: Iterable[str], where: str, complete: bool, ignore: boo
             hint = f"did you mean {nearest[0]!r}?" if nearest else "rename or remove it"
             raise InputError(f"unknown column {name!r} in {where}: {hint} (or --ignore-columns; {', '.join(COLUMNS)})")
     if complete and not {"image", "image_id"} & set(names):
-        raise InputError(f"{where} has no column image or image_id: it names the image that each row edits")
+        raise InputError(f"{where} has no column image or image_id, which names the image that each row edits")

@@ -1,13 +1,13 @@
-"""Whether this project does on real weights what its tests say: one command, one page.
+"""Checks on real weights what the tests check on the tiny model, and writes one page.
 
     bash scripts/accept.sh                                              Qwen/Qwen-Image-Edit-2511
     bash scripts/accept.sh models/Qwen-Image-Edit-2509 --out runs/accept-2509 --lightning lightning.safetensors
     bash scripts/accept.sh --only velocity --only vae
     bash scripts/accept.sh --again edits
 
-Parts that passed are not done again, unless the model or an option has changed. Each part is a process of its own, so that one
-that fails leaves the others; what it prints is in OUT/logs. The table is printed and OUT/accept.html written after each part.
-Exit code 0 if every part that was asked for has passed. docs/acceptance.md says what each part does, and why its bounds are so.
+Parts that have passed are not run again, unless the model or an option has changed. Each part is its own process, so a part
+that fails does not stop the others. Its output is in OUT/logs. The table and OUT/accept.html are renewed after each part.
+The exit code is 0 if every requested part has passed. docs/acceptance.md says what each part does, and explains its bounds.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def key_of(options: Options, part: str) -> str:
-    """Of the model's contents and the options that the part's results depend on."""
+    """Key of the model's contents and the options that the part's results depend on."""
     left_out = {"out", "model", "name"} | (OF_EDITS if part != "edits" else set())
     values = {name: str(value) for name, value in asdict(options).items() if name not in left_out}
     values["fingerprint"] = ModelDirectory(Path(options.model)).fingerprint(*COMPONENTS)
@@ -171,24 +171,39 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="bash scripts/accept.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("model", nargs="?", default="2511", help="2511, 2509, a folder or a hub id (default 2511)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/accept"), help="folder of all results (default runs/accept)"
+        "model", nargs="?", default="2511", help="Model to check: 2511, 2509, a folder or a hub id (default 2511)."
     )
-    parser.add_argument("--only", action="append", metavar="PART", help=f"one of {', '.join(PARTS)}; may be repeated")
     parser.add_argument(
-        "--again", action="append", default=[], metavar="PART", help="do it again though it passed; may be repeated"
+        "--out", type=Path, default=Path("runs/accept"), help="Folder for all results (default runs/accept)."
     )
-    parser.add_argument("--lightning", type=Path, metavar="FILE", help="a Lightning LoRA to edit with in 4 steps")
-    parser.add_argument("--side", type=int, default=1024, help="of the pictures, in pixels (default 1024)")
-    parser.add_argument("--rank", type=int, default=64, help="of the LoRA (default 64)")
-    parser.add_argument("--train-steps", type=int, default=20, help="of each training (default 20)")
-    parser.add_argument("--base-steps", type=int, default=40, help="of the base model's edit (default 40)")
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default bfloat16)"
+        "--only", action="append", metavar="PART", help=f"Run only this part: {', '.join(PARTS)}. Repeatable."
+    )
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="Run this part again although it passed before. Repeatable.",
+    )
+    parser.add_argument("--lightning", type=Path, metavar="FILE", help="Lightning LoRA to edit with in 4 steps.")
+    parser.add_argument("--side", type=int, default=1024, help="Side of the images in pixels (default 1024).")
+    parser.add_argument("--rank", type=int, default=64, help="Rank of the LoRA (default 64).")
+    parser.add_argument("--train-steps", type=int, default=20, help="Steps of each training (default 20).")
+    parser.add_argument(
+        "--base-steps", type=int, default=40, help="Sampling steps of the base model's edit (default 40)."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="Data type of the weights (default bfloat16).",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="race DiffSynth at the tiny model's sizes")
+    parser.add_argument(
+        "--tiny", action="store_true", help="Compare the speed with DiffSynth's at the tiny model's sizes."
+    )
     return parser.parse_args(words)
 
 

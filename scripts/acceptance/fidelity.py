@@ -110,7 +110,7 @@ def check_sums(options: Options, findings: Findings, files: Sequence[Path]) -> N
 
 
 def sha256(file: Path) -> str:
-    """Of the file's content."""
+    """SHA-256 of the file's content."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -165,7 +165,7 @@ def distance(mine: Tensor, exact: Tensor) -> float:
 
 
 def inputs(model: ModelDirectory, options: Options) -> tuple[Tensor, Tensor, Condition]:
-    """Of one sample: normal numbers, drawn on the CPU."""
+    """Inputs of one sample: normal numbers, drawn on the CPU."""
     draw, cells = torch.Generator().manual_seed(0), options.side // 8
     width = model.config("transformer")["joint_attention_dim"]
     latents, reference = (torch.randn(1, 16, cells, cells, generator=draw).to(options.device) for _ in range(2))

@@ -15,7 +15,7 @@ from data_prep.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 360
-"""Of a picture on the page, pixels."""
+"""Width of an image on the page, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Options:
     out: Path
     device: str
     dtype: str
-    """Of the weights where rounded numbers are compared, trained and edited with."""
+    """Data type of the weights where rounded numbers are compared, trained and edited with."""
     side: int
-    """Of the pictures, in pixels."""
+    """Side of the images, in pixels."""
     rank: int
     train_steps: int
     base_steps: int
@@ -60,11 +60,11 @@ class Check:
 
 @dataclass
 class Findings:
-    """Of one part; grows while it runs."""
+    """The findings of one part, which grow while it runs."""
 
     part: str
     key: str = ""
-    """Of what it depends on: a part with another key is done again."""
+    """Key of what it depends on: a part with another key is done again."""
     checks: list[Check] = field(default_factory=list)
     pictures: list[tuple[str, str]] = field(default_factory=list)
     """File and caption."""

@@ -55,7 +55,7 @@ def run(command: Sequence[Any]) -> None:
 
 
 def overrides(options: Options, recipe: str, name: str, *more: str) -> list[str]:
-    """Of the run `name`: the recipe, on this model, data and length."""
+    """Overrides of the run `name`: the recipe, on this model, data and length."""
     data = write_data(options)
     return [
         f"+exp={RECIPES[recipe]}",

@@ -1,18 +1,18 @@
-"""Writing and reading a cache, beside DiffSynth's data-process task and `torch.load`; and what a reader holds in memory.
+"""Measures writing and reading a cache, compared with DiffSynth's data-process task and `torch.load`, and a reader's memory.
 
     python scripts/bench/cache.py --model models/tiny --json cache.json
     python scripts/bench/cache.py --only write --random --device cuda --dtype bfloat16 --write-side 1024
     python scripts/bench/cache.py --only read,memory --side 512
     python scripts/bench/cache.py --tiny
 
-`write`: the same pictures (their own sizes, one reference each) through the same VAE and text encoder, loaded before. Theirs is
-DiffSynth's pipeline up to the transformer, a row at a time, its references at the sizes of ours (it would bring each to one
-megapixel), and `torch.save`; it has no source at the target's size, no mask and no white. `read`: random records of the real
-size, warm, from our files and from one `.pth` with the same tensors for each. `memory`: anonymous memory, which files that are
-mapped are no part of, of a process that has opened a dataset and laid out its epochs.
+`write` encodes the same images (in their own sizes, one reference each) with the same VAE and text encoder, already loaded.
+"Theirs" is DiffSynth's pipeline up to the transformer, one row at a time, with references at our sizes (it would resize each to
+one megapixel), and `torch.save`. It has no source at the target's size, no mask and no white. `read` reads random records of the
+real size, warm, from our files and from one `.pth` each with the same tensors. `memory` is the anonymous memory, without mapped
+files, of a process that has opened a dataset and planned its epochs.
 
-`--device cuda` lets both sides of `write` compute there; the other parts have nothing to compute. Figures alternate between the
-two `--repeat` times; the median counts.
+With `--device cuda`, both sides of `write` compute on the GPU; the other parts compute nothing. The two sides alternate
+`--repeat` times, and the median counts.
 """
 
 import argparse
@@ -117,19 +117,12 @@ def write(report: Report, options: argparse.Namespace, folder: Path) -> None:
         model = random_model(model.path, options.device, tiny=options.tiny)
     dtype, side = DTYPES[options.dtype], options.write_side
     encoders = Encoders(load_vae(model, device, dtype), load_prompt_encoder(model, device, dtype))
-    rows = make_rows(folder / "pictures", options.rows, side)
+    rows, stored = make_rows(folder / "pictures", options.rows, side), str(dtype).removeprefix("torch.")
     theirs = Theirs(model, encoders.prompt_encoder, device, dtype)
 
     def ours(out: Path) -> None:
-        build_cache(
-            rows,
-            Geometry(side * side),
-            lambda: encoders,
-            out,
-            fingerprint="bench",
-            rejected_path=folder / "r",
-            dtype=dtype,
-        )
+        header = CacheHeader("bench", Geometry(side * side), stored, encoder_dtype=stored)
+        build_cache(rows, header, lambda: encoders, out, rejected_path=folder / "r")
 
     names = f"write {side}x{side}, ours", "DiffSynth's data-process task"
     race(report, names, (ours, lambda out: theirs.write(rows, out)), folder, options.repeat, len(rows))
@@ -258,7 +251,7 @@ def anonymous_memory() -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files in it."""
+    """Bytes of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -274,29 +267,33 @@ def main(options: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"Parts among {', '.join(PARTS)} (default all).")
-    parser.add_argument("--model", default="models/tiny", help="Model directory for `write` (default models/tiny).")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="Where `write` computes (default cpu)."
+        "--only", default=",".join(PARTS), help=f"Parts to run, out of {', '.join(PARTS)} (default all)."
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Numbers of `write` (default float32).")
-    parser.add_argument("--rows", type=int, default=64, help="Rows that are written (default 64).")
+    parser.add_argument("--model", default="models/tiny", help="Model folder for `write` (default models/tiny).")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Device for `write` (default cpu).")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Data type for `write` (default float32).")
+    parser.add_argument("--rows", type=int, default=64, help="Number of rows to write (default 64).")
     parser.add_argument(
-        "--write-side", type=int, default=128, help="Pixels of the side of what is written (default 128)."
+        "--write-side", type=int, default=128, help="Side of the images to write, in pixels (default 128)."
     )
-    parser.add_argument("--records", type=int, default=128, help="Records that are read (default 128).")
-    parser.add_argument("--side", type=int, default=1024, help="Pixels of the side of what is read (default 1024).")
-    parser.add_argument("--text", type=int, default=211, help="Tokens of the text of what is read (default 211).")
+    parser.add_argument("--records", type=int, default=128, help="Number of records to read (default 128).")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="Side of the images of the records to read, in pixels (default 1024)."
+    )
+    parser.add_argument("--text", type=int, default=211, help="Text tokens of each record to read (default 211).")
     parser.add_argument("--width", type=int, default=3584, help="Width of the text's hidden states (default 3584).")
     parser.add_argument(
-        "--memory-rows", type=int, default=1_000_000, help="Rows of the dataset of `memory` (default 1000000)."
+        "--memory-rows", type=int, default=1_000_000, help="Rows of the dataset for `memory` (default 1000000)."
     )
-    parser.add_argument("--repeat", type=int, default=5, help="Timed runs of each (default 5).")
+    parser.add_argument("--repeat", type=int, default=5, help="Timed runs per measurement (default 5).")
     parser.add_argument(
-        "--random", action="store_true", help="Random weights of Qwen-Image-Edit-2511's sizes for `write`."
+        "--random", action="store_true", help="Use random weights of Qwen-Image-Edit-2511's sizes for `write`."
     )
-    parser.add_argument("--tiny", action="store_true", help="Small sizes and one timed run, to see that it works.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="File to write, whole after each row.")
+    parser.add_argument(
+        "--tiny", action="store_true", help="Use small sizes and one timed run, to check that the benchmark works."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.only = options.only.split(",")

@@ -1,12 +1,12 @@
-"""How fast `pairs` and `check` are, and whether memory stays where it is when a dataset grows.
+"""Measures how fast `pairs` and `check` are, and whether their memory stays the same when a dataset grows.
 
     python scripts/bench/data_prep.py
     python scripts/bench/data_prep.py --pairs 500 --rows 10000,100000 --only memory
 
-Speed: rows per second of both commands, as a user runs them, start included, on made pairs (pieces of photographs, JPEG of
-quality 90), for each number of processes. Memory: the most that a process held after reading dataset files of two lengths,
-and after `check` has taken in as many measured rows and looked for duplicates among them. Prints tables. Ends with code 1
-if anything but a .json file, which is read whole, takes more than --limit bytes a row. Linux only (/proc/self/status).
+Speed: rows per second of both commands, including their start, on synthetic pairs (pieces of photographs, JPEG of
+quality 90), for each number of processes. Memory: the peak of a process after reading dataset files of two lengths,
+and after `check` has stored as many measured rows and searched them for duplicates. It prints tables. The exit code is 1
+if anything but a .json file (which is read whole) takes more than --limit bytes per row. Linux only (/proc/self/status).
 """
 
 import argparse
@@ -193,16 +193,24 @@ def _numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5000, help="pairs to build and to check (5000)")
-    parser.add_argument("--size", type=int, default=512, help="pixels of their sides (512)")
-    parser.add_argument("--processes", type=_numbers, default=[1, 2], help="each is timed (1,2)")
+    parser.add_argument("--pairs", type=int, default=5000, help="Number of pairs to build and to check (default 5000).")
+    parser.add_argument("--size", type=int, default=512, help="Side of the pairs' images, in pixels (default 512).")
     parser.add_argument(
-        "--rows", type=_numbers, default=[10_000, 1_000_000], help="of the dataset files (10000,1000000)"
+        "--processes",
+        type=_numbers,
+        default=[1, 2],
+        help="Numbers of processes to time, separated by commas (default 1,2).",
     )
-    parser.add_argument("--limit", type=float, default=200, help="bytes a row that memory may grow by (200)")
-    parser.add_argument("--only", choices=("speed", "memory"), help="one of the two (both)")
     parser.add_argument(
-        "--work", type=Path, help="where files are made, some GB with a million rows (temporary folder)"
+        "--rows",
+        type=_numbers,
+        default=[10_000, 1_000_000],
+        help="Rows of the small and the large dataset file (default 10000,1000000).",
+    )
+    parser.add_argument("--limit", type=float, default=200, help="Bytes per row that memory may grow by (default 200).")
+    parser.add_argument("--only", choices=("speed", "memory"), help="Measure only one of the two (default both).")
+    parser.add_argument(
+        "--work", type=Path, help="Folder for the files, several GB with a million rows (default a temporary folder)."
     )
     arguments = parser.parse_args()
     if len(arguments.rows) != 2 or arguments.rows[0] >= arguments.rows[1]:

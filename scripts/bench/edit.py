@@ -1,16 +1,16 @@
-"""Seconds from a request to its picture: a bridge in a few steps against flow matching with guidance, part by part.
+"""Measures the seconds of an edit, part by part: a bridge in a few steps, compared with flow matching with guidance.
 
     python scripts/bench/edit.py --model Qwen/Qwen-Image-Edit-2511 --device cuda --json edit.json
     python scripts/bench/edit.py --random --device cuda --json edit.json
     python scripts/bench/edit.py --tiny
 
-Each edit has a picture and an instruction of its own, so that nothing is kept from the one before, but for `the next seed`;
-the median of `--repeat` after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's.
-Adapters are random, of rank `--rank` on all modules that training takes by default: times do not depend on their numbers.
-Besides: the adapter's share of a step (none, fused, and beside the weights, as it stands beside quantised ones), a change of
-adapters, read and kept, a table with each part moved once a window, and from the start of `eval/edit.py` to its picture.
-`--random` draws weights of Qwen-Image-Edit-2511's sizes where they are computed with, so that none are needed (and `start`, which
-reads files, is left out); `--tiny` makes the tiny model.
+Each edit has a different image and instruction, so nothing is kept from the last one (except in `the next seed`). Times are
+the median of `--repeat` edits after one that is not counted. `speed` is the time of 40 steps with guidance divided by the row's.
+Adapters are random, with rank `--rank` on the default modules of training: times do not depend on their numbers.
+It also measures the adapter's share of a step (none, fused, and beside the weights as with quantised weights), a change of
+adapters, a table in which each part is moved once per window, and the time from the start of `eval/edit.py` to its result.
+`--random` draws random weights of Qwen-Image-Edit-2511's sizes on the device, so that no model is needed (`start`, which
+reads files, is then left out). `--tiny` makes the tiny model.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def timed(device: torch.device, work: Callable[[], Any]) -> float:
 
 
 def median(repeat: int, device: torch.device, work: Callable[[], Any]) -> float:
-    """Of so many, after one that is not counted."""
+    """Median seconds of this many runs, after one that is not counted."""
     timed(device, work)
     return statistics.median(timed(device, work) for _ in range(repeat))
 
@@ -238,18 +238,20 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", help="folder or hub id")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default all)")
-    parser.add_argument("--size", type=int, default=1024, help="side of the picture (default 1024)")
-    parser.add_argument("--steps", type=int, default=40, help="of flow matching (default 40)")
-    parser.add_argument("--rank", type=int, default=64, help="of the adapters (default 64)")
-    parser.add_argument("--repeat", type=int, default=3, help="edits that are counted (default 3)")
+    parser.add_argument("--model", help="Model: a folder or a hub id.")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"Parts to run, out of {', '.join(PARTS)} (default all)."
+    )
+    parser.add_argument("--size", type=int, default=1024, help="Side of the image in pixels (default 1024).")
+    parser.add_argument("--steps", type=int, default=40, help="Sampling steps of flow matching (default 40).")
+    parser.add_argument("--rank", type=int, default=64, help="Rank of the adapters (default 64).")
+    parser.add_argument("--repeat", type=int, default=3, help="Number of timed edits (default 3).")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's block")
-    parser.add_argument("--random", action="store_true", help="random weights of Qwen-Image-Edit-2511's sizes")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model, small pictures and adapters")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument("--compile", action="store_true", help="Compile the transformer's block.")
+    parser.add_argument("--random", action="store_true", help="Use random weights of Qwen-Image-Edit-2511's sizes.")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model, small images and small adapters.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args(words)
     if options.tiny:
         options.size, options.rank = 64, 4

@@ -1,14 +1,14 @@
-"""What each way of saving memory saves and costs, against full weights in the same run.
+"""Measures what each way of saving memory saves and costs, compared with full weights in the same run.
 
     python scripts/bench/memory.py --model models/tiny
     python scripts/bench/memory.py --model models/tiny --grow 7 --size 512 --device cuda
 
-Each option edits one picture in a process of its own, several times; the first is not timed. Measured: bytes of the
-transformer's weights, and how many of them are on the device between edits; the most memory that loading and editing took
-(torch's on cuda; on the CPU what the process held above what its libraries need); seconds for one edit (on the CPU: of
-processor time); and how far the picture is from that of full weights. Then one picture through the VAE, whole and in tiles.
-Prints tables. `--grow` puts a random transformer of that many blocks, of 75 MB each in bfloat16, into a copy of the model:
-its figures of memory and time mean more than the tiny one's, its pictures nothing.
+Each option edits one image several times in its own process; the first edit is not timed. It measures the bytes of the
+transformer's weights, and how many of them are on the device between edits; the peak memory of loading and editing
+(torch's on cuda; on the CPU that of the process without its libraries); the seconds of one edit (on the CPU,
+processor time); and the difference to the image from full weights. Then one image goes through the VAE, whole and in tiles.
+It prints tables. `--grow` puts a random transformer with that many blocks, of 75 MB each in bfloat16, into a copy of the model:
+its memory and time are more realistic than those of the tiny model, but its images are meaningless.
 """
 
 import argparse
@@ -49,7 +49,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one option."""
+    """The measurements of one option."""
 
     stored: int
     """Bytes of the transformer's weights."""
@@ -227,14 +227,20 @@ def report(found: Mapping[str, Figures]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/tiny", help="folder or hub id")
-    parser.add_argument("--grow", type=int, default=0, metavar="BLOCKS", help="measure a random transformer instead")
+    parser.add_argument("--model", default="models/tiny", help="Model: a folder or a hub id.")
+    parser.add_argument(
+        "--grow",
+        type=int,
+        default=0,
+        metavar="BLOCKS",
+        help="Measure a random transformer with this many blocks instead.",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--size", type=int, default=256, help="side of the edited picture")
+    parser.add_argument("--size", type=int, default=256, help="Side of the edited image in pixels.")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeat", type=int, default=2, help="edits after the first, of which the fastest counts")
-    parser.add_argument("--vae-size", type=int, default=1024, help="side of the picture for the VAE")
+    parser.add_argument("--repeat", type=int, default=2, help="Number of edits after the first. The fastest counts.")
+    parser.add_argument("--vae-size", type=int, default=1024, help="Side of the image for the VAE in pixels.")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""Plants faults in the core, one at a time, and asks whether the tests of the same module catch them.
+"""Plants faults in the core, one at a time, and checks whether the tests of the same module catch them.
 
     python scripts/bench/mutants.py [--only geometry,order]
 
-Each line of `FAULTS` is a change of one place. It is made in a temporary copy of the repository, never in the repository
-itself, and one test module runs on it, up to its first failure. Printed is `caught`, `missed`, or `broken` where the tests
-did not run at all; without a fault all of them must pass. The exit code is 1 if not all are caught. All of them take some
-ten minutes of one core.
+Each line of `FAULTS` changes one place. The change is made in a temporary copy of the repository, never in the repository
+itself, and one test module runs on it until its first failure. The output is `caught`, `missed`, or `broken` if the tests
+did not run at all; without a fault, all of them must pass. The exit code is 1 if not all faults are caught. All of them take
+about ten minutes on one core.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def run_tests(folder: Path, tests: str) -> int:
 
 
 def outcome(folder: Path, tests: str) -> str:
-    """Of a test module, run in a fork up to its first failure."""
+    """Outcome of a test module, run in a fork up to its first failure."""
     if (process := os.fork()) == 0:
         code = 3  # pytest's for an error of its own
         try:
@@ -205,7 +205,9 @@ def plant(folder: Path, fault: Fault) -> str:
 def main() -> int:
     """Plants all of them, or those whose file or test module is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="Parts of the names of files or test modules, separated by commas.")
+    parser.add_argument(
+        "--only", default="", help="Plant only the faults whose file or test module has one of these parts in its name."
+    )
     wanted = parser.parse_args().only.split(",")
     faults = [fault for fault in FAULTS if any(part in f"{fault.file} {fault.tests}" for part in wanted)]
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a file that changes twice in a second would look the same

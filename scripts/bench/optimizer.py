@@ -1,13 +1,13 @@
-"""Milliseconds of an optimizer step on the LoRA weights of the real model: 471 million numbers in 1,440 tensors.
+"""Measures the milliseconds of an optimizer step on the LoRA weights of the real model: 471 million numbers in 1,440 tensors.
 
     python scripts/bench/optimizer.py --device cuda --json optimizer.json
     python scripts/bench/optimizer.py --tiny
 
-A step is all that the training loop's part `optimizer` does with these weights on one rank: the gradients' norm, whether
-it is finite, the update, clearing the gradients, the numbers to log. Optimizers: ours, and for comparison torch's AdamW
-without `fused` and ProdigyPlusScheduleFree as its library steps, tensor by tensor. The medians are of 5 steps after 2 that
-are not counted. `operations` are torch's (an operation on a list of tensors is one, and launches a kernel for about every
-hundred), `gigabytes` what they read and write, both of one more step. `--tiny` keeps the number of tensors and shrinks them.
+A step is everything that the training loop's part `optimizer` does with these weights on one rank: the gradients' norm, the
+check that it is finite, the update, clearing the gradients, and the numbers to log. The optimizers are ours, and for comparison
+torch's AdamW without `fused` and the original ProdigyPlusScheduleFree, which works tensor by tensor. The medians are of 5 steps
+after 2 that are not counted. `operations` counts torch's operations (one on a list of tensors is one, and launches a kernel for
+about every hundred), and `gigabytes` what they read and write, in one more step. `--tiny` shrinks the tensors, not their number.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", type=int, default=1440)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="tensors of a 48th of each dimension")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--tiny", action="store_true", help="Use tensors with a 48th of each dimension.")
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to.")
     options = parser.parse_args()
     sizes = shapes(options.tensors, 48 if options.tiny else 1)
     device_name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"

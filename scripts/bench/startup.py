@@ -1,12 +1,12 @@
-"""Seconds until a command answers, and until the first training step is done.
+"""Measures the seconds until a command answers, and until the first training step is done.
 
     python scripts/bench/startup.py --json startup.json
     python scripts/bench/startup.py --tiny --only help --commands train/run.py,data_prep/run.py
 
-Each figure is of a process of its own that imports its libraries itself: the median and the fastest of `--repeat`. `--help`
-is the command line alone, `import` the module that does the command's work. The first step is that of `train/run.py
-+exp=tiny_sft` on a tiny model and a few pictures, from the start of the process to the first line of metrics.jsonl: with
-caching before it, and with the cache finished. A process that is not timed runs before, so that files are in memory.
+Each measurement is a new process that imports its libraries: the median and the fastest of `--repeat`. `--help`
+is only the command line, `import` the module that does the command's work. The first step is that of `train/run.py
++exp=tiny_sft` on a tiny model and a few images, from the start of the process to the first line of metrics.jsonl: with
+caching, and with a finished cache. A process that is not timed runs first, so that files are in memory.
 """
 
 import argparse
@@ -36,11 +36,11 @@ COMMANDS = {
 PARTS = ("help", "import", "first-step")
 COLUMNS = {"what": -44, "median s": 10, "fastest s": 11, "runs": 6}
 SIZE = 64
-"""Of the pictures, in pixels."""
+"""Side of the images, in pixels."""
 
 
 def seconds(*words: str) -> float:
-    """Of a process, which must succeed."""
+    """Seconds of a process, which must succeed."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -101,11 +101,15 @@ def main(options: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default all)")
-    parser.add_argument("--commands", default=",".join(COMMANDS), help="of which (default all)")
-    parser.add_argument("--repeat", type=int, default=5, help="timed processes of each (default 5)")
-    parser.add_argument("--tiny", action="store_true", help="one timed process of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"Parts to run, out of {', '.join(PARTS)} (default all)."
+    )
+    parser.add_argument(
+        "--commands", default=",".join(COMMANDS), help="Commands to time, separated by commas (default all)."
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="Number of timed processes per measurement (default 5).")
+    parser.add_argument("--tiny", action="store_true", help="Time only one process per measurement.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args()
     options.repeat = 1 if options.tiny else options.repeat
     options.only, options.commands = options.only.split(","), options.commands.split(",")

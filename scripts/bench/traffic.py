@@ -1,17 +1,17 @@
-"""The bytes that a training step's operations read and write, counted on the meta device: no GPU, no weights, seconds.
+"""Counts the bytes that a training step's operations read and write, on the meta device, in seconds, without GPU and weights.
 
     python scripts/bench/traffic.py
     python scripts/bench/traffic.py --side 512 --gpu H100 --json traffic.json
     python scripts/bench/traffic.py --tiny
 
-The project's own denoiser with LoRA runs forward and backward with 2 and with 3 blocks; the difference is what a block
-costs, and a step is `--layers` of them. Each operation counts what it is given and what it returns, once. "Pointwise" is
-everything but matrix products and attention: what can be fused. This is eager mode; `torch.compile` fuses most of it, and
-what is left then only a GPU's profile says (`train_step.py --profile`).
+The project's own denoiser with LoRA runs forward and backward with 2 and with 3 blocks. The difference is the cost of a
+block, and a step has `--layers` blocks. Each operation counts its inputs and outputs once. "Pointwise" is
+everything but matrix products and attention, which can be fused. This is for eager mode; `torch.compile` fuses most of it, and
+only a GPU's profile shows what is left then (`train_step.py --profile`).
 
-Where the meta device computes otherwise than a GPU, this counts the GPU's: attention is flash attention's operation; RMSNorm
-is one (layer norm's, which moves the same); a linear layer with LoRA is one (`qwen_edit::low_rank_linear`), whose bytes are
-a matrix product's. The float32 weights that it is given for their gradients, but does not read, are not counted.
+If the meta device computes differently from a GPU, the GPU's operations are counted: attention is flash attention's operation;
+RMSNorm is one operation (that of layer norm, which moves the same bytes); a linear layer with LoRA is one
+(`qwen_edit::low_rank_linear`), which counts as a matrix product. Its float32 weights, which are not read, are not counted.
 """
 
 import argparse
@@ -64,7 +64,7 @@ BANDWIDTH = {
 """TB/s, from the maker's data sheet."""
 CHECKPOINTING = ("full", "selective", "off")
 SHARE = 0.85
-"""Of the bandwidth, which a large pointwise kernel reaches."""
+"""Share of the bandwidth that a large pointwise kernel reaches."""
 COLUMNS = {"operation": -46, "forward GB": 12, "calls": 7, "backward GB": 13, "calls ": 7}
 
 
@@ -124,7 +124,7 @@ def count(config: dict, checkpointing: str, side: int, text: int, rank: int) -> 
     """Forward and backward of the whole model, recomputation in the latter.
 
     Args:
-        config: of `transformer/config.json`.
+        config: contents of `transformer/config.json`.
         checkpointing: `full`, `selective` or `off`.
     """
     with META:
@@ -186,14 +186,18 @@ def row_of(names: Set[str], forward: Traffic, backward: Traffic) -> dict[str, fl
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="blocks of a step (default the model's 60)")
-    parser.add_argument("--side", type=int, default=1024, help="of target and reference, in pixels (default 1024)")
-    parser.add_argument("--text", type=int, default=250, help="tokens of instruction and images (default 250)")
+    parser.add_argument("--layers", type=int, help="Number of the transformer's blocks (default the model's 60).")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="Side of target and reference, in pixels (default 1024)."
+    )
+    parser.add_argument("--text", type=int, default=250, help="Tokens of the instruction and the images (default 250).")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--gpu", choices=BANDWIDTH, default="H200", help="whose bandwidth (default H200)")
-    parser.add_argument("--top", type=int, default=14, help="operations to list (default 14)")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model's sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--gpu", choices=BANDWIDTH, default="H200", help="GPU whose memory bandwidth is assumed (default H200)."
+    )
+    parser.add_argument("--top", type=int, default=14, help="Number of operations to list (default 14).")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model's sizes.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to.")
     options = parser.parse_args()
     if options.tiny:
         options.side, options.text, options.rank = min(options.side, 64), min(options.text, 12), min(options.rank, 4)

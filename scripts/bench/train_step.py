@@ -1,4 +1,4 @@
-"""A training step of the real size, ours and DiffSynth's by turns, so that both see the same clocks.
+"""Measures a training step of the real size, ours and DiffSynth's by turns, so that both run at the same clock speeds.
 
     python scripts/bench/train_step.py --json train_step.json
     python scripts/bench/train_step.py --rows theirs,full,auto --profile full
@@ -6,16 +6,17 @@
     python scripts/bench/train_step.py --layers 2 --side 128 --text 20 --device cpu --rows theirs,full-eager,mb4
     python scripts/bench/train_step.py --tiny
 
-Random weights of Qwen-Image-Edit's size, one reference, LoRA on all of `adapter=lora`'s modules. Both compute with the same
-frozen tensors, so that one GPU holds them. Theirs is DiffSynth's own loss, model function and modules, everything recomputed
-(`use_gradient_checkpointing`), LoRA by PEFT in bfloat16. Ours is the training loop's step, with LoRA in float32. Rows of other
-frozen weights (`fp8`, `int8`, `nf4`, and `offload`, where a third of the blocks wait in CPU memory) have a model of their own
-beside the shared one, for as long as the row takes.
+It uses random weights of Qwen-Image-Edit's size, one reference, and LoRA on all modules of `adapter=lora`. Both sides compute
+with the same frozen tensors, so that they fit on one GPU. "Theirs" is DiffSynth's own loss, model function and modules, with full
+gradient checkpointing (`use_gradient_checkpointing`) and LoRA by PEFT in bfloat16. "Ours" is the training loop's step, with LoRA
+in float32. Rows with other frozen weights (`fp8`, `int8`, `nf4`, and `offload`, with a third of the blocks in CPU memory) use a
+second model beside the shared one.
 
-A row warms up (which compiles), then alternates with what it is `against`, `--steps` of each, `--rounds` times. `samples/s`
-and `s/step` are medians; `ratio` is samples/s against the other's in the same row; `compile` is what the first step took
-longer; `GiB` the most that was allocated, without what only the other needs; `TFLOP/s` counts the model's own operations,
-not what is recomputed. `adamw` and `prodigy` are their part of a step alone. Rows that begin after --seconds are left out.
+A row warms up (which compiles), then takes turns with the row in `against`, with `--steps` steps each, `--rounds` times.
+`samples/s` and `s/step` are medians; `ratio` compares samples/s with the other's in the same row; `compile` is the additional
+time of the first step; `GiB` is the peak of the allocated memory, without what only the other side needs; `TFLOP/s` counts the
+model's own operations, not the recomputed ones. `adamw` and `prodigy` measure only the optimizer's part of a step. Rows that
+would begin after --seconds are left out.
 """
 
 import argparse
@@ -77,7 +78,7 @@ class Row:
         return self.weights == "bf16" and not self.waiting
 
     def lengths(self, text: int) -> list[int]:
-        """Of each sample's text, the longest first."""
+        """Length of each sample's text, the longest first."""
         shorter = text - max(1, text * 37 // 250) if self.mixed else text
         return [text, *[shorter] * (self.micro_batch - 1)]
 
@@ -127,7 +128,7 @@ class Contender:
     first: float = 0.0
     """Seconds of the first step, which compiles."""
     said: list[str] = field(default_factory=list)
-    """Of its compilation."""
+    """Messages of its compilation."""
 
     def warm_up(self) -> None:
         """Two steps, once."""
@@ -141,7 +142,7 @@ class Race:
     """Both trainers at one size, and whatever takes turns on them.
 
     Args:
-        options: of the command line.
+        options: options of the command line.
         folder: for the model's `config.json` files.
     """
 
@@ -245,7 +246,7 @@ class Race:
         return numbers
 
     def numbers(self, contender: Contender, times: list[Seconds]) -> dict[str, Any]:
-        """Of timed steps."""
+        """Numbers of timed steps."""
         steps = [seconds["step"] for seconds in times]
         step = statistics.median(steps)
         numbers: dict[str, Any] = {
@@ -381,21 +382,36 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ["theirs", *ROWS, *OPTIMIZERS]
-    parser.add_argument("--rows", default=DEFAULT_ROWS, help=f"of {', '.join(known)} (default {DEFAULT_ROWS})")
-    parser.add_argument("--layers", type=int, help="blocks (default the model's 60)")
-    parser.add_argument("--side", type=int, default=1024, help="of target and reference, in pixels (default 1024)")
-    parser.add_argument("--text", type=int, default=250, help="tokens of instruction and images (default 250)")
+    parser.add_argument(
+        "--rows", default=DEFAULT_ROWS, help=f"Rows to measure, out of {', '.join(known)} (default {DEFAULT_ROWS})."
+    )
+    parser.add_argument("--layers", type=int, help="Number of the transformer's blocks (default the model's 60).")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="Side of target and reference, in pixels (default 1024)."
+    )
+    parser.add_argument("--text", type=int, default=250, help="Tokens of the instruction and the images (default 250).")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2, help="of each side, before the other's turn (default 2)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default 2)")
-    parser.add_argument("--seconds", type=float, default=220, help="after which no row begins (default 220)")
-    parser.add_argument("--alone", action="store_true", help="without the other side: faster, and no ratio")
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on CUDA")
-    parser.add_argument("--profile", default="", metavar="ROWS", help="rows of which one more step is profiled")
-    parser.add_argument("--top", type=int, default=25, help="kernels of a profile (default 25)")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="Training steps of each side before the other's turn (default 2)."
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="Number of turns of each side (default 2).")
+    parser.add_argument(
+        "--seconds", type=float, default=220, help="Seconds after which no new row is started (default 220)."
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="Leave out the other side, which is faster but gives no ratio."
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="Compile the transformer's block. auto compiles it on CUDA.",
+    )
+    parser.add_argument("--profile", default="", metavar="ROWS", help="Rows for which one more step is profiled.")
+    parser.add_argument("--top", type=int, default=25, help="Number of kernels to list in a profile (default 25).")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model's sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model's sizes.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args()
     if options.tiny:
         options.side, options.text, options.rank = min(options.side, 64), min(options.text, 12), min(options.rank, 4)

@@ -18,7 +18,7 @@ from losses.batch import Batch, Condition
 from losses.flow_matching import FlowMatchingLoss
 from losses.randomness import SampleRandom
 from losses.terms import LossTerms
-from train.loop import Stopwatch, check_finite, gradient_norm
+from train.loop import Stopwatch, check_finite
 from train.model.adapter import Adapter
 from train.model.denoiser import Denoiser, build_dit
 from train.model.execution import Execution
@@ -28,15 +28,15 @@ from train.parallel.strategies import Replicas
 
 DTYPE = torch.bfloat16
 Seconds = dict[str, float]
-"""Of a step: data, forward, backward, optimizer, and `step`, all together."""
+"""Seconds of a step: data, forward, backward, optimizer, and `step`, all together."""
 
 
 def make_batch(lengths: Sequence[int], side: int, text_width: int) -> Batch:
     """Random records with one reference of the target's size.
 
     Args:
-        lengths: of the texts, one for each record.
-        side: of the pictures, in pixels.
+        lengths: lengths of the texts, one for each record.
+        side: side of the pictures, in pixels.
     """
     generator = torch.Generator().manual_seed(1)
     latents = (len(lengths), LATENT_CHANNELS, side // LATENT_CELL, side // LATENT_CELL)
@@ -59,7 +59,6 @@ class Ours:
         self.parameters = adapter.parameters()
         self.parallel = Replicas(denoiser, adapter, processes)
         self.loss, self.optimizer = FlowMatchingLoss(), AdamW(self.parameters)
-        self.parallel.publish()
 
     def execute(self, execution: Execution) -> list[Any]:
         """The ways in which the blocks are run, for `switch`: made once, they keep what they compiled."""
@@ -88,10 +87,9 @@ class Ours:
     def update(self, optimizer: Optimizer, watch: Stopwatch, number: int, collected: list[LossTerms]) -> None:
         """What a step does with the gradients."""
         with watch.part("optimizer"):
-            norm = gradient_norm(self.parameters, None)
+            norm = optimizer.clip_gradients()
             check_finite(collected, norm, number, [[str(number)]] * len(collected))
-            optimizer.step(number)
-            self.parallel.publish()
+            self.parallel.step(optimizer, number)
 
     @property
     def held(self) -> int:

@@ -1,13 +1,13 @@
-"""A training step under each strategy: its time, and what the ranks tell each other.
+"""Measures a training step with each strategy: its time, and the communication between the ranks.
 
     accelerate launch scripts/bench/zero.py --json zero.json
     accelerate launch --multi_gpu --num_processes 2 scripts/bench/zero.py --tiny
 
-Strategies: `single` and `zero3` on one process, `ddp`, `zero2` and `zero3` on several; `ratio` is the time beside the first of
-them. Random weights of the real size on random data, AdamW, everything recomputed; a step is the training loop's, on one
-micro-batch or on `--accumulate`. The seconds are the median of 5 steps after 2 that are not counted. Of one more step the
-collectives are counted: how many, how many a block and micro-batch, and the MB that each rank receives, beside what
-the plan says. `--tiny` takes the tiny model's sizes, with ZeRO's own cut to match; without a GPU the ranks talk by gloo.
+The strategies are `single` and `zero3` on one process, and `ddp`, `zero2` and `zero3` on several; `ratio` is the time compared
+with the first of them. It uses random weights of the real size on random data, AdamW and full gradient checkpointing. A step is
+that of the training loop, on one micro-batch or on `--accumulate`. The seconds are the median of 5 steps after 2 that are not
+counted. For one more step, the collectives are counted: in total, per block and micro-batch, and the MB that each rank receives,
+compared with the plan. `--tiny` uses the tiny model's sizes, with ZeRO's sizes to match. Without a GPU, the ranks use gloo.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from scripts.bench.trainers import make_batch
 from scripts.gpu_smoke import SIZES, RandomModel, free, write_model
 from train.builders import build, build_model
 from train.config import Config, compose
-from train.loop import gradient_norm
 from train.parallel.processes import Processes
 from train.plan.gpus import find_gpu
 from train.plan.planner import Planner
@@ -53,7 +52,7 @@ COLUMNS = {
 WARM_UP, TIMED = 2, 5
 TEXT = 250
 RELEASED = {"param_persistence_threshold": 0, "max_live_parameters": 30_000, "max_reuse_distance": 30_000}
-"""Of `--tiny`: sizes at which ZeRO-3 treats small weights as it does those of 20 B. By default it would keep them all."""
+"""Settings of `--tiny`: sizes at which ZeRO-3 treats small weights like those of 20 B. By default it would keep them all."""
 
 
 def configure(strategy: str, folder: Path, options: argparse.Namespace) -> Config:
@@ -100,16 +99,14 @@ def measure(config: Config, model: RandomModel, processes: Processes, side: int)
     optimizer = build(config.optim, "optim", adapter.parameters(), num_steps=WARM_UP + TIMED + 1)
     batch = make_batch([TEXT], side, model.config("transformer")["joint_attention_dim"]).to(processes.device)
     loss, accumulated = FlowMatchingLoss(), config.train.accumulation(processes.world_size)
-    parallel.publish()
 
     def step(number: int) -> float:
         for micro in range(accumulated):
             samples = [(number * accumulated + micro) * processes.world_size + processes.rank]
             value = loss(parallel.denoiser, batch, SampleRandom(0, samples)).loss.mean()
             parallel.backward(value, last=micro == accumulated - 1)
-        gradient_norm(adapter.parameters(), None)
-        optimizer.step(number)
-        parallel.publish()
+        optimizer.clip_gradients()
+        parallel.step(optimizer, number)
         return value.item()
 
     seconds = []
@@ -160,11 +157,11 @@ def main(options: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, help="of the pictures, in pixels (default 1024, with --tiny 64)")
-    parser.add_argument("--layers", type=int, help="of the transformer (default all)")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step (default 1)")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model, on the CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write, whole after each row")
+    parser.add_argument("--side", type=int, help="Side of the images in pixels (default 1024, with --tiny 64).")
+    parser.add_argument("--layers", type=int, help="Number of the transformer's blocks (default all).")
+    parser.add_argument("--accumulate", type=int, default=1, help="Micro-batches per step (default 1).")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model on the CPU.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to, after every row.")
     options = parser.parse_args()
     options.side = options.side or (64 if options.tiny else 1024)
     if options.accumulate < 1 or options.side % 32:

@@ -146,7 +146,7 @@ def test_bad_files_are_rejected_with_row_path_and_reason(name, planted):
         ("only source", "only source.png", "there is no file of this name in {folder}/target"),
         ("only target", "only target.png", "there is no file of this name in {folder}/source"),
         ("broken source", "broken source.jpg", "truncated"),
-        ("wide mask", "wide mask.png", "the mask has another shape than its image: 64x32, its image is 64x48"),
+        ("wide mask", "wide mask.png", "the mask and its image have different shapes: 64x32, its image is 64x48"),
         ("broken mask", "broken mask.png", "truncated"),
     ],
 )
@@ -178,7 +178,7 @@ def test_with_skip_the_exit_code_is_0_and_the_files_are_the_same(planted):
     folder, _ = planted
     before = [(folder / name).read_bytes() for name in ("dataset.jsonl", "rejected.jsonl")]
     done = prepare("pairs", "--folder", folder, "--prompt", "p", "--on-error", "skip", "--processes", 2)
-    assert f"{len(BAD) + 5} could not be used, listed in" in done.stdout
+    assert f"{len(BAD) + 5} could not be used and are listed in" in done.stdout
     assert [(folder / name).read_bytes() for name in ("dataset.jsonl", "rejected.jsonl")] == before
 
 

@@ -34,7 +34,7 @@ def test_list_shows_datasets_and_prune_keeps_what_another_dataset_wants(caches, 
     command("list", cache)
     total, *lines = capsys.readouterr().out.splitlines()
     assert "2 datasets" in total
-    assert total.endswith("and 0 B that none of them wants")
+    assert total.endswith("and 0 B that none of them uses")
     assert re.fullmatch(rf"  {two} +2 rows +[\d.]+ KiB  last used [-\d]+ [\d:]+  two.json \(train\)", lines[0])
     assert lines[1].endswith("one.json (train)")
 
@@ -103,7 +103,9 @@ def test_an_unreadable_index_stops_nobody_and_goes(caches, capsys):
     assert f"  {two} " in said
 
     write_schema(99)
-    with pytest.raises(InputError, match=f"{one}-0.arrow is of a later version of this program: prune with that one"):
+    with pytest.raises(
+        InputError, match=f"{one}-0.arrow was written by a later version of this program: prune it with that version"
+    ):
         command("prune", cache)
     write_schema(1)
     command("prune", cache)
@@ -140,7 +142,10 @@ def test_caches_of_earlier_versions_go(caches, capsys):
     ("arguments", "message"),
     [
         (("prune", Path("nowhere")), "there is no folder nowhere: name the cache's with --dir"),
-        (("list", Path(), ["x"]), "--dataset, --older-than and --dry-run are of `cache prune`"),
+        (
+            ("list", Path(), ["x"]),
+            "--dataset, --older-than and --dry-run are options of `cache prune`, not of `cache list`",
+        ),
         (("prune", Path(), ["x"]), "has no dataset x: `cache list` shows what it has"),
     ],
 )

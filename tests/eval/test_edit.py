@@ -93,7 +93,9 @@ def test_the_command_writes_pngs_that_say_how_to_make_them_again(folder, tmp_pat
 def test_steps_that_were_not_trained_are_named_once(folder, tiny_model_dir, tmp_path, capsys):
     """For one edit, and for a table of two rows."""
     adapter = write_adapter(tmp_path / "adapter", tiny_model_dir, "lbm", SMALL, sigmas=[1.0, 0.5])
-    note = "note: the adapter was trained at sigma 1, 0.5, and 3 steps visit 0.667, 0.333 too; 1 or 2 would not\n"
+    note = (
+        "note: the adapter was trained at sigma 1, 0.5, but 3 steps also visit 0.667, 0.333; 1 or 2 steps would not\n"
+    )
     (tmp_path / "jobs.csv").write_text("image,prompt\nphoto.png,a\nother.png,b\n")
     common = ("--model", "tiny", "--adapter", adapter, "--device", "cpu")
     one, table = ("--image", "photo.png", "--prompt", "x"), ("--csv", tmp_path / "jobs.csv", "--root", folder)
@@ -176,9 +178,9 @@ def test_a_picture_is_repeated_with_its_own_images_alone(folder, tmp_path):
     command(*plain(tmp_path / "result.png"))
     before = (tmp_path / "result.png").read_bytes()
     repeat = ["--repeat", tmp_path / "result.png", "--out", tmp_path / "again.png"]
-    with pytest.raises(InputError, match=r"made of 1 other image\(s\) than --image: give photo.png"):
+    with pytest.raises(InputError, match=r"made from 1 image\(s\), which --image does not match"):
         command(*repeat, "--image", "other.png")
-    with pytest.raises(InputError, match="another --mask, or none"):
+    with pytest.raises(InputError, match="another --mask, or with none"):
         command(*repeat, "--image", "photo.png", "--mask", "mask.png")
     with pytest.raises(InputError, match=r"photo.png does not say how it was made"):
         command("--repeat", "photo.png", "--image", "photo.png", "--out", tmp_path / "again.png")
@@ -273,7 +275,7 @@ def test_a_repeat_with_another_mode_or_adapter_keeps_what_that_takes(folder, tin
     assert numbers(repeated("bridge", adapters=flow)) == (None, None, None, None)
     weaker = (AdapterUse(bridge[0].path, 0.5),)
     assert numbers(repeated("bridge", adapters=weaker)) == (None, 6, None, "bridge")
-    with pytest.raises(InputError, match="another --mask, or none"):
+    with pytest.raises(InputError, match="another --mask, or with none"):
         repeated("inpaint", mode="control-inpaint", controls=(Control("canny"),))
     with pytest.raises(InputError, match="needs a mask"):
         repeated("img2img", mode="inpaint")
@@ -289,7 +291,7 @@ def test_another_model_is_found_before_its_weights_are_read(folder, tiny_model_d
         file.write(" ")
     for weights in (tmp_path / "model/text_encoder").glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InputError, match=f"made with another model than {tmp_path}/model holds now"):
+    with pytest.raises(InputError, match=f"made with a different model from the one in {tmp_path}/model now"):
         command("--repeat", tmp_path / "result.png", "--image", "photo.png", "--out", tmp_path / "again.png")
 
 
@@ -309,7 +311,7 @@ def test_settings_that_json_cannot_hold_are_not_written(tmp_path):
         (["--model", "none"], "no model at none"),
         (["--mask", "mask.png"], "mask is given, but mode=edit takes none"),
         (["--mode", "inpaint"], "mode=inpaint needs a mask"),
-        (["--mode", "inpaint", "--mask", "other.png"], "other.png: the mask has another shape than its image"),
+        (["--mode", "inpaint", "--mask", "other.png"], "other.png: the mask and its image have different shapes"),
         (["--mode", "focus", "--focus", "2,0,0.1"], r"focus x must be in \[0, 1\], got 2.0"),
         (["--mode", "control", "--control", "cany"], "a control is one of canny, lines, depth, got 'cany'"),
         (["--adapter", "mine", "--cfg-scale", "3"], r"without guidance: leave out cfg_scale=3\.0"),
@@ -321,7 +323,7 @@ def test_settings_that_json_cannot_hold_are_not_written(tmp_path):
         (["--prompt", " "], "mode=edit needs an instruction"),
         (["--device", "gpu"], "there is no device 'gpu'"),
         (["--out", "result.jpg"], "--out must end in .png"),
-        (["--out", "photo.png/result.png"], "photo.png is no folder that may be written to"),
+        (["--out", "photo.png/result.png"], "photo.png is not a folder that you may write to"),
         (["--batch-size", "2"], "are for tables: give --csv"),
         (["--csv", "jobs.csv"], "leave out --image"),
     ],

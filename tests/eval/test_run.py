@@ -32,8 +32,8 @@ def test_options_of_another_way_are_refused_by_name(tmp_path, way, given, named)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "name the ground truth by --dataset, or by --sources and --targets"),
-        ({"sources": Path("s")}, "name the ground truth by --dataset, or by --sources and --targets"),
+        ({}, "give the ground truth with --dataset, or with the two folders --sources"),
+        ({"sources": Path("s")}, "give the ground truth with --dataset, or with the two folders --sources"),
         ({"dataset": "nothing.json"}, "nothing.json"),
     ],
 )
@@ -60,5 +60,5 @@ def test_one_process_measures_pictures_and_compares_runs(tmp_path, monkeypatch, 
     """Under `accelerate launch` every process would write the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     ground = {"dataset": "nothing.json"} if way == "pictures" else {}
-    with pytest.raises(InputError, match=f"--{way} is done by one process: launch several with --model alone"):
+    with pytest.raises(InputError, match=f"--{way} runs in one process: launch several processes only with --model"):
         run.score(**{way: [tmp_path]}, **ground, out=tmp_path / "out")

@@ -208,7 +208,7 @@ def test_slurm_finds_the_repository_or_says_so(slurm, spooled, printing, tmp_pat
     done = bash(spooled, folder=tmp_path, **printing | nowhere)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: the repository is not found: submit from its folder, or set REPO=FOLDER\n",
+        "error: the repository was not found: submit the job from its folder, or set REPO=FOLDER\n",
     )
     for found in ({"REPO": str(ROOT)}, {"SLURM_SUBMIT_DIR": str(ROOT)}):
         assert bash(spooled, folder=tmp_path, **printing | nowhere | found).returncode == 0

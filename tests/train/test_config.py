@@ -131,14 +131,14 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(key, tmp_path):
     (tmp_path / "file").write_text("")
     config = compose(["+exp=tiny_lbm", DATA, f"{key}={tmp_path}/file/x/y"])
     with pytest.raises(
-        InputError, match=rf"{key}={tmp_path}/file/x/y cannot be a folder, since {tmp_path}/file is a file"
+        InputError, match=rf"{key}={tmp_path}/file/x/y cannot be a folder, because {tmp_path}/file is a file"
     ):
         run(config)
 
 
 WRONG = {
-    "rank=16": "unknown key rank: did you mean adapter.rank? (Rank of LoRA)",
-    "lr=1e-4": "unknown key lr: did you mean optim.lr? (the peak learning rate)",
+    "rank=16": "unknown key rank: did you mean adapter.rank? (Rank of the LoRA)",
+    "lr=1e-4": "unknown key lr: did you mean optim.lr? (Peak learning rate)",
     "learning_rate=1e-4": "did you mean optim.lr?",
     "train.learning_rate=1e-4": "did you mean optim.lr?",
     "optim.learning_rate=1e-4": "did you mean optim.lr?",
@@ -149,7 +149,7 @@ WRONG = {
     "+loss.sub_probs=1": "did you mean loss.sub_prob?",
     "+loss.something=1": "unknown key loss.something: loss has sigma, bridge_noise,",
     "output_dir=x": "did you mean run_dir?",
-    "nonsense=1": "--keys WORD lists the keys that there are",
+    "nonsense=1": "--keys WORD searches all keys",
     "trian.num_steps=3": "unknown key trian.num_steps",
     "train.num_step=3": "did you mean train.num_steps?",
     "data.max_pixel=3": "did you mean data.max_pixels?",
@@ -158,8 +158,8 @@ WRONG = {
     "adapter.alpha=0": "adapter.alpha must be positive, got 0.0",
     "adapter.target_modules=[]": "adapter.target_modules is empty",
     "adapter.target_modules=to_q": "adapter.target_modules must be a list such as [a,b], got 'to_q'",
-    "adapter.decompose_factor=4": "adapter.decompose_factor=4 is LoKr's: use adapter=lokr, or leave it out",
-    "data.preserve_prompts=[x]": "data.preserve_prompts is what loss.preserve keeps, which is 0",
+    "adapter.decompose_factor=4": "adapter.decompose_factor=4 is for LoKr only: use adapter=lokr, or leave it out",
+    "data.preserve_prompts=[x]": "data.preserve_prompts is only used with loss.preserve, which is 0",
     "adapter.dora=1": "adapter.dora must be true or false, got 1",
     "train.micro_batch_size=1.5": "train.micro_batch_size must be a whole number, got 1.5",
     "train.attention=flash3": "needs train.gradient_checkpointing=off or full, got auto",
@@ -244,7 +244,7 @@ def test_every_key_of_the_files_is_known_with_its_meaning():
     for name, default in _flat(asdict(TrainConfig()), "train.").items():
         assert str(yaml.safe_load(keys[name].default)) == str(default), name
     assert keys["train.gradient_checkpointing"].kind == "auto, off, selective, full or a whole number"
-    assert [key.name for key in search("clipped")] == ["train.max_grad_norm"]
+    assert [key.name for key in search("clipping")] == ["train.max_grad_norm"]
 
 
 def test_the_manual_is_made_from_the_sources():

@@ -100,7 +100,7 @@ def test_a_weighted_list_trains_and_continues_exactly(command, tmp_path):
     assert weights[:8].sum() == pytest.approx(3 * weights[8:].sum())
     other = [word.replace(f"{tmp_path}/run", f"{tmp_path}/other") for word in words]
     (tmp_path / "jobs.json").write_text(json.dumps([[*other[1:], "train.num_steps=2"], other[1:]]))
-    assert "continuing from" in run_script("tests/train_many.py", tmp_path / "jobs.json").stderr
+    assert "resuming from" in run_script("tests/train_many.py", tmp_path / "jobs.json").stderr
     assert metrics(tmp_path / "other") == metrics(tmp_path / "run")
     lighter = refusal([word.replace("weight:3", "weight:2") for word in words], "train.num_steps=6")
     assert "data.dataset[0].weight was 3.0 and is 2.0" in lighter

@@ -65,7 +65,7 @@ def test_a_split_that_nobody_reads_is_named(tmp_path):
     rows = [{"prompt": "p", "image": "a.png", "edit_image": "b.png", "split": split} for split in splits]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = compose(["+exp=tiny_lbm", f"data.dataset={tmp_path}/rows.json"])
-    told = " (2 have split=val, 1 have split=test, which is left alone: is it meant for validation?)"
+    told = " (2 have split=val, 1 have split=test, which is not used: is it meant for validation?)"
     assert other_splits(config) == told
     (tmp_path / "rows.json").write_text(json.dumps([rows[0], rows[-1]]))
     assert other_splits(config) == ""
@@ -131,7 +131,7 @@ def test_killed_and_continued_equals_uninterrupted(command, tmp_path, optim):
     killed_at = len(metrics(broken))
     assert killed_at < 16
     done = run_script(*command(broken, *options))
-    assert "continuing from" in done.stderr
+    assert "resuming from" in done.stderr
     assert metrics(broken) == metrics(whole)
     for step in (6, 15, 16):
         assert adapter_bytes(broken, step) == adapter_bytes(whole, step)
@@ -162,12 +162,12 @@ def test_accumulation_does_not_change_what_is_trained_on(command, tmp_path):
 def test_a_finished_run_is_a_no_op(command, tmp_path):
     run_script(*command(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert "nothing to train" in run_script(*command(tmp_path)).stderr
+    assert "nothing is left to train" in run_script(*command(tmp_path)).stderr
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     jump = run_script(*command(tmp_path, "train.num_steps=8"), check=False)
     assert (jump.returncode, "choose with optim.schedule_steps=6" in jump.stderr) == (2, True)
     more = run_script(*command(tmp_path, "train.num_steps=8", "optim.schedule_steps=6"))
-    assert "continuing from" in more.stderr
+    assert "resuming from" in more.stderr
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
 
 
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(command, tmp_path):
     newest.write_bytes(newest.read_bytes()[:100])
     done = run_script(*command(tmp_path, "train.num_steps=7", "optim.schedule_steps=6"))
     assert "is damaged" in done.stderr
-    assert "continuing from" in done.stderr
+    assert "resuming from" in done.stderr
     assert "step-000004" in done.stderr
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 8))
 
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path):
     assert done.returncode != 0
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-000002"]
     again = run_script(*command(tmp_path, *more))
-    assert "continuing from" in again.stderr
+    assert "resuming from" in again.stderr
     assert adapter_bytes(tmp_path, 4)
 
 
@@ -240,7 +240,7 @@ def test_what_is_trained_beside_lora(command, tiny_model_dir, tiny_pairs, tmp_pa
     more += ["validate=tiny_lbm", "validate.steps=[4]", "validate.white=null", "train.validate_every=6"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train_many(tmp_path, command(whole, *more), command(broken, *more, "train.num_steps=4"))
-    assert "continuing from" in run_script(*command(broken, *more)).stderr
+    assert "resuming from" in run_script(*command(broken, *more)).stderr
     lines = [[line for line in metrics(run_dir) if "loss" in line] for run_dir in (broken, whole)]
     assert lines[0] == lines[1]
     files = [run_dir / "checkpoints" / "step-000006" / "extra_modules.safetensors" for run_dir in (whole, broken)]
@@ -281,7 +281,7 @@ WRONG = {
     "data.on_error=ignore": "data.on_error must be one of raise, skip, got 'ignore'",
     "phases=[tune]": "phases[0] must be one of plan, cache, train, got 'tune'",
     "loss={rank:1}": "loss= takes a name: flow, lbm, lbm_mostly_source",
-    "loss=lbm_main": "loss=lbm_main is called loss=lbm_mostly_source now",
+    "loss=lbm_main": "loss=lbm_main is now called loss=lbm_mostly_source",
     "train.group_size=3": "train.group_size=3 is not a multiple of train.micro_batch_size=2",
     "train.group_size=4": "train.group_size=4 does not divide the global batch of 2",
     "plan.gpu=[4090]": "plan.gpu must be text or a whole number, got [4090]",
@@ -299,9 +299,9 @@ WRONG_LATER = {
     "plan.gpu=4091": "plan.gpu=4091 is not known: did you mean 'RTX 4090'?",
     "plan.gpu=H1000": "plan.gpu='H1000' is not known: did you mean 'H100'?",
     "resume=nowhere": "no checkpoint at nowhere",
-    "adapter.train_modules=[norm_uot]": "names 'norm_uot', which is no module with weights: did you mean 'norm_out'?",
+    "adapter.train_modules=[norm_uot]": "names 'norm_uot', which is not a module with weights: did you mean 'norm_out'?",
     "adapter=ste adapter.modules.ste.hidden=9": "hidden must be a multiple of 8, got 9",
-    "adapter.modules={a:{_target_:losses.FlowMatchingLoss}}": "is no subclass of train.model.extra.ExtraModule",
+    "adapter.modules={a:{_target_:losses.FlowMatchingLoss}}": "must be a subclass of train.model.extra.ExtraModule",
 }
 
 
@@ -344,7 +344,7 @@ def test_a_picture_that_changed_since_it_was_cached_is_refused_where_nothing_cac
     picture = tmp_path / "pairs" / row["image"]
     ImageOps.invert(Image.open(picture).convert("RGB")).save(picture)
     with pytest.raises(
-        InputError, match=r"row 1 \(.*\) has other pictures now than in the cache at .*: run with phases="
+        InputError, match=r"rows have changed since they were cached at .*, the first is row 1 \(.*\): run with phases="
     ):
         run(compose([*command(tmp_path / "run", *data)[1:], "phases=[train]"]))
 
@@ -364,7 +364,10 @@ def test_a_launcher_that_goes_while_it_caches_is_missed(command, tmp_path, monke
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr("train.phases.cache_phase", lambda *_: monkeypatch.setattr("os.getppid", lambda: 1))
     assert run(compose(command(tmp_path)[1:])) == 1
-    assert "stopped by the end of its launcher after caching: the same command trains" in capsys.readouterr().err
+    assert (
+        "stopped by the end of its launcher after caching: run the same command again to train"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -378,7 +381,7 @@ def test_a_run_of_another_version_is_not_continued_as_if_nothing_were(command, t
         changed = {name: value for name, value in values["run"].items() if name not in ("order", "group_size")}
         changed |= {"order": order} if order else {}
         state.write_text(json.dumps(values | {"run": changed}))
-        with pytest.raises(InputError, match="was made by another version of this program, in which records came in"):
+        with pytest.raises(InputError, match="was made by another version of this program, which drew the records in"):
             run(compose(command(tmp_path, "train.num_steps=4", "optim.schedule_steps=2")[1:]))
     state.write_text(json.dumps(values))
     other = ("train.micro_batch_size=1", "train.grad_accum_steps=2", "train.num_steps=4", "optim.schedule_steps=2")
@@ -404,7 +407,7 @@ def test_a_quantised_base(command, tmp_path):
         command(plain, constant, "train.num_steps=2"),
     )
     done = run_script(*command(broken, *int8))
-    assert "transformer: int8 weights, widened to float32 layer by layer" in done.stderr
+    assert "transformer: int8 weights, dequantised to float32 layer by layer" in done.stderr
     assert metrics(broken) == metrics(whole)
     assert metrics(whole)[:2] != metrics(plain)
     for step in (4, 6):
@@ -414,7 +417,7 @@ def test_a_quantised_base(command, tmp_path):
     for folder in (plain, *plain.glob("checkpoints/step-*")):
         file = folder / "config.yaml"
         file.write_text(file.read_text().replace("  weights: bf16\n", ""))
-    assert "continuing from" in run_script(*command(plain, constant, "train.num_steps=3")).stderr
+    assert "resuming from" in run_script(*command(plain, constant, "train.num_steps=3")).stderr
     assert [line["step"] for line in metrics(plain)] == [1, 2, 3]
 
     files = [folder / "checkpoints" / f"step-{step:06d}" for folder, step in ((whole, 6), (plain, 2))]
@@ -578,7 +581,7 @@ def test_a_failure_names_step_records_checkpoint_and_command(command, tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("This was in step 4 with the records train_")
-    assert f"the same command continues from {tmp_path}/checkpoints/step-000002: python " in last
+    assert f"the same command resumes from {tmp_path}/checkpoints/step-000002: python " in last
     assert last.endswith(shlex.join(command(tmp_path, *loss)[1:]))
 
 
@@ -602,6 +605,6 @@ def test_other_rows_are_refused_before_they_are_encoded(command, tiny_pairs, tmp
     records = sorted((tmp_path / "cache").rglob("*.arrow"))
     done = run_script(*command(tmp_path / "run", *data, "train.num_steps=2", "optim.schedule_steps=1"), check=False)
     assert done.returncode == 2
-    assert "the training data was another" in done.stderr
+    assert "the training data has changed" in done.stderr
     assert "cached" not in done.stderr
     assert sorted((tmp_path / "cache").rglob("*.arrow")) == records

@@ -79,7 +79,7 @@ def test_an_adapter_over_another_says_so(runs):
     over, both, first = (AdapterUse(runs / name / "checkpoints" / "step-000002") for name in ("over", "both", "first"))
     assert all(product.abs().max() < 1e-9 for product in products(runs / "over").values())
     (note,) = left_out([over])
-    assert note.endswith(f"was trained over {runs}/first, which is not in use: add --adapter {runs}/first")
+    assert note.endswith(f"was trained on top of {runs}/first, which is not in use: add --adapter {runs}/first")
     assert left_out([over, first]) == left_out([both]) == []
     assert "frozen" not in read_metadata(both.path)
 
@@ -91,11 +91,13 @@ def test_what_does_not_fit_is_refused_before_caching(runs, tiny_model_dir):
         check_adapters(compose([*base, "adapter.rank=3", f"adapter.init_from={runs}/first"]), model)
     with pytest.raises(InputError, match="no adapter at "):
         check_adapters(compose([*base, f"adapter.frozen=[{runs}/frist]"]), model)
-    with pytest.raises(InputError, match=r"has modules.ste.* of shape .*, which adapter.modules leaves out or makes"):
+    with pytest.raises(InputError, match=r"has modules.ste.* of shape .*, which adapter.modules leaves out or gives"):
         check_adapters(
             compose([*base, f"adapter.init_from={runs}/ste", "adapter.train_modules=[norm_out,proj_out]"]), model
         )
-    with pytest.raises(InputError, match="ste was trained with modules beside LoRA, which cannot lie under another"):
+    with pytest.raises(
+        InputError, match="ste was trained with modules beside LoRA, so it cannot be frozen under another"
+    ):
         check_adapters(compose([*base, f"adapter.frozen=[{runs}/ste]"]), model)
-    with pytest.raises(InputError, match=r"first changes proj_out, which adapter.train_modules trains in full: leave"):
+    with pytest.raises(InputError, match=r"first changes proj_out, which adapter.train_modules trains in full: remove"):
         check_adapters(compose([*base, f"adapter.frozen=[{runs}/first]", "adapter.train_modules=[proj_out]"]), model)

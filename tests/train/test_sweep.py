@@ -134,7 +134,7 @@ def test_a_sweep_runs_every_job_and_continues(workspace):
         assert json.loads((job / "metrics.jsonl").read_text())["step"] == 1
     done = run_sweep(workspace, *arguments, "adapter.rank=2,4,6", **names)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("has its 1 steps: nothing to train") == 2
+    assert done.stderr.count("already has all 1 steps: nothing is left to train") == 2
     head, *table = done.stdout.splitlines()[-4:]
     assert head.split() == ["run", "steps", "loss", "best", "adapter"]
     for rank, line in zip((2, 4, 6), table, strict=True):

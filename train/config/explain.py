@@ -9,8 +9,8 @@ from data_prep.errors import InputError
 from train.config.keys import CONFIGS, Constructor, Key, all_keys, constructor, nearest_key
 
 RENAMED = {
-    "loss/lbm_main": "loss=lbm_main is called loss=lbm_mostly_source now, and weighs what it says: 0.95 of the source's stream "
-    "and 0.05 of white's, where each weighed 1 before",
+    "loss/lbm_main": "loss=lbm_main is now called loss=lbm_mostly_source, with the weights 0.95 for the source's stream "
+    "and 0.05 for white's instead of 1 and 1",
 }
 """Files of `configs/` that had another name, and what to say of them."""
 
@@ -43,9 +43,7 @@ def unknown_key(name: str) -> str:
     if name in keys:
         return f"{name} takes its keys one by one: +{name}.NAME=VALUE"
     key = nearest_key(name)
-    return (
-        f"unknown key {name}: {meant(key)}" if key else f"unknown key {name}: --keys WORD lists the keys that there are"
-    )
+    return f"unknown key {name}: {meant(key)}" if key else f"unknown key {name}: --keys WORD searches all keys"
 
 
 def meant(key: Key) -> str:

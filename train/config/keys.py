@@ -24,7 +24,7 @@ OPEN_GROUPS = ("loss", "optim", "logger", "validate")
 MODULES = "adapter.modules"
 """A key of a section under which there are such nodes, by name."""
 GIVEN = (
-    *("params", "num_steps", "decode", "reader", "folder", "processes"),
+    *("params", "num_steps", "max_grad_norm", "decode", "reader", "folder", "processes"),
     *("run_dir", "name", "config", "record", "resumed_step", "state", "token_width"),
 )
 """Arguments that a run gives to the objects of open groups."""
@@ -58,7 +58,7 @@ class Key:
     """Empty where it must be set."""
     meaning: str
     files: tuple[str, ...] = ()
-    """Of an open group: the choices, such as `optim=adamw`, that have the key."""
+    """For an open group: the choices, such as `optim=adamw`, that have the key."""
 
     @property
     def kind(self) -> str:
@@ -77,7 +77,7 @@ class Constructor:
 
 
 def all_keys() -> list[Key]:
-    """Of sections, then of open groups, each name once."""
+    """The keys of sections, then those of open groups."""
     return [*section_keys(), *group_keys()]
 
 
@@ -199,7 +199,7 @@ def as_text(keys: list[Key]) -> str:
     lines = []
     for key in keys:
         default = f", default {key.default}" if key.default else ""
-        lines += [f"{key.name}  ({key.kind}{default})", *textwrap.wrap(key.meaning, 100)[:2]]
+        lines += [f"{key.name}  ({key.kind}{default})", *textwrap.wrap(key.meaning, 100)]
     return "\n".join(line if line.startswith(tuple(key.name for key in keys)) else f"    {line}" for line in lines)
 
 
@@ -207,7 +207,7 @@ def as_markdown() -> str:
     """The manual."""
     parts = [
         "# Configuration\n\nEvery key that can follow `train/run.py`, with its type, its default and what it does.\n"
-        "`python train/run.py --keys WORD` prints those that have a word in them.\n"
+        "`python train/run.py --keys WORD` prints those whose name or meaning contains WORD.\n"
     ]
     groups: dict[str, list[Key]] = {}
     for key in all_keys():
@@ -216,8 +216,7 @@ def as_markdown() -> str:
         rows = []
         for key in keys:
             default, where = f"`{key.default}`" if key.default else "", ", ".join(f"`{file}`" for file in key.files)
-            meaning = key.meaning[:1].upper() + key.meaning[1:]
-            cells = [f"`{key.name}`", key.kind, default, f"{meaning} ({where})" if where else meaning]
+            cells = [f"`{key.name}`", key.kind, default, f"{key.meaning} ({where})" if where else key.meaning]
             rows.append(f"| {' | '.join(cells)} |")
         title = "The run" if group == "run" else f"`{group}`"
         parts.append(f"## {title}\n\n| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
@@ -276,5 +275,6 @@ def _arguments_section(docstring: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     for entry in re.findall(r"^    (\w[\w, ]*): ((?:.*)(?:\n {5,}.*)*)", match[1] if match else "", re.MULTILINE):
         for name in entry[0].split(","):
-            texts[name.strip()] = " ".join(entry[1].split())
+            text = " ".join(entry[1].split())
+            texts[name.strip()] = text[:1].upper() + text[1:]
     return texts

@@ -23,14 +23,14 @@ class ModelConfig:
     """The base model."""
 
     path: str = "???"
-    """The base model: a folder, or a hub id, in the layout of Qwen/Qwen-Image-Edit-2511."""
+    """Base model: a folder or a hub id in the layout of Qwen/Qwen-Image-Edit-2511."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the frozen weights. LoRA weights are always float32."""
     weights: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"
-    """Format of the linear layers in the transformer's blocks: `bf16` keeps them in `model.dtype`, the others round them as they
-    are read. docs/memory.md says what each saves and costs."""
+    """Format of the frozen linear weights in the transformer's blocks: `bf16` keeps them in `model.dtype`, the others quantise
+    them when they are loaded. docs/memory.md says what each saves and costs."""
     zero_cond_t: bool | None = None
-    """Whether reference tokens are modulated as if sigma were 0. It is read from the model; set it only to check that."""
+    """Whether reference tokens are modulated with sigma = 0. It is read from the model; set it only to check the value."""
 
 
 @dataclass
@@ -38,17 +38,17 @@ class DatasetConfig:
     """One of several datasets that are trained on together."""
 
     dataset: str = ""
-    """The dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset."""
+    """Dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset."""
     root: str | None = None
-    """The folder that its paths are relative to; by default `data.root`, or the dataset file's own folder."""
+    """Folder that the paths in this dataset are relative to. By default it is `data.root`, or the folder of the dataset file."""
     weight: float | None = None
-    """What all rows of this dataset together count, in proportion to the other datasets' weights, whatever their sizes. All
-    datasets have a weight, or none."""
+    """How often this dataset is drawn from, in proportion to the weights of the other datasets and whatever their sizes. Give
+    every dataset a weight, or none."""
     repeats: float = 1.0
-    """How often each row of this dataset counts, where no dataset has a weight."""
+    """How often each row of this dataset is drawn, relative to rows with 1. It is used if no dataset has a weight."""
     resolutions: dict[int, float] = field(default_factory=dict)
-    """The areas at which its rows are cached, in pixels of the largest target, and the share of the draws of each, such as
-    {1048576: 0.7, 262144: 0.3}; by default `data.max_pixels` alone."""
+    """Resolutions to cache the rows at: the largest area of a target in pixels, and the share of the draws, such as
+    {1048576: 0.7, 262144: 0.3}. By default it is `data.max_pixels` alone."""
 
     def __post_init__(self):
         name = self.dataset
@@ -60,7 +60,7 @@ class DatasetConfig:
             )
         require(
             self.weight is None or self.repeats == 1,
-            f"data.dataset: {name} has weight={self.weight} and repeats={self.repeats}, which both say how often it is drawn: "
+            f"data.dataset: {name} has weight={self.weight} and repeats={self.repeats}, which both set how often it is drawn: "
             "leave one out",
         )
         for area, share in self.resolutions.items():
@@ -79,21 +79,21 @@ class AugmentConfig:
     """Further versions of each training row, made when it is cached."""
 
     copies: int = 0
-    """Number of further versions of each training row, which are cached and drawn beside it. All versions of a row together
-    are drawn as often as a row without any."""
+    """Number of augmented versions of each training row, cached in addition to the row itself. A row and its versions together
+    are drawn as often as a row without augmentation."""
     flip: bool = True
-    """Mirror the first version, the third and so on, unless the instruction names sides, turns or writing (in English or
-    Chinese). Pictures with writing in them are mirrored too."""
+    """Mirror every other version, beginning with the first, unless the instruction mentions sides, turns or writing in English
+    or Chinese. Images that contain writing are mirrored too, so turn this off for them."""
     crop: float = 1.0
-    """Smallest share of each side that a version keeps of source, target and mask, in (0, 1]; 1 for no crops. With a mask all
-    of the edit is kept."""
+    """Smallest share of each side that a random crop keeps, in (0, 1]. 1 means no crops. If a row has a mask, the crop contains
+    the whole edit."""
 
     def __post_init__(self):
         require(self.copies >= 0, f"data.augment.copies must be 0 or more, got {self.copies}")
         require(0 < self.crop <= 1, f"data.augment.crop must lie in (0, 1], got {self.crop}")
         require(
             self.crop < 1 or self.copies <= int(self.flip),
-            f"data.augment.copies={self.copies} asks for more versions than there are without crops, which is "
+            f"data.augment.copies={self.copies} is more than the number of versions without crops, which is "
             f"{'one, the mirrored one' if self.flip else 'none'}: set data.augment.crop=0.9, or fewer copies",
         )
 
@@ -103,26 +103,26 @@ class DataConfig:
     """Rows and their geometry."""
 
     dataset: str | list[str | DatasetConfig] | None = None
-    """The dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset; or a list of datasets that are trained on
-    together, each by its name or with the keys of `data.dataset[]`."""
+    """Dataset: a JSON, JSONL, CSV or Parquet file, or a Hugging Face dataset. A list trains on several datasets together, each
+    given by its name or with the keys of `data.dataset[]`."""
     root: str | None = None
-    """The folder that paths in the dataset are relative to; by default the dataset file's own folder."""
+    """Folder that the paths in the dataset are relative to. By default it is the folder of the dataset file."""
     validation: str | None = None
-    """The dataset of held-out rows; by default the rows of `dataset` whose split is `validation`."""
+    """Dataset of held-out rows for validation. By default they are the rows of `data.dataset` with split=validation."""
     max_pixels: int = 1024 * 1024
     """Largest area of a target image, in pixels."""
     vision_pixels: int = 384 * 384
     """Area at which the text encoder (Qwen2.5-VL) sees an image, in pixels."""
     reference_pixels: int | None = None
-    """Largest area of a reference image, in pixels; `max_pixels` by default."""
+    """Largest area of a reference image, in pixels. By default it is `data.max_pixels`."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What happens to a row that cannot be used: `raise` ends the run, `skip` leaves the row out. Either way it is listed in
+    """What to do about a row that cannot be used: `raise` ends the run, `skip` leaves the row out. Both list it in
     run_dir/rejected.jsonl."""
     caption_dropout: float = 0.0
     """Probability that a sample is trained with an empty instruction, for classifier-free guidance."""
     preserve_prompts: list[str] = field(default_factory=list)
-    """Instructions for which `loss.preserve` keeps what the base model does; each row has one of them, in turn. By default the
-    empty one."""
+    """Instructions for which `loss.preserve` keeps the base model's behaviour. They are assigned to the rows in turn. By default
+    there is one, the empty instruction."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
@@ -150,11 +150,12 @@ class CacheConfig:
     """Phase 1."""
 
     dir: str = "cache"
-    """The folder of the cache. All runs share it: what one has encoded, no other encodes again."""
+    """Folder of the cache. All runs may share it, so that nothing is encoded twice."""
     batch_size: int = 4
-    """Number of images of one size that the VAE encodes together, and on a GPU of instructions of one length."""
+    """Number of images of one size that the VAE encodes together. On a GPU it is also the number of instructions of one length
+    that the text encoder encodes together."""
     shard_size: int = 64
-    """Records per file, which is the most work that is lost when caching is killed."""
+    """Number of records per file. At most this many are lost when caching is killed."""
     workers: int = 8
     """Number of threads that read images."""
 
@@ -172,45 +173,44 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Number of samples per forward pass on one device."""
     grad_accum_steps: int | None = None
-    """Number of micro-batches per optimizer step on one device; null means 1, or as many as `global_batch_size` asks for."""
+    """Number of micro-batches per optimizer step on one device. By default it is 1, or follows from `global_batch_size`."""
     global_batch_size: int | None = None
-    """Number of samples per optimizer step over all devices. It takes the place of `grad_accum_steps`, and makes the training the
-    same on any number of GPUs."""
+    """Number of samples per optimizer step over all devices. Set it instead of `grad_accum_steps` to train the same on any number
+    of GPUs."""
     group_size: int | None = None
-    """Number of samples of an optimizer step that are taken from one bucket together; by default a micro-batch, which must divide
-    it. With the seed and the global batch it decides the order of records: name it to keep that order with smaller
-    micro-batches."""
+    """Number of consecutive samples that come from one bucket, a multiple of `micro_batch_size`. By default it is equal to that.
+    The order of records depends on it, so set it to keep the order when you reduce `micro_batch_size`."""
     save_every: int = 500
     """Number of steps between checkpoints. The last step is always saved."""
     validate_every: int = 500
     """Number of steps between validations. The untrained model and the last step are always validated."""
     log_every: int = 10
-    """Number of steps between lines on the terminal, which also gets one a minute. metrics.jsonl has every step."""
+    """Number of steps between lines on the terminal. There is also one every minute. metrics.jsonl has every step."""
     save_minutes: float = 20.0
     """Longest time between checkpoints, in minutes."""
     keep_last: int = 3
-    """Number of checkpoints that stay whole, to continue from. Of older ones the best stays, and every `keep_every`-th, without
-    what only continuing needs."""
+    """Number of newest checkpoints to keep complete, so that training can resume from them. Older checkpoints are deleted, except
+    for the adapters of the best one and of those that `keep_every` keeps."""
     keep_every: int | None = None
     """Keep the adapter of every checkpoint whose step is a multiple of this."""
     best_by: str | None = "auto"
-    """The validation's number that decides which checkpoint is best and stays, such as validation/steps_4/ssim. `auto`: PSNR at
-    the most steps; null: none."""
+    """Validation number that decides which checkpoint is the best, such as validation/steps_4/ssim. `auto` is the PSNR at the
+    largest number of sampling steps. null keeps no best checkpoint."""
     gradient_checkpointing: Literal["auto", "off", "selective", "full"] | int = "auto"
-    """What the backward pass computes again to save memory: nothing (`off`), what is cheap (`selective`: the outputs of matrix
-    products and attention are kept), or everything (`full`). A number of blocks: of the first so many everything but
-    attention, the others selectively. `auto`: as little as the planned GPU's memory allows."""
+    """What the backward pass recomputes to save memory. `off`: nothing. `selective`: everything but matrix products and
+    attention. `full`: everything. A number N: everything but attention in the first N blocks, and selectively in the others.
+    `auto`: as little as the GPU's memory allows."""
     offload_blocks: Literal["auto"] | int = "auto"
-    """Number of blocks of the transformer whose frozen weights wait in CPU memory and come to the GPU one block ahead. `auto`: as
-    few as the planned GPU's memory needs; none on a CPU, and none under zero3."""
+    """Number of transformer blocks whose frozen weights are kept in CPU memory and copied to the GPU one block ahead. `auto`: as
+    few as the GPU's memory requires, and none on a CPU or with zero3."""
     attention: Literal["auto", "flash3"] = "auto"
-    """Attention kernel: `auto` is PyTorch's choice for the device; `flash3` is FlashAttention-3, which must be installed."""
+    """Attention kernel. `auto`: PyTorch's choice for the device. `flash3`: FlashAttention-3, which must be installed."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether the transformer's block is compiled with torch.compile; `auto` compiles it on CUDA."""
+    """Whether to compile the transformer's block with torch.compile. `auto`: only on CUDA."""
     max_grad_norm: float | None = None
-    """Largest norm of the gradient, which is clipped to it. It must stay null with Prodigy."""
+    """Largest gradient norm, for gradient clipping. It must stay null with Prodigy."""
     device: str | None = None
-    """`cpu` to train without a GPU; by default accelerate chooses: cuda if there is one, else cpu."""
+    """Device to train on. Set it to `cpu` to train without a GPU. By default accelerate chooses cuda if there is one."""
 
     def __post_init__(self):
         for item in fields(self):
@@ -221,15 +221,15 @@ class TrainConfig:
         require(
             self.attention == "auto" or self.gradient_checkpointing in ("off", "full"),
             f"train.attention={self.attention} needs train.gradient_checkpointing=off or full, got "
-            f"{self.gradient_checkpointing}: its output cannot be kept by itself",
+            f"{self.gradient_checkpointing}: its output cannot be kept separately",
         )
         require(
             self.grad_accum_steps is None or self.global_batch_size is None,
-            f"train.grad_accum_steps={self.grad_accum_steps} and train.global_batch_size={self.global_batch_size} both say "
-            "how many forwards make a step: set one of them to null",
+            f"train.grad_accum_steps={self.grad_accum_steps} and train.global_batch_size={self.global_batch_size} both set "
+            "the number of forward passes per step: set one of them to null",
         )
         require(self.save_minutes > 0, f"train.save_minutes must be positive, got {self.save_minutes}")
-        require(self.device in (None, "cpu"), f"train.device must be cpu or null (what there is), got {self.device!r}")
+        require(self.device in (None, "cpu"), f"train.device must be cpu or null (automatic), got {self.device!r}")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, f"train.max_grad_norm must be positive, got {self.max_grad_norm}")
 
@@ -244,7 +244,7 @@ class TrainConfig:
         at_once = self.micro_batch_size * world_size
         if self.global_batch_size % at_once:
             raise InputError(
-                f"train.global_batch_size={self.global_batch_size} is no multiple of train.micro_batch_size x processes = "
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size x processes = "
                 f"{self.micro_batch_size} x {world_size} = {at_once}: choose a multiple, or another number of processes"
             )
         return self.global_batch_size // at_once
@@ -255,41 +255,43 @@ class AdapterConfig:
     """LoRA or LoKr."""
 
     kind: Literal["lora", "lokr"] = "lora"
-    """What is trained of each layer: `lora`, a product of two matrices of a small rank, or `lokr`, a Kronecker product of two
-    smaller ones. ComfyUI and this project load both, diffusers only LoRA. Choose with adapter=lora or adapter=lokr."""
+    """Kind of adapter: `lora` (a product of two low-rank matrices per layer) or `lokr` (a Kronecker product of two smaller
+    matrices). ComfyUI and this project load both, diffusers only LoRA. Choose it with adapter=lora or adapter=lokr."""
     rank: int = 64
-    """Rank of LoRA. Of LoKr it is that of its second factor, which is whole if this is at least half its longer side."""
+    """Rank of the LoRA. For LoKr it is the rank of the second factor, which is a full matrix if the rank is at least half its
+    longer side."""
     alpha: float | None = None
-    """LoRA is scaled by alpha / rank, the same in all layers; by default alpha is the rank, and the scale 1."""
+    """Alpha of the LoRA, which is scaled by alpha / rank in all layers. By default alpha is the rank, so the scale is 1."""
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
-    """The linear layers that get LoRA, by the end of their names."""
+    """Linear layers that get a LoRA, given by the end of their names."""
     rank_pattern: dict[str, int] | None = None
-    """Other ranks for some layers, by the end of their names, such as {img_mod.1: 8}; the longest end counts. They hold
-    whatever `rank` is, also where they are larger."""
+    """Ranks for some layers that replace `rank`, by the end of the layers' names, such as {img_mod.1: 8}. If several ends match,
+    the longest counts."""
     alpha_pattern: dict[str, float] | None = None
-    """Other values of alpha for some layers, by the end of their names; they are divided by the layer's own rank. By default a
-    layer of another rank has the scale of all others."""
+    """Values of alpha for some layers, by the end of the layers' names. They are divided by the layer's own rank. By default a
+    layer with another rank has the same scale as all others."""
     rslora: bool = False
     """Scale LoRA by alpha / sqrt(rank) (rsLoRA)."""
     dora: bool = False
-    """Also learn the magnitude of each output channel (DoRA). Only this project and PEFT load such a file."""
+    """Also train the magnitude of each output channel (DoRA). Only this project and PEFT can load such an adapter."""
     decompose_both: bool = False
-    """LoKr's first factor is a product of two matrices too, if the rank is below half its longer side."""
+    """Also make LoKr's first factor a product of two matrices if the rank is below half its longer side."""
     decompose_factor: int = -1
-    """Shorter side of LoKr's first factor, where it divides that of the layer: the smaller it is, the more is trained. -1 makes
-    the two factors of about equal size."""
+    """Shorter side of LoKr's first factor, if it divides the layer's side. A smaller value trains more weights. -1 makes the two
+    factors about the same size."""
     init_from: str | None = None
-    """An adapter whose weights a new run starts from, ours or another trainer's: a file, a checkpoint, a run or a hub id. Its
-    rank may be smaller than `rank`; optimizer, data and objective are the run's own."""
+    """Adapter whose weights a new run starts from: a file, a checkpoint, a run or a hub id, also from another trainer. Its rank
+    may be smaller than `adapter.rank`. Optimizer, data and objective are the new run's own."""
     frozen: list[str] = field(default_factory=list)
-    """Adapters that are added to the base model's weights and not trained, such as a step-distilled one. Edit with them too."""
+    """Adapters that are added to the base model's weights and not trained, such as a step-distilled LoRA. Use them for editing
+    too."""
     export_frozen: bool = False
-    """Put the frozen adapters into the exported one, which then needs none beside it."""
+    """Merge the frozen adapters into the exported adapter, so that it can be used without them."""
     train_modules: list[str] = field(default_factory=list)
-    """Modules of the transformer that are trained in full instead of with LoRA, by the end of their names, such as norm_out."""
+    """Modules of the transformer to train in full instead of with LoRA, given by the end of their names, such as norm_out."""
     modules: dict[str, Any] | None = None
-    """Modules that are added and trained beside LoRA: name -> `_target_`, a subclass of train.model.extra.ExtraModule, and its
-    arguments."""
+    """Modules to add to the transformer and train beside LoRA. Each has a name, a `_target_` (a subclass of
+    train.model.extra.ExtraModule) and its arguments."""
 
     def __post_init__(self):
         require(self.rank >= 1, f"adapter.rank must be positive, got {self.rank}")
@@ -303,7 +305,7 @@ class AdapterConfig:
                 )
         require(
             not (self.dora and self.export_frozen),
-            "adapter.export_frozen=true adds adapters up, which a DoRA adapter cannot: leave it out, or set adapter.dora=false",
+            "adapter.export_frozen=true adds adapters up, which does not work with DoRA: leave it out, or set adapter.dora=false",
         )
         lokr = self.kind == "lokr"
         for name, reason in {
@@ -318,7 +320,8 @@ class AdapterConfig:
         for name in ("decompose_both", "decompose_factor"):
             value = getattr(self, name)
             require(
-                lokr or value in (False, -1), f"adapter.{name}={value} is LoKr's: use adapter=lokr, or leave it out"
+                lokr or value in (False, -1),
+                f"adapter.{name}={value} is for LoKr only: use adapter=lokr, or leave it out",
             )
         require(
             self.decompose_factor == -1 or self.decompose_factor >= 2,
@@ -338,19 +341,19 @@ class ParallelConfig:
     """How training is spread over processes. Phase 1 takes any number of them under every strategy."""
 
     strategy: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"
-    """How the work is spread. `single`: one process. `ddp`: a replica on each. `zero2`: gradients sharded too. `zero3`: frozen
-    weights sharded (DeepSpeed ZeRO). `auto`: single on one process; on several ddp if the model fits into each GPU, else
-    zero3."""
+    """How training is spread over processes. `single`: one process. `ddp`: a full model on each GPU. `zero2`: the same
+    with sharded gradients. `zero3`: the frozen weights are sharded too (DeepSpeed ZeRO). `auto`: single for one process,
+    otherwise ddp if the model fits into each GPU, else zero3."""
     offload: bool = False
-    """Whether zero3 keeps frozen weights, LoRA weights and the optimizer in CPU memory."""
+    """Keep the frozen weights, the LoRA weights and the optimizer in CPU memory with zero3."""
     bucket_size: int = 500_000_000
-    """Number of elements that ZeRO reduces, gathers or prefetches together."""
+    """Number of elements that ZeRO reduces, gathers or prefetches at once."""
     overlap_comm: bool = True
-    """Whether ZeRO communicates while it computes."""
+    """Let ZeRO communicate while it computes."""
     contiguous_gradients: bool = True
-    """Whether ZeRO copies gradients into one buffer as they are produced."""
+    """Let ZeRO copy gradients into one buffer as they are produced."""
     zero_options: dict[str, Any] = field(default_factory=dict)
-    """Further keys of DeepSpeed's `zero_optimization`: +parallel.zero_options.NAME=VALUE."""
+    """Other keys of DeepSpeed's `zero_optimization`, given as +parallel.zero_options.NAME=VALUE."""
 
     def __post_init__(self):
         require(self.bucket_size >= 1, f"parallel.bucket_size must be at least 1, got {self.bucket_size}")
@@ -363,7 +366,7 @@ class ParallelConfig:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO; 0 without it."""
+        """Stage of ZeRO; 0 without ZeRO."""
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
 
     def cuts_blocks(self, world_size: int) -> bool:
@@ -381,9 +384,9 @@ class PlanConfig:
     """What to plan for, when it is not this machine."""
 
     gpu: str | int | None = None
-    """The GPU to plan for, such as H100, RTX 4090 or 4090; by default the one that is here, or one of 96 GB."""
+    """GPU to plan for, such as H100, RTX 4090 or 4090. By default it is this machine's GPU, or one of 96 GB."""
     world_size: int | None = None
-    """Number of processes to plan for, with one GPU each; by default as many as were launched."""
+    """Number of processes to plan for, with one GPU each. By default it is the number of processes that were launched."""
 
     def __post_init__(self):
         require(
@@ -399,14 +402,14 @@ class Config:
     name: str = "run"
     """Name of the run."""
     run_dir: str = "runs/${name}"
-    """The folder for everything that the run writes."""
+    """Folder for everything that the run writes."""
     seed: int = 0
-    """Random seed for the order of records and for every draw."""
+    """Random seed for the order of the records, the noise and everything else that is random."""
     phases: list[Literal["plan", "cache", "train"]] = field(default_factory=lambda: ["cache", "train"])
-    """What to do. `[plan]` only says what the run needs: memory, time and disk space."""
+    """Phases to run. `[plan]` only reports the memory, time and disk space that the run needs."""
     resume: str = "auto"
-    """What to continue from: `auto` takes the newest checkpoint in run_dir, `never` refuses a run_dir that has one; or the path
-    of a checkpoint."""
+    """Checkpoint to resume from: `auto` for the newest in run_dir, or a checkpoint's path. `never` refuses a run_dir that has
+    checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -431,11 +434,11 @@ class Config:
         require(self.data.dataset is not None, "data.dataset is not set: add data.dataset=FILE (and data.root=FOLDER)")
         require(
             not self.data.preserve_prompts or bool(self.loss.get("preserve")),
-            "data.preserve_prompts is what loss.preserve keeps, which is 0: set it too, for example loss.preserve=0.25",
+            "data.preserve_prompts is only used with loss.preserve, which is 0: set it too, for example loss.preserve=0.25",
         )
         require(
             not (self.adapter.train_modules and self.loss.get("preserve")),
-            "loss.preserve asks the base model, whose own weights adapter.train_modules changes: leave one of them out",
+            "loss.preserve needs the base model's own weights, which adapter.train_modules changes: leave one of them out",
         )
         for node in ("loss", "optim"):
             require("_target_" in getattr(self, node), f"{node} is not set: add {node}=NAME, see configs/{node}/")
@@ -443,12 +446,6 @@ class Config:
             self.model.weights == "bf16" or not self.adapter.dora,
             f"adapter.dora=true needs the lengths of the full weights, which model.weights={self.model.weights} rounds: use "
             "model.weights=bf16",
-        )
-        prodigy = "Prodigy" in str(self.optim["_target_"])
-        require(
-            not (prodigy and self.train.max_grad_norm is not None),
-            f"train.max_grad_norm={self.train.max_grad_norm} together with Prodigy: clipping hides from it the "
-            "gradients that its step size is estimated from; set train.max_grad_norm=null",
         )
 
 

@@ -91,7 +91,7 @@ class Adapter:
         """Gives the layers their weights in the model's dtype, to be multiplied by; `refresh` keeps them up to date.
 
         Args:
-            blocks: of the transformer (`Block`); they say which layers read the same input.
+            blocks: blocks of the transformer (`Block`); they say which layers read the same input.
         """
         plain = {layer: None for layer in self.layers.values() if is_plain(layer)}
         groups = [group for block in blocks for group in block.inputs if all(layer in plain for layer in group)]
@@ -100,7 +100,8 @@ class Adapter:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the layers' weights, and their copies for products, what the adapter's weights are."""
+        """Makes the layers' weights, and their copies for products, what the adapter's weights are. Whoever changes those calls
+        it: `load_state_dict`, and `train.parallel` after the optimizer."""
         if self.masters is not None:
             torch._foreach_copy_(list(self.layer_parameters().values()), list(self.masters.values()))  # pyright: ignore
         if self.copies[0]:
@@ -139,6 +140,7 @@ class Adapter:
             )
         for name, parameter in mine.items():
             parameter.copy_(state[name])
+        self.refresh()
 
     @torch.no_grad()
     def start_from(self, path: Path, parts: Mapping[str, LowRank], extra: ExtraWeights | None = None) -> None:
@@ -146,9 +148,9 @@ class Adapter:
         trained in full here gets the other, of whatever kind, into its weight.
 
         Args:
-            path: of the other's file, for messages.
-            parts: of the other, by module (`read_adapter`).
-            extra: of the other (`read_extras`).
+            path: path of the other's file, for messages.
+            parts: parts of the other, by module (`read_adapter`).
+            extra: modules beside LoRA of the other (`read_extras`).
 
         Raises:
             InputError: the other has a module that this one lacks, or more rank, or only one of them has DoRA or LoKr in a layer.
@@ -196,8 +198,8 @@ class Adapter:
             sides, theirs = (len(mine[0]), mine[-1].shape[1]), (len(factor[0]), factor[-1].shape[1])
             if len(mine) != len(factor) or sides != theirs:
                 raise InputError(
-                    f"{path} has another {side} in {name}, {_described(factor)} and not {_described(mine)}: set adapter.rank, "
-                    "decompose_both and decompose_factor as they were for it"
+                    f"{path} has a different {side} in {name}, {_described(factor)} instead of {_described(mine)}: set "
+                    "adapter.rank, decompose_both and decompose_factor as in its training"
                 )
             if len(mine) == 1:
                 mine[0].copy_(factor[0])
@@ -273,7 +275,7 @@ def attach_lora(
         target_modules: suffixes of linear modules' names, such as `to_q` or `img_mlp.net.2`.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
         dora: learn the magnitude of each output channel too (Liu et al. 2024, arXiv 2402.09353).
-        seed: of A's initialisation, which depends on each module's name and on nothing else.
+        seed: random seed of A's initialisation, which depends on each module's name and on nothing else.
         rank_pattern, alpha_pattern: suffix of modules' names -> another rank or alpha for them; see `by_suffix`.
         train_modules: suffixes of names of modules that get none, since they are trained in full (`attach_extras`).
 
@@ -383,7 +385,7 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str], train_modules: 
             valid = sorted({name.split(".", 2)[-1] for name in linear} | {name.rsplit(".", 1)[-1] for name in linear})
             nearest = difflib.get_close_matches(target, valid, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"adapter.target_modules names {target!r}, which is no linear module: did you mean {nearest!r}?"
+                f"adapter.target_modules names {target!r}, which is not a linear module: did you mean {nearest!r}?"
             )
         matched |= hits
     in_full = trained_modules(dit, train_modules)
@@ -391,7 +393,7 @@ def match_modules(dit: nn.Module, target_modules: Iterable[str], train_modules: 
     left = [name for name in linear if name in matched - unused - {*in_full} and not name.startswith(inside)]
     if not left:
         raise InputError(
-            "adapter.train_modules takes all of adapter.target_modules, and LoRA needs at least one module"
+            "adapter.train_modules covers all of adapter.target_modules, but LoRA needs at least one module"
         )
     return left
 
@@ -411,7 +413,7 @@ def by_suffix(
     known = list(known)
     for suffix in pattern:
         if not any(ends_in(name, suffix) for name in known):
-            raise InputError(f"{key} names {suffix!r}, in which the name of no linear layer ends")
+            raise InputError(f"{key} names {suffix!r}, but no linear layer's name ends in it")
     longest_first = sorted(pattern, key=len, reverse=True)
     return {
         name: next((pattern[suffix] for suffix in longest_first if ends_in(name, suffix)), default) for name in names

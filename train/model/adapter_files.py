@@ -56,6 +56,6 @@ def extra_file(adapter: Path) -> Path | None:
     beside = file.parent / Path(header["file"]).name  # a file of somebody else's names none elsewhere
     if not beside.is_file():
         raise InputError(
-            f"{file} was trained with modules beside LoRA, and {beside.name}, which has them, is not beside it: put it there"
+            f"{file} was trained with modules beside LoRA, but their file {beside.name} is not in the same folder: put it there"
         )
     return beside

@@ -51,11 +51,11 @@ class LowRank:
     up: Tensor
     """(out, rank), known as B, with the scale alpha/rank inside."""
     magnitude: Tensor | None = None
-    """Of each output channel, (out,), for DoRA."""
+    """Magnitude of each output channel, (out,), for DoRA."""
     share: float = 1.0
     """How much of it counts, for DoRA; otherwise it is in `up`."""
     products: tuple[Kronecker, ...] = ()
-    """Of LoKr, whose own rank is 0 here."""
+    """The Kronecker products of LoKr, for which the rank is 0 here."""
 
     @property
     def rank(self) -> int:

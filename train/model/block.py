@@ -27,7 +27,7 @@ class Modulation(NamedTuple):
 
     @classmethod
     def of(cls, params: Tensor) -> "Modulation":
-        """Of (B, 6 D)."""
+        """From (B, 6 D)."""
         return cls(*params.unsqueeze(1).chunk(6, dim=-1))
 
 
@@ -60,10 +60,10 @@ class Block(QwenImageTransformerBlock):
 
         Args:
             output: tokens of the picture to be, (B, N, D).
-            reference: of the references, (B, M, D); M may be 0.
+            reference: tokens of the references, (B, M, D); M may be 0.
             text: (B, L, D), padded at its end.
             embedded: timestep embedding, (B, D), or (2B, D) when the references have their own (`zero_cond_t`).
-            rope: of output, references and text, in this order, from `rope_table`.
+            rope: rotary embedding of output, references and text, in this order, from `rope_table`.
             lengths: N + M + the length of each sample's text; None if every text has L tokens.
 
         Returns:

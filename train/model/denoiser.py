@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
         dit: the transformer, with or without LoRA layers injected.
         zero_cond_t: modulate the reference tokens as if sigma were 0 (Qwen-Image-Edit-2511: on, 2509: off).
         execution: how its blocks are executed; as they are, by default.
-        offload: of some of its blocks; it is started.
+        offload: the offloading of some of its blocks, already started.
 
     Attributes:
         extra: modules that the output's tokens go through after `img_in` (`train.model.extra.ExtraModule`), in this order.

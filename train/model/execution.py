@@ -156,7 +156,7 @@ class Compiled:
         except torch.OutOfMemoryError:
             raise
         except FailOnRecompileLimitHit:  # the graphs that there are stay in use
-            self.say_once(f"a kind of batch is computed without torch.compile: {MAX_GRAPHS} graphs are made already")
+            self.say_once(f"a kind of batch runs without torch.compile, because there are already {MAX_GRAPHS} graphs")
             return self.function(block, *args)
         except Exception as error:  # whatever a compiler raises; an error of the function itself is raised again here
             outputs = self.function(block, *args)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 
 ALIGNMENT = 256
-"""Of each tensor in a piece of memory, in bytes."""
+"""Alignment of each tensor in a piece of memory, in bytes."""
 NUM_SLOTS = 2
 
 
@@ -121,7 +121,7 @@ class Offload:
         blocks: all blocks of the transformer, in order.
         count: how many are offloaded.
         device: where they compute.
-        streams: of the device, by default.
+        streams: streams of the device, by default.
 
     Raises:
         InputError: there are fewer blocks.
@@ -189,7 +189,7 @@ class Offload:
         stay as they are.
 
         Args:
-            change: of a block's weights, in their place; None to compute with what waits.
+            change: changes a block's weights in place; None to compute with the weights in CPU memory.
         """
         self._change = change
         self.held = [None] * len(self.slots)  # what is there was changed otherwise
@@ -335,7 +335,7 @@ class InOrder:
 
 
 def streams_of(device: torch.device) -> Streams:
-    """Of a GPU, a stream of its own for the copies; of other devices the one that they have."""
+    """For a GPU, a separate stream for the copies; for other devices the one that they have."""
     if device.type != "cuda":
         stream = InOrder()
         return Streams(stream, lambda: stream, contextlib.nullcontext)

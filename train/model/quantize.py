@@ -26,13 +26,13 @@ Weights = Literal["bf16", "fp8", "int8", "nf4"]
 BLOCKS = "transformer_blocks."
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-"""Of the 8-bit formats, the largest value that is used."""
+"""The largest value of each 8-bit format that is used."""
 UNITS = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
 """CUDA's first compute capability whose matrix units multiply it."""
 NF4_BLOCK = 64
 """Weights that share a scale, in the order of memory."""
 SUMS_BYTES = 256 * 2**20
-"""Of 8-bit products' sums, that are there at a time: all of a picture of one megapixel."""
+"""Memory for the sums of 8-bit products at a time: all of a picture of one megapixel."""
 FEWEST_ROWS = 17
 """`torch._int_mm` takes no fewer on CUDA."""
 UNIT_SIZE = 16
@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
     Args:
         like: the layer that it replaces; for nf4 with as many weights as whole blocks.
         weights: the format.
-        dtype: of the bias, and of what the state dict has.
+        dtype: data type of the bias, and of what the state dict has.
     """
 
     scale: Tensor
@@ -99,7 +99,7 @@ def quantize_blocks(dit: nn.Module, weights: Weights, dtype: torch.dtype) -> Non
     The size of every parameter and buffer is afterwards what it will be when they are loaded.
 
     Args:
-        dtype: of what is not quantised.
+        dtype: data type of what is not quantised.
     """
     dit.to(dtype)
     if weights == "bf16":
@@ -129,8 +129,8 @@ def has_products(device: torch.device, stored: torch.dtype, dtype: torch.dtype) 
     On the meta device, where runs are planned for a GPU, they are.
 
     Args:
-        stored: of the weights.
-        dtype: of the activations, and of the product.
+        stored: format of the weights.
+        dtype: data type of the activations, and of the product.
     """
     if stored not in UNITS or dtype != torch.bfloat16 or device.type not in ("cuda", "meta"):
         return False
@@ -146,7 +146,7 @@ def describe_products(weights: Weights, device: torch.device, dtype: torch.dtype
         return f"{name} weights"
     if has_products(device, STORED[weights], dtype):
         return f"{weights} weights, multiplied in 8 bits: activations and their gradients are rounded too, row by row"
-    return f"{weights} weights, widened to {name} layer by layer: nothing else is rounded"
+    return f"{weights} weights, dequantised to {name} layer by layer: nothing else is rounded"
 
 
 def round_weight(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def round_rows(
     As LLM.int8() does with both operands (Dettmers et al. 2022, arXiv 2208.07339, sec. 2.1).
 
     Args:
-        factor: of each column, (in,); the numbers are multiplied by it first.
+        factor: factor of each column, (in,); the numbers are multiplied by it first.
         scale_dtype: what the scale is rounded to before it is divided by, so that it can be used in that dtype at no loss. What
             is then beyond the largest value is so by less than half a step.
     """
@@ -265,7 +265,7 @@ def scaled_product(
     Args:
         a: (rows, n).
         b: (columns, n), its rows one after the other in memory.
-        scale: of each row of b, (columns,); None for 1, as of gradients.
+        scale: scale of each row of b, (columns,); None for 1, as of gradients.
         out: (rows, columns), contiguous.
         bias: (columns,), or None for 0.
         add: out += that.
@@ -353,7 +353,7 @@ def quantized_linear_backward(
     """The gradient of `quantized_linear`'s input, (…, width).
 
     Args:
-        gradient: of its output, (…, out).
+        gradient: gradient of its output, (…, out).
         rounded, row_scale: the gradient times the weight's scale, in 8 bits.
     """
     d_x = gradient.new_empty(*gradient.shape[:-1], width)

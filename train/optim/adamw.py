@@ -6,25 +6,28 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from train.optim.state import clip_gradients
 
 
 class AdamW:
     """AdamW with warm-up and a constant or cosine schedule (Loshchilov & Hutter, arXiv 1711.05101).
 
     Args:
-        lr: the peak learning rate.
-        betas: decay of the averages of the gradient and of its square.
-        weight_decay: share of the learning rate by which weights shrink in a step.
-        eps: added to the denominator.
+        lr: peak learning rate.
+        betas: decay rates of the running averages of the gradient and of its square.
+        weight_decay: decoupled weight decay. Each step shrinks the weights by this share times the learning rate.
+        eps: small number that is added to the denominator for numerical stability.
         warmup_steps: number of steps in which the learning rate rises linearly from 0.
-        schedule: how the learning rate goes on: "constant", or "cosine" down to 0 at `schedule_steps`, where it stays.
-        schedule_steps: where the cosine ends; None: at `num_steps`.
-        ema: decay of an exponential moving average of the weights, such as 0.999, which is validated and exported; None: the
-            weights themselves are. It is min(ema, (1 + step) / (10 + step)), so that the start is soon forgotten.
-        bits: size of each number of the two moments; 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861), with
+        schedule: learning rate after the warm-up: "constant", or "cosine", which falls to 0 at `schedule_steps` and stays there.
+        schedule_steps: step at which the cosine reaches 0. By default it is `train.num_steps`.
+        ema: decay of an exponential moving average of the weights, such as 0.999. The average is validated and exported instead
+            of the weights themselves. The decay at a step is min(ema, (1 + step) / (10 + step)), so the start is soon forgotten.
+        bits: bits per number of the two moments. 8 quantises them in blocks (Dettmers et al. 2022, arXiv 2110.02861) and needs
             bitsandbytes.
         num_steps: length of the run, given by it.
+        max_grad_norm: the norm that the gradients are scaled down to (`train.max_grad_norm`), given by the run; None: never.
 
     Raises:
         ValueError: an argument is out of its range, or bitsandbytes is not installed.
@@ -43,6 +46,7 @@ class AdamW:
         schedule_steps: int | None = None,
         ema: float | None = None,
         num_steps: int = 1,
+        max_grad_norm: float | None = None,
     ):
         if lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {lr}")
@@ -57,7 +61,7 @@ class AdamW:
         options |= {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
         self.torch_optimizer = kind(params, **options)
         self.peak, self.warmup_steps, self.schedule = lr, warmup_steps, schedule
-        self.schedule_steps, self.ema = schedule_steps or num_steps, ema
+        self.schedule_steps, self.ema, self.max_grad_norm = schedule_steps or num_steps, ema, max_grad_norm
 
     def lr_at(self, step: int) -> float:
         """A pure function of the step, so that resuming needs no scheduler state."""
@@ -66,6 +70,10 @@ class AdamW:
             return self.peak * warmup
         progress = max(0.0, step - self.warmup_steps) / max(1, self.schedule_steps - self.warmup_steps)
         return self.peak * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def clip_gradients(self) -> Tensor:
+        """As `Optimizer.clip_gradients`."""
+        return clip_gradients(self.torch_optimizer, self.max_grad_norm)
 
     def step(self, step: int) -> None:
         """One update at this step's learning rate."""

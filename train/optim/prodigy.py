@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from prodigyplus import ProdigyPlusScheduleFree
-from torch import nn
+from torch import Tensor, nn
 
 from train.optim import stacked_step
+from train.optim.state import clip_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,30 @@ class Prodigy:
     Many tensors are updated at once. Options that need the library's own step, tensor by tensor, get it, and a warning.
 
     Args:
-        lr: a factor on the estimated step size; leave it at 1.
-        options: of `prodigyplus.ProdigyPlusScheduleFree`.
+        lr: factor on the estimated step size. Leave it at 1.
+        num_steps: length of the run, given by it; the step size does not depend on it.
+        max_grad_norm: `train.max_grad_norm`, given by the run: it must be None.
+        options: options of `prodigyplus.ProdigyPlusScheduleFree`.
 
     Raises:
-        ValueError: options that make it do nothing: `fused_back_pass` turns `step` into a no-op, and with the default
-            `d_limiter` a `d_coef` of 0.84 or less never lets the step size grow.
+        ValueError: the run clips gradients, from which the step size is estimated; or an option makes it do nothing:
+            `fused_back_pass` turns `step` into a no-op, and with the default `d_limiter` a `d_coef` of 0.84 or less never lets
+            the step size grow.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float = 1.0, num_steps: int = 1, **options: Any):
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float = 1.0,
+        num_steps: int = 1,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ):
+        if max_grad_norm is not None:
+            raise ValueError(
+                f"train.max_grad_norm={max_grad_norm} does not work with Prodigy: clipping changes the gradients from which it "
+                "estimates its step size; set train.max_grad_norm=null"
+            )
         if options.get("fused_back_pass"):
             raise ValueError("optim.fused_back_pass=true makes Prodigy's step do nothing here: leave it out")
         d_coef = options.get("d_coef", 1.0)
@@ -39,6 +55,10 @@ class Prodigy:
         self.torch_optimizer = ProdigyPlusScheduleFree(params, lr=lr, **options)
         if reason := stacked_step.why_one_by_one(self.torch_optimizer):
             logger.warning(f"Prodigy updates tensor by tensor, which is slow on a GPU, because of {reason}")
+
+    def clip_gradients(self) -> Tensor:
+        """The norm of all gradients together, which stay as they are."""
+        return clip_gradients(self.torch_optimizer, None)
 
     def step(self, step: int) -> None:
         """One update."""

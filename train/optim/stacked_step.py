@@ -16,9 +16,9 @@ from prodigyplus import ProdigyPlusScheduleFree
 from torch import Tensor, nn
 
 NUMBERS_TOGETHER = 2**25
-"""Of one stack: it bounds what a step needs beyond the state to some 5 x 128 MiB."""
+"""Numbers in one stack, which bounds what a step needs beyond the state to some 5 x 128 MiB."""
 NUMBERS_IN_CACHE = 2**20
-"""Of one stack on a CPU, where memory, not the number of operations, is what takes time."""
+"""Numbers in one stack on a CPU, where memory, not the number of operations, is what takes time."""
 EVERY = 11
 """The library estimates the step size from every 11th number of a tensor."""
 ONE_BY_ONE = ("use_bias_correction", "use_speed", "use_cautious", "use_adopt", "use_orthograd")

@@ -3,13 +3,18 @@
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Optimizer(Protocol):
     """What the loop needs."""
 
     torch_optimizer: torch.optim.Optimizer
+
+    def clip_gradients(self) -> Tensor:
+        """Scales the gradients down to the run's `max_grad_norm`, if it has one. Returns the norm of all together before,
+        shape ()."""
+        ...
 
     def step(self, step: int) -> None:
         """Updates the parameters from their gradients and clears them; `step` counts from 0."""
@@ -22,6 +27,15 @@ class Optimizer(Protocol):
     def averaged(self) -> Any:
         """A context in which the parameters hold what should be validated and exported."""
         ...
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """As `Optimizer.clip_gradients`; None leaves the gradients as they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

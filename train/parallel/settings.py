@@ -137,7 +137,7 @@ def check_settings(
             clipping not in (None, 0, max_grad_norm),
             f"gradient_clipping {clipping}",
             f"train.max_grad_norm={'null' if max_grad_norm is None else max_grad_norm}",
-            "leave it to train.max_grad_norm, and never clip with Prodigy",
+            "set train.max_grad_norm instead, and never clip with Prodigy",
         ),
         (precision, f"{', '.join(precision)} section", "model.dtype decides the precision", "remove the section"),
         (owned, f"{', '.join(owned)} section", "optim= decides that", "remove the section"),

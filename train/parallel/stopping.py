@@ -20,7 +20,7 @@ class StopRequest:
     A context, in which these signals ask instead of ending the process.
 
     Attributes:
-        exit_code: of a process that did as it was asked: 128 and the signal's number, as shells say it; 0 if the launcher
+        exit_code: exit code of a process that did as it was asked: 128 plus the signal's number, as in shells; 0 if the launcher
             asked, which knows.
     """
 

@@ -8,7 +8,8 @@ would estimate another step size); there the adapter holds replicated masters.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from train.model.adapter import Adapter
 from train.model.block import Block
 from train.model.denoiser import Denoiser
+from train.optim.state import Optimizer
 from train.parallel.processes import Processes
 
 IN_USE = -1
@@ -43,12 +45,38 @@ class Parallel(Protocol):
         """
         ...
 
-    def publish(self) -> None:
-        """Makes the model compute with the adapter's present weights. Every rank must call it."""
+    def step(self, optimizer: Optimizer, step: int) -> None:
+        """Makes optimizer step `step`, counted from 0; the model computes with the new weights."""
+        ...
+
+    def averaged(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """A context in which the model computes with the averaged weights that are validated and exported."""
         ...
 
 
-class Replicas:
+class _AdapterUpdates:
+    """Brings the adapter's weights to the model wherever the optimizer changes them. Without communication: every rank
+    holds them whole."""
+
+    adapter: Adapter
+
+    def step(self, optimizer: Optimizer, step: int) -> None:
+        """As `Parallel.step`."""
+        optimizer.step(step)
+        self.adapter.refresh()
+
+    @contextmanager
+    def averaged(self, optimizer: Optimizer) -> Iterator[None]:
+        """As `Parallel.averaged`; the training weights come back exactly."""
+        try:
+            with optimizer.averaged():
+                self.adapter.refresh()
+                yield
+        finally:
+            self.adapter.refresh()
+
+
+class Replicas(_AdapterUpdates):
     """The whole model on every process, or on the one there is; gradients are added up once per step."""
 
     def __init__(self, denoiser: Denoiser, adapter: Adapter, processes: Processes):
@@ -61,10 +89,6 @@ class Replicas:
         loss.backward()
         if last and self.world_size > 1:
             add_up([p.grad for p in self.adapter.layer_parameters().values() if p.grad is not None])
-
-    def publish(self) -> None:
-        """As `Parallel.publish`; the model's products are computed with copies of the weights."""
-        self.adapter.refresh()
 
 
 class Zero3(Replicas):
@@ -118,13 +142,13 @@ class Zero3(Replicas):
             self.adapter.take_gradients()
 
 
-class Zero2:
+class Zero2(_AdapterUpdates):
     """DeepSpeed ZeRO-2: gradients are sharded while they accumulate.
 
     Args:
         denoiser: with LoRA attached.
         adapter: its weights become masters, replicated on every rank.
-        processes: of the run.
+        processes: processes of the run.
         settings: DeepSpeed's configuration, from `train.parallel.settings.zero_settings`.
     """
 
@@ -152,10 +176,6 @@ class Zero2:
                 assert gradient is not None, "every trained weight takes part in every forward pass"
                 master.grad = gradient.to(master.device)
         self.denoiser.step()  # updates nothing: clears the gradients after the last
-
-    def publish(self) -> None:
-        """As `Parallel.publish`."""
-        self.adapter.refresh()
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class Suggestion:
     """As they are written on the command line."""
     num_gpus: int
     seconds: float | None = None
-    """Of a step; None: not known."""
+    """Seconds per step; None: not known."""
     changes_result: bool = False
     """Whether the adapter becomes another, and not only the time."""
 

@@ -19,7 +19,7 @@ class EncoderSizes:
 
     Args:
         vae, text_encoder: of their `config.json`.
-        dtype: of their weights.
+        dtype: data type of their weights.
     """
 
     def __init__(self, vae: dict, text_encoder: dict, dtype: torch.dtype):

@@ -31,7 +31,7 @@ class Gpu:
     int8: float | None = None
     """TOP/s of int8 products."""
     bandwidth: float = 0.0
-    """Of its memory, GB/s."""
+    """Bandwidth of its memory, GB/s."""
     pcie: float = 0.0
     """From the machine's memory, GB/s."""
     nvlink: float | None = None
@@ -95,7 +95,7 @@ def find_gpu(name: str | int | None = None) -> Gpu:
     if not torch.cuda.is_available():
         assumed = _known(ASSUMED)
         assert assumed is not None
-        return replace(assumed, origin="assumed: there is no GPU here, set plan.gpu=NAME")
+        return replace(assumed, origin="assumed, because this machine has no GPU: set plan.gpu=NAME")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return replace(
         _known(properties.name) or _unknown(properties),

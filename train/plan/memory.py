@@ -40,7 +40,7 @@ from train.plan.quantised import Format, Layer
 
 META = torch.device("meta")
 MEASURED_NUMBERS = 2**16
-"""Of a parameter that is not LoRA, so many are given to the optimizer to find out what it keeps."""
+"""How many numbers of a parameter that is not LoRA are given to the optimizer to find out what it keeps."""
 Shape = tuple[int, ...]
 
 
@@ -106,7 +106,7 @@ class LoraSizes:
     train_modules: tuple[str, ...] = ()
     """Trained in full instead."""
     modules: str = "{}"
-    """Those that are added, as JSON."""
+    """The added modules, as JSON."""
 
     @property
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -135,7 +135,7 @@ class Flops(NamedTuple):
     rest: int
     """LoRA and attention."""
     forward: int
-    """Of both, those of the forward pass."""
+    """The operations of the forward pass, of both kinds."""
 
     @property
     def total(self) -> int:
@@ -147,8 +147,8 @@ class Transformer:
     """The transformer of a model directory: shapes and no numbers.
 
     Args:
-        config: of `transformer/config.json`.
-        dtype: of the frozen weights.
+        config: contents of `transformer/config.json`.
+        dtype: data type of the frozen weights.
         zero_cond_t: whether references have their own modulation.
 
     Attributes:
@@ -169,7 +169,7 @@ class Transformer:
         self.layers, self.frozen_bytes = functools.cache(self.layers), functools.cache(self.frozen_bytes)
 
     def block_bytes(self, weights: str) -> int:
-        """Of one block's frozen weights in this format (`model.weights`), each tensor aligned."""
+        """Bytes of one block's frozen weights in this format (`model.weights`), each tensor aligned."""
         kept, sizes = Format(weights, False, False, self.dtype.itemsize), []
         for module in self.dit.transformer_blocks[0].modules():
             own = dict(module.named_parameters(recurse=False))
@@ -180,7 +180,7 @@ class Transformer:
         return sum(map(aligned, sizes))
 
     def frozen_bytes(self, weights: str) -> int:
-        """Of all frozen weights, the blocks' in this format."""
+        """Bytes of all frozen weights, the blocks' in this format."""
         around = self.num_parameters - sum(p.numel() for p in self.dit.transformer_blocks.parameters())
         return around * self.dtype.itemsize + self.num_layers * self.block_bytes(weights)
 
@@ -234,7 +234,7 @@ class Transformer:
         return shapes
 
     def replaced_bytes(self, weights: str, lora: LoraSizes) -> tuple[int, int]:
-        """Of the frozen weights around and in the blocks, what is trained in full instead, and is not there twice."""
+        """Bytes of the frozen weights around and in the blocks that are trained in full instead, and not kept twice."""
         kept, around, inside = Format(weights, False, False, self.dtype.itemsize), 0, 0
         for name in trained_parameters(self.dit, lora.train_modules):
             linear, shape = self.linear.get(name.removesuffix(".weight")), self.dit.get_parameter(name).shape
@@ -290,7 +290,7 @@ class Transformer:
         return live
 
     def flops(self, bucket: Bucket, lora: LoraSizes, execution: Execution) -> "Flops":
-        """Of a forward and backward pass of one sample.
+        """Operations of a forward and backward pass of one sample.
 
         A product of m x k and k x n costs 2mkn. Backward, a frozen layer needs its input's gradient only, LoRA its
         weights' too, and flash attention computes five products for the forward's two.
@@ -307,7 +307,7 @@ class Transformer:
         return (kept.count("attention") + kept.count("nothing")) / self.num_layers
 
     def forward_flops(self, bucket: Bucket, lora: LoraSizes) -> tuple[int, int, int]:
-        """Of one sample: frozen linear layers, LoRA, attention."""
+        """Operations of one sample: frozen linear layers, LoRA, attention."""
         last = f"transformer_blocks.{self.num_layers - 1}."
         used = {n for n in self.linear if not (n.startswith(last) and n.removeprefix(last) in UNUSED_IN_LAST_BLOCK)}
         frozen = sum(2 * self.linear[name].weight.numel() * self._tokens(name, bucket) for name in used)
@@ -348,8 +348,8 @@ def optimizer_bytes(
     """The size of the optimizer's state, from one real step on one LoRA parameter of each shape.
 
     Args:
-        shapes: of all parameters of LoRA or LoKr.
-        extra: of all others; of a large one some rows are measured.
+        shapes: shapes of all parameters of LoRA or LoKr.
+        extra: shapes of all others; of a large one some rows are measured.
         zero: of those of `shapes` that start at zero, which some optimizers make use of; by default LoRA's B, which are taller
             than wide.
     """

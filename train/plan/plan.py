@@ -55,21 +55,21 @@ class Plan:
     data: DatasetSizes
     buckets: list[Bucket]
     memory: Memory
-    """Of phase 2."""
+    """Memory of phase 2."""
     cache_phase: Memory
-    """Of phase 1."""
+    """Memory of phase 1."""
     cache_bytes: int
     caching_flops: float | None
-    """Of phase 1, for each row; None where every row is cached."""
+    """Operations of phase 1 for each row; None if every row is cached."""
     checkpoint_bytes: int
-    """Of one."""
+    """Bytes of one checkpoint."""
     num_checkpoints: int
     decided: Change
     """What every `auto` about memory comes to, by full key."""
     group_size: int
     """Places that are filled from one bucket."""
     empty_share: float
-    """Of all places, those that stay empty."""
+    """Share of all places that stay empty."""
     weights: str
     """Format of the frozen weights."""
     parallel: str
@@ -150,12 +150,16 @@ class Plan:
         yield from self._caching()
         yield from self._time()
         if self.faster:
-            yield f"  faster     {self.faster.settings}, with about {self.faster.seconds:.3g} s a step"
+            yield f"  faster     {self.faster.settings}, with about {self.faster.seconds:.3g} s per step"
         yield (
             "  it fits"
             if self.fits
             else "  IT DOES NOT FIT"
-            + ("; this would, the fastest first, with its time beside the fastest's:" if self.advice else "")
+            + (
+                ". These settings would fit, the fastest first, with their times compared with it:"
+                if self.advice
+                else ""
+            )
         )
         fastest = min((each.seconds for each in self.advice if each.seconds), default=None)
         for each in self.advice:
@@ -169,15 +173,15 @@ class Plan:
             yield f"    {self.memory.cpu / GIB:8.2f}  of CPU memory per process, pinned{machine}"
         if step.copied:
             waiting = self.decided["train.offload_blocks"]
-            what = f"{waiting} of {self.num_blocks} blocks wait" if waiting else "the weights wait"
+            what = f"{waiting} of {self.num_blocks} blocks are" if waiting else "the weights are"
             taken = _transfer(step.copied, gpu.pcie)
-            yield f"  copies     {what} in CPU memory: {taken} over PCIe each step, while it computes"
+            yield f"  copies     {what} in CPU memory: {taken} over PCIe each step, while computing"
         if step.gathered:
-            yield f"  links      each GPU receives {_transfer(step.gathered, gpu.link)} of weights over {link}, while it computes"
+            yield f"  links      each GPU receives {_transfer(step.gathered, gpu.link)} of weights over {link}, while computing"
         if step.reduced:
-            yield f"  links      each GPU receives {_transfer(step.reduced, gpu.link)} of LoRA over {link}, when it has computed"
+            yield f"  links      each GPU receives {_transfer(step.reduced, gpu.link)} of LoRA over {link}, after computing"
         if self.world_size > gpu.per_machine:
-            yield f"  links      what leaves a machine of {gpu.per_machine} GPUs is slower than this plan knows"
+            yield f"  links      traffic between machines of {gpu.per_machine} GPUs is slower than this plan assumes"
 
     def _caching(self) -> Iterator[str]:
         """What phase 1 has to do, and how long it takes at an assumed share of the peak."""
@@ -187,13 +191,13 @@ class Plan:
         seconds = self.data.num_rows * self.caching_flops / (self.gpu.tflops * 1e12 * share) / self.world_size
         if seconds >= 1:  # the encoders take longer to load
             yield (
-                f"  caching    {self.caching_flops / 1e12:.3g} TFLOP a row: about {_duration(seconds)} at {share:.0%} of peak, "
-                "if files are read as fast; an estimate, not measured"
+                f"  caching    {self.caching_flops / 1e12:.3g} TFLOP per row: about {_duration(seconds)} at {share:.0%} of peak, "
+                "if files are read that fast; an estimate, not measured"
             )
 
     def _time(self) -> Iterator[str]:
         samples = _plural(self.samples_per_step, "sample")
-        work = f"{self.flops_per_step / 1e12:.4g} TFLOP a step ({samples} per GPU)"
+        work = f"{self.flops_per_step / 1e12:.4g} TFLOP per step ({samples} per GPU)"
         if self.seconds_per_step is None or self.seconds_per_step < 0.1:  # too little for a peak to say anything
             yield f"  time       {work}"
             return
@@ -203,16 +207,16 @@ class Plan:
         )
         unmeasured = {
             f"products in {self.weights}": self.step.flops_8bit,
-            f"widening {self.weights}": self.step.rounded and not self.step.flops_8bit,
+            f"dequantising {self.weights}": self.step.rounded and not self.step.flops_8bit,
             "copies beside the computation": self.step.copied,
             "several GPUs": self.world_size > 1,
         }
         if named := [name for name, part in unmeasured.items() if part]:
-            yield f"             an estimate, for these were not measured: {', '.join(named)}"
+            yield f"             an estimate, because these were not measured: {', '.join(named)}"
 
 
 def dataset_sizes(config: Config, model: ModelDirectory) -> DatasetSizes:
-    """Of the training rows: from the cache if it is finished and has this geometry, else from the images' headers.
+    """Sizes of the training rows: from the cache if it is finished and has this geometry, else from the images' headers.
 
     Raises:
         InputError: the dataset cannot be read, or none of its rows can be used.
@@ -297,7 +301,7 @@ def make_plan(
 def _notes(each: Suggestion, world_size: int, fastest: float | None) -> str:
     notes = [f"on {each.num_gpus} GPUs"] if each.num_gpus != world_size else []
     if each.seconds and fastest:
-        notes.append(f"{each.seconds:.3g} s a step, {each.seconds / fastest:.2f} x")
+        notes.append(f"{each.seconds:.3g} s per step, {each.seconds / fastest:.2f} x")
     if each.changes_result:
         notes.append("changes results")
     return f"  ({', '.join(notes)})" if notes else ""

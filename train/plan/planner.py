@@ -108,21 +108,21 @@ class Planner:
             gathered = min(num_frozen, MAX_LIVE_PARAMETERS) if config.parallel.cuts_blocks(world_size) else 0
             parts["gathered weights"] = gathered * self.dtype.itemsize
             if config.parallel.cuts_blocks(world_size) and not offloaded:
-                parts["DeepSpeed's parts of what is whole besides, and a block on its way"] = (
+                parts["DeepSpeed's shards of weights that are also kept whole, and a block in transfer"] = (
                     lora + frozen - blocks
                 ) // world_size + block
-        parts[f"blocks that come from CPU memory, {NUM_SLOTS} at a time"] = min(NUM_SLOTS, waiting) * block
+        parts[f"offloaded blocks, {NUM_SLOTS} at a time"] = min(NUM_SLOTS, waiting) * block
         parts[f"{trained} weights"] = lora
         parts[f"{trained} gradients"] = lora // world_size if zero == 2 else lora
         if zero == 2:
-            parts["DeepSpeed's copy of what is trained"] = lora // world_size
+            parts["DeepSpeed's copy of the trained weights"] = lora // world_size
             parts["DeepSpeed's buckets (parallel.bucket_size)"] = buffer
             parts[f"{trained} masters, on every rank"] = lora
         if not config.adapter.dora and config.adapter.kind == "lora":
             parts["LoRA weights for products"] = num_lora * self.dtype.itemsize
         parts["optimizer state"] = 0 if offloaded else optimizer
         parts[f"activations of {config.train.micro_batch_size} at the longest sequence, {self.kept(config)}"] = backward
-        parts["products with quantised weights, for the moment"] = self.workspace_bytes(config, gpu)
+        parts["temporary memory for products with quantised weights"] = self.workspace_bytes(config, gpu)
         if pixels:
             parts["pixel loss through the VAE (LPIPS not counted)"] = pixels
         parts["between steps, beyond activations"] = max(0, between - backward - pixels)
@@ -278,13 +278,13 @@ class Planner:
         )
 
     def seconds(self, config: Config, world_size: int, gpu: Gpu) -> float | None:
-        """Of a step; None where no speed is known: of another GPU, or with a `model.dtype` other than bfloat16."""
+        """Seconds per step; None if no speed is known, for another GPU or a `model.dtype` other than bfloat16."""
         if gpu.tflops is None or config.model.dtype != "bfloat16":
             return None
         return self.step(config, world_size, gpu).seconds(gpu, config.model.weights, utilisation(config))
 
     def empty_share(self, config: Config) -> float:
-        """Of the places of all groups, those that no row fills."""
+        """Share of the places of all groups that no row fills."""
         group_size = config.train.group_size or config.train.micro_batch_size
         drawn = self.data.num_rows * self.data.drawn_per_epoch
         counts = [max(1, round(bucket.share * drawn)) for bucket in self.buckets(config)]
@@ -302,7 +302,7 @@ class Planner:
         return max(kept.workspace_bytes(layer, batch_size) for layer in self.transformer.layers(self.longest(config)))
 
     def pixel_bytes(self, config: Config) -> int:
-        """Of a loss that decodes its prediction."""
+        """Bytes for a loss that decodes its prediction."""
         if not (pixel := config.loss.get("pixel")):
             return 0
         size, crop = self.longest(config).target.latent, pixel.get("crop", 32) or math.inf
@@ -316,7 +316,7 @@ class Planner:
         return self.encoders.decode_bytes(self.longest(config).target.latent, config.validate.get("batch_size", 1))
 
     def cache_bytes(self, config: Config) -> int:
-        """Of the training rows' records: latents of target and references, of the source where no reference is of the
+        """Bytes of the training rows' records: latents of target and references, of the source where no reference is of the
         target's size, and prompt embeddings."""
         return cache_bytes(self.data, geometry_of(config), self.text_width, prompts_per_row(config))
 
@@ -330,7 +330,7 @@ class Planner:
         return sum(map(math.prod, self.transformer.extra_shapes(lora_sizes(config)).values()))
 
     def optimizer_bytes(self, config: Config) -> int:
-        """Of the optimizer's state."""
+        """Bytes of the optimizer's state."""
         return self._optimizer_bytes(json.dumps(config.optim), lora_sizes(config))
 
     def _optimizer_bytes(self, optim: str, lora: LoraSizes) -> int:
@@ -343,7 +343,7 @@ class Planner:
         return optimizer_bytes(shapes, build, extra, zero if lora.lokr else None)
 
     def buckets(self, config: Config) -> list[Bucket]:
-        """Of the training rows, the one that needs most first."""
+        """The buckets of the training rows, the one that needs most memory first."""
         return self._buckets(geometry_of(config))
 
     def longest(self, config: Config) -> Bucket:
@@ -395,7 +395,7 @@ def prompts_per_row(config: Config) -> int:
 
 
 def rollout_share(config: Config) -> float:
-    """Of the samples, those for which a first forward without gradient is made: the model's own, or the base model's."""
+    """Share of the samples with an additional forward pass without gradient, of the model itself or of the base model."""
     sigma = config.loss.get("sigma") or {}
     values = sigma.get("values") or [0.0]  # a sampler that draws 1 never, or hardly
     weights = sigma.get("probabilities") or [1.0] * len(values)

@@ -33,7 +33,7 @@ class Format(NamedTuple):
         weights: `model.weights`.
         products: whether the GPU multiplies in 8 bits.
         compiled: whether blocks are compiled, so that rounding is one pass.
-        itemsize: of `model.dtype`.
+        itemsize: bytes per number of `model.dtype`.
     """
 
     weights: str
@@ -42,7 +42,7 @@ class Format(NamedTuple):
     itemsize: int
 
     def stored_bytes(self, layer: Layer) -> int:
-        """Of its weight with its scales, without its bias."""
+        """Bytes of its weight with its scales, without its bias."""
         if self.weights == "bf16":
             return layer.numel * self.itemsize
         if self.weights == "nf4":  # and a bfloat16 scale for each block

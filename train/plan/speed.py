@@ -56,7 +56,7 @@ class Step:
         return self.reduced / (gpu.link * GIGA * LINK_BUSY) if self.reduced else 0.0
 
     def seconds(self, gpu: Gpu, weights: str, utilisation: float) -> float:
-        """Of the step: forward and backward passes each take as long as the longer of computing and copying."""
+        """Seconds of the step: forward and backward passes each take as long as the longer of computing and copying."""
         computing, copying = self.computing(gpu, weights, utilisation), self.copying(gpu)
         forward, backward = computing * self.forward, computing * (1 - self.forward)
         forward = max(forward, copying / 2, self.fetched_blocks * BOOKKEEPING)

@@ -53,7 +53,7 @@ class Checkpoint:
         kind = type(optimizer.torch_optimizer).__name__
         if self.run["optimizer"] != kind:
             raise InputError(
-                f"{self.path} was trained with {self.run['optimizer']}, not {kind}: set optim as it was, or a new run_dir"
+                f"{self.path} was trained with {self.run['optimizer']}, not {kind}: set optim as it was, or choose a new run_dir"
             )
         restore_optimizer_state(optimizer.torch_optimizer, self.optimizer_tensors, self.optimizer_values)
 
@@ -68,7 +68,7 @@ class Checkpoints:
         best_by: the validation's number that decides which one is best; `auto`: PSNR at the most steps; None: none is.
         metadata: goes into the exported adapter's header.
         config: text of the resolved configuration.
-        dtype: of the exported adapter.
+        dtype: data type of the exported adapter.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Checkpoints:
             return
         if name not in numbers:
             raise InputError(
-                f"train.best_by={name} is no number of the validation: it has {', '.join(sorted(numbers))}"
+                f"train.best_by={name} is not a number that the validation reports. It reports {', '.join(sorted(numbers))}"
             )
         best = self.best()
         if step and (not best or best["name"] != name or is_better(name, numbers[name], best["value"])):
@@ -188,7 +188,7 @@ class Checkpoints:
             try:
                 return read_checkpoint(path)
             except InputError as error:
-                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                print(f"warning: {error}; trying the previous one", file=sys.stderr)
         if self.all():
             raise InputError(f"no checkpoint in {self.folder} can be read: move the folder away to start again")
         return None

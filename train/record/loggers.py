@@ -216,7 +216,7 @@ class Loggers:
         self._each(lambda logger: logger.artifact(step, folder))
 
     def state(self) -> dict[str, Any]:
-        """Of every logger that has one, by name."""
+        """The state of every logger that has one, by name."""
         return {name: state for name, state in self._each(lambda logger: logger.state()).items() if state}
 
     def problem(self, text: str) -> None:

@@ -41,7 +41,7 @@ def provenance(world_size: int = 1) -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of installed packages; None for one that is not."""
+    """Versions of packages; None for one that is not installed."""
     return {name: _version(name) for name in packages}
 
 

@@ -17,7 +17,7 @@ from train.parallel.processes import Processes
 from train.record.checkpoint import CONFIG, Checkpoint, Checkpoints, read_checkpoint, read_run
 from train.record.run_files import CHECKPOINTS
 
-OTHER_DATA = "the training data was another: its rows, their order, their weights or their pictures have changed"
+OTHER_DATA = "the training data has changed: its rows, their order, their weights or their images"
 MAY_CHANGE = (
     *("name", "run_dir", "phases", "resume", "logger", "validate", "cache", "parallel", "plan"),
     *("data.dataset", "data.root", "data.on_error", "data.validation", "model.path"),
@@ -99,9 +99,8 @@ def check_settings(config: Config, checkpoint: Path) -> None:
     """
     if (run := read_run(checkpoint)) and run.get("order", 1) != ORDER_VERSION:
         raise InputError(
-            f"{checkpoint} was made by another version of this program, in which records came in another order and other "
-            "noise was drawn for them, so that this one cannot continue it exactly: continue it with that version, or give "
-            "another run_dir to start anew"
+            f"{checkpoint} was made by another version of this program, which drew the records in another order and with other "
+            "noise, so this version cannot resume it exactly: resume it with that version, or start again in another run_dir"
         )
     before, now = _flat(read_yaml(checkpoint / CONFIG)), _flat(asdict(config))
     defaults = _defaults(config)
@@ -158,8 +157,8 @@ def _refuse(checkpoint: Path, changed: list[str]) -> None:
     if changed:
         more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise InputError(
-            f"{checkpoint} was made with other settings: {'; '.join(changed[:4])}{more}. Give the same command to continue, "
-            "or another run_dir to start anew"
+            f"{checkpoint} was made with other settings: {'; '.join(changed[:4])}{more}. Give the same command to resume, "
+            "or another run_dir to start again"
         )
 
 

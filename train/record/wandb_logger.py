@@ -26,12 +26,12 @@ class WandB(Logger):
 
     Args:
         run_dir: where the folder `wandb` is made.
-        name: of the run.
+        name: name of the run.
         config: the resolved configuration.
         record: what else was there at the start: git commit, versions, machine, data fingerprint.
         resumed_step: training steps done.
-        state: of the checkpoint that is continued, or nothing.
-        artifact: upload the adapter of every checkpoint.
+        state: state of the checkpoint that is continued, or nothing.
+        artifact: upload the adapter of every checkpoint to W&B as an artifact.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class WandB(Logger):
             folder = Path(self.run.settings.sync_dir)
             parts = sorted(folder.parent.glob(f"offline-run-*-{self.run.id}*"))
             waiting = [str(part) for part in parts if not list(part.glob("*.wandb.synced"))]
-            print(f"W&B was offline; to upload: wandb sync {shlex.join(waiting)}", file=sys.stderr, flush=True)
+            print(f"W&B was offline. To upload the run: wandb sync {shlex.join(waiting)}", file=sys.stderr, flush=True)
 
 
 def artifact_name(run_name: str) -> str:

@@ -15,7 +15,7 @@ def what_next(config: Config, checkpoints: Path, step: int, held_out: bool) -> s
 
     Args:
         checkpoints: the run's folder of them.
-        step: of the last.
+        step: number of the last step.
         held_out: whether there are rows to score on.
     """
     best = best_checkpoint(checkpoints)

@@ -31,36 +31,44 @@ PRELOAD = ("numpy", "PIL.Image", "pycocotools.mask")
 
 
 def command(
-    annotations: Annotated[Path, typer.Option(help="COCO annotation file: instances, captions or both.")],
-    images: Annotated[Path, typer.Option(help="Folder of the photographs.")],
+    annotations: Annotated[Path, typer.Option(help="COCO annotation file with instances, captions or both.")],
+    images: Annotated[Path, typer.Option(help="Folder with the photographs.")],
     out: Out,
     targets: Annotated[
-        Path | None, typer.Option(help="Folder of edited pictures, named as the photograph or by image id.")
+        Path | None, typer.Option(help="Folder with the edited images, named like the photographs or by image id.")
     ] = None,
     make: Annotated[
-        Literal["cutout"] | None, typer.Option(help="Without edited pictures: the objects alone, on white.")
+        Literal["cutout"] | None,
+        typer.Option(help="Make the targets instead: the photograph's objects alone, on white."),
     ] = None,
     per: Annotated[
         PerName,
-        typer.Option(help="A row for each image, or for each annotation (edited pictures: NAME_ANNOTATIONID.png)."),
+        typer.Option(
+            help="Make one row per image, or one per annotation. With one per annotation, edited images are named "
+            "NAME_ANNOTATIONID.png."
+        ),
     ] = "image",
     prompt: PromptOption = None,
     templates: TemplatesOption = None,
-    captions: Annotated[Path | None, typer.Option(help="COCO captions of the same images, for {caption}.")] = None,
-    categories: Annotated[
-        str | None, typer.Option(help="Only objects of these, by comma: person,traffic light.")
+    captions: Annotated[
+        Path | None, typer.Option(help="COCO caption file for the same images, used for {caption}.")
     ] = None,
-    min_area: Annotated[float, typer.Option(help="Only objects of at least this share of the image, 0 to 1.")] = 0.0,
+    categories: Annotated[
+        str | None, typer.Option(help="Use only objects of these categories, such as person,traffic light.")
+    ] = None,
+    min_area: Annotated[
+        float, typer.Option(help="Use only objects that cover at least this share of the image, 0–1.")
+    ] = 0.0,
     seed: Seed = 0,
     processes: Processes = CORES,
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Rows from a COCO annotation file and its photographs.
+    """Makes a dataset from a COCO annotation file and its photographs.
 
-    With --targets, each edited picture and its photograph are a pair, and the mask is what is annotated: white = background,
-    black = the objects. With --make cutout, the target is the photograph's objects on white. Fields of prompts: {category},
-    {supercategory}, {caption}, {image_id}, {file_name}.
+    With --targets, each photograph and its edited image are a pair. The mask comes from the annotations: white is background,
+    black is the objects. With --make cutout, the target is the photograph's objects on white. Prompts may use the fields
+    {category}, {supercategory}, {caption}, {image_id} and {file_name}.
 
     data_prep/run.py coco --annotations instances.json --images train2017 --targets edited --out data/coco
     --prompt 'Remove the {category}.' --categories dog,cat

@@ -70,7 +70,7 @@ def annotated_size(size: tuple[int, int] | None, photo: Image.Image, path: Path)
     turned = _orientation(path) != 1
     stored = photo.size[::-1] if _orientation(path) >= 5 else photo.size
     if turned and (size is None or photo.size == stored):
-        reason = "its EXIF tag turns it, and whether the annotations were made before or after that cannot be told"
+        reason = "its EXIF tag turns it, and it is not known whether the annotations are for the turned image"
         raise RejectedImage(path, f"{reason}: save it upright")
     if size is not None and size not in (photo.size, stored):
         raise RejectedImage(path, f"it is {image_size_text(photo)}, its annotations are for {size[0]}x{size[1]}")

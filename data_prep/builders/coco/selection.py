@@ -26,7 +26,7 @@ class Targets:
 
     @classmethod
     def of(cls, folder: Path) -> "Targets":
-        """Those of a folder. Raises `InputError` if it has none."""
+        """The targets in a folder. Raises `InputError` if there are none."""
         paths: dict[str, list[Path]] = {}
         for path in list_images(Path(os.path.abspath(folder))):
             paths.setdefault(path.stem, []).append(path)
@@ -92,7 +92,7 @@ class Choice:
             (without_target, "have no edited picture"),
         ):
             if count:
-                print(f"{count} {what}: no rows of them")
+                print(f"{count} {what}: they make no rows")
 
     def _objects(self, image: CocoImage) -> list[dict[str, Any]]:
         for each in image.objects:

@@ -13,9 +13,7 @@ from data_prep.rows.tables import COLUMNS, REQUIRED, BadRow
 
 ColumnOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--column", help="NAME=COLUMN: the table's COLUMN is the dataset's NAME; edit_image up to three times."
-    ),
+    typer.Option("--column", help="Read the dataset column NAME from the table's COLUMN, as NAME=COLUMN. Repeatable."),
 ]
 
 
@@ -24,7 +22,7 @@ class ColumnMap:
     """Dataset column -> the table's columns. Columns that are already called as in a dataset file map to themselves."""
 
     given: tuple[tuple[str, tuple[str, ...]], ...]
-    """Of one of several candidates `a|b`, the table must have exactly one."""
+    """Dataset column -> table columns. `a|b` names candidates, of which the table must have exactly one."""
     templated: bool
     """Whether the instruction comes from templates, and not from a column."""
 
@@ -83,7 +81,7 @@ def make_column_map(options: Iterable[str], templated: bool) -> ColumnMap:
         if len(several) > limit:
             raise InputError(f"--column {name}=… is given {len(several)} times, at most {limit} can be")
     if templated and "prompt" in columns:
-        raise InputError("--column prompt=… and a prompt template both say the instruction: give one of them")
+        raise InputError("--column prompt=… and a prompt template both give the instruction: use only one of them")
     return ColumnMap(tuple((name, tuple(several)) for name, several in columns.items()), templated)
 
 

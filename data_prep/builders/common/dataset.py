@@ -101,7 +101,7 @@ def build_dataset(
     if num_empty:
         print(f"{num_empty} {no_row}")
     if not num_rows and not first:
-        raise InputError(f"nothing came out: {num_empty} {no_row}")
+        raise InputError(f"no row was made: {num_empty} {no_row}")
     tell_rejected(first, num_rejected, out / REJECTED_FILE, "raise" if not num_rows else on_error)
     return num_rows
 
@@ -114,10 +114,10 @@ def tell_rejected(first: RejectedRow | None, number: int, report: Path, on_error
     """
     if first and on_error == "raise":
         raise InputError(
-            f"{first}. {number} could not be used, all listed in {report}: mend or remove them, or add --on-error skip"
+            f"{first}. {number} could not be used, all listed in {report}: fix or remove them, or add --on-error skip"
         )
     if first:
-        print(f"{number} could not be used, listed in {report}")
+        print(f"{number} could not be used and are listed in {report}")
 
 
 @contextmanager
@@ -147,7 +147,7 @@ class _Made:
         path = self.out / DATASET_FILE
         if path.exists() and _file_digest(path) not in self._digests():
             raise InputError(
-                f"{path} is there and was not made by this command, or was changed since: move it, or choose another --out"
+                f"{path} exists and was not made by this command, or was changed since: move it, or choose another --out"
             )
 
     def note(self, new: Path) -> None:
@@ -176,7 +176,7 @@ def _foreign(items: Iterable[Item | RejectedRow], out: Path, writes: Sequence[st
         for path in item.files if isinstance(item, Item) else ():
             for folder in folders:
                 if path.is_relative_to(folder):
-                    raise InputError(f"{path} would be read from {folder}, which is written to: choose another --out")
+                    raise InputError(f"{path} is an input, but this command writes to {folder}: choose another --out")
         yield item
 
 

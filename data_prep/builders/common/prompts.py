@@ -14,10 +14,11 @@ from data_prep.rows.tables import BadRow
 
 PromptOption = Annotated[
     str | None,
-    typer.Option("--prompt", help="The instruction of every row; {fields} stand for what is known of the row."),
+    typer.Option("--prompt", help="Instruction for every row. Its {fields} are filled in from the row."),
 ]
 TemplatesOption = Annotated[
-    Path | None, typer.Option("--templates", help="A text file of such instructions, one a line: each row draws one.")
+    Path | None,
+    typer.Option("--templates", help="Text file with one instruction per line. Each row draws one at random."),
 ]
 
 
@@ -43,7 +44,7 @@ class Templates:
         """The instruction of a row.
 
         Args:
-            id: of the row.
+            id: id of the row.
             values: field -> text.
 
         Raises:
@@ -60,7 +61,7 @@ def make_templates(prompt: str | None, file: Path | None, seed: int) -> Template
         InputError: both are given, or they cannot be read, are empty, or not templates.
     """
     if prompt is not None and file is not None:
-        raise InputError("--prompt and --templates both say the instruction: give one of them")
+        raise InputError("--prompt and --templates both give the instruction: use only one of them")
     if prompt is not None:
         return _checked([prompt], "--prompt", seed)
     return read_templates(file, seed) if file is not None else None

@@ -15,7 +15,7 @@ def moved_row(row: Row, values: dict[str, Any], folder: Path) -> dict[str, Any]:
     Args:
         row: what `values` mean.
         values: column -> cell, as the old file has them, without the empty ones.
-        folder: of the new file, absolute.
+        folder: folder of the new file, absolute.
     """
     paths = {name: _from_folder(values[name], getattr(row, name), folder) for name in PATH_COLUMNS if name in values}
     return values | paths

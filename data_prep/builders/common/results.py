@@ -11,7 +11,7 @@ from data_prep.files import write_bytes
 from data_prep.rows.tables import BadRow
 
 PNG_LEVEL = 2
-"""Of a photograph, in a third of the time of Pillow's default for 9 % more bytes."""
+"""Compression level: a photograph takes a third of the time of Pillow's default for 9 % more bytes."""
 
 
 def save_result(image: Image.Image, folder: Path, id: str) -> Path:
@@ -43,5 +43,7 @@ def exact_mask(source: Image.Image, target: Image.Image) -> Image.Image:
     red, green, blue = ImageChops.difference(source, target).split()
     mask = ImageChops.lighter(ImageChops.lighter(red, green), blue).point([255] + [0] * 255)
     if mask.getextrema() == (255, 255):
-        raise BadRow("the edit changes no pixel: what is laid on is transparent, or has the colour of what is there")
+        raise BadRow(
+            "the edit changes no pixel: the overlay is transparent, or has the same colours as the image below it"
+        )
     return mask

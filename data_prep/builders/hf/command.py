@@ -40,22 +40,24 @@ LayoutName = Literal["instructpix2pix", "magicbrush"]
 
 
 def command(
-    dataset: Annotated[str, typer.Option(help="A folder (save_to_disk, imagefolder, Parquet), a file, or a hub id.")],
+    dataset: Annotated[str, typer.Option(help="Folder (save_to_disk, imagefolder, Parquet), file or hub id.")],
     out: Out,
-    name: Annotated[str | None, typer.Option(help="The dataset's configuration, where it has several.")] = None,
-    split: Annotated[str | None, typer.Option(help="One split.", show_default="all")] = None,
-    data_files: Annotated[list[str] | None, typer.Option(help="Files of the dataset to read; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the dataset's configuration, if it has several.")] = None,
+    split: Annotated[str | None, typer.Option(help="Read only this split.", show_default="all")] = None,
+    data_files: Annotated[
+        list[str] | None, typer.Option(help="Read only this file of the dataset. Repeatable.")
+    ] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read a hub dataset without downloading it all.")
+        bool, typer.Option("--streaming", help="Stream a hub dataset instead of downloading all of it.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows.", min=1, show_default="all")] = None,
-    layout: Annotated[LayoutName | None, typer.Option(help="Whose columns the dataset has.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many rows.", min=1, show_default="all")] = None,
+    layout: Annotated[LayoutName | None, typer.Option(help="Known dataset whose column names this one has.")] = None,
     column: ColumnOption = None,
     mask: Annotated[
         MaskStyle | None,
         typer.Option(
-            help="What masks show: background (white is preserved), edit (white is edited), or hole (transparent, or else "
-            "pure white, is edited).",
+            help="What the masks mark. background: white is preserved. edit: white is edited. hole: what is transparent, or "
+            "pure white if nothing is, is edited.",
             show_default="background; magicbrush: hole",
         ),
     ] = None,
@@ -66,11 +68,11 @@ def command(
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """A Hugging Face dataset with pictures in it becomes a dataset: each picture is saved once, below OUT/images.
+    """Makes a dataset from a Hugging Face dataset that contains images. Each image is saved once, below OUT/images.
 
-    Files that are ordinary PNG or JPEG pictures are saved as they are, all others as PNG. --layout knows the columns of
-    InstructPix2Pix and MagicBrush; --column NAME=COLUMN says others, as in the command "table", and goes first.
-    Rows of one original picture share a group. The splits validation, val, dev, test and eval become "validation".
+    Ordinary PNG and JPEG files are saved unchanged, all others as PNG. --layout knows the columns of InstructPix2Pix and
+    MagicBrush. --column NAME=COLUMN names other columns, as in the command "table", and overrides --layout.
+    Rows with the same original image share a group. The splits validation, val, dev, test and eval become "validation".
 
     python data_prep/run.py hf --dataset osunlp/MagicBrush --layout magicbrush --streaming --limit 1000 --out data
     """

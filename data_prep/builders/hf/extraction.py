@@ -33,7 +33,7 @@ class SaveRow:
 
     source: Source
     fingerprints: tuple[str, ...]
-    """Of the splits, as `datasets` has them: they change with the contents. Empty for a stream."""
+    """Fingerprints of the splits, as `datasets` computes them: they change with the contents. Empty for a stream."""
     columns: dict[str, dict[str, tuple[str, ...]]]
     """Split -> dataset column -> columns there."""
     mask: MaskStyle

@@ -30,7 +30,7 @@ def read_mask(path: Path, style: MaskStyle) -> Image.Image:
     """A mask of somebody else's making as ours: mode L, 255 = background to preserve.
 
     Args:
-        path: of the mask.
+        path: path of the mask.
         style: `background`: white is preserved, as in ours. `edit`: white is edited. `hole`: a photograph, in which
             the edited region is transparent, or pure white where the file knows no transparency.
 

@@ -26,43 +26,60 @@ MIDDLE = 128
 
 
 def command(
-    dataset: Annotated[Path, typer.Option(help="Dataset file, read only.")],
+    dataset: Annotated[Path, typer.Option(help="Dataset file to read. It is not changed.")],
     out: Out,
     root: Annotated[
-        Path | None, typer.Option(help="Where relative paths start.", show_default="the dataset's folder")
+        Path | None, typer.Option(help="Folder that relative paths start from.", show_default="the dataset's folder")
     ] = None,
     origin: Annotated[
-        Origin, typer.Option("--from", help="The difference of source and target, or the masks that rows have.")
+        Origin,
+        typer.Option(
+            "--from", help="Make masks from the difference of source and target, or from the masks given in the rows."
+        ),
     ] = "difference",
-    low: Annotated[float, typer.Option(help="Difference that is edited beside what is above --high.")] = Difference.low,
-    high: Annotated[float, typer.Option(help="Difference that is edited; black and white have 100.")] = Difference.high,
-    speck: Annotated[int, typer.Option(help="Edited areas of fewer pixels are dropped.")] = Difference.speck,
-    close: Annotated[int, typer.Option(help="Gaps up to twice this wide are filled, in pixels.")] = Difference.close,
+    low: Annotated[
+        float, typer.Option(help="Colour difference (Delta E) that counts as edited next to one above --high.")
+    ] = Difference.low,
+    high: Annotated[
+        float,
+        typer.Option(help="Colour difference (Delta E) that always counts as edited. Black and white differ by 100."),
+    ] = Difference.high,
+    speck: Annotated[int, typer.Option(help="Drop edited areas with fewer pixels than this.")] = Difference.speck,
+    close: Annotated[
+        int, typer.Option(help="Fill gaps in the edited area that are up to twice this many pixels wide.")
+    ] = Difference.close,
     dilate: Annotated[
         int | None,
         typer.Option(
-            help="Pixels by which the edited area grows; below 0 it shrinks.",
+            help="Grow the edited area by this many pixels. A negative number shrinks it.",
             show_default="4 for differences, 0 for given masks",
         ),
     ] = None,
-    feather: Annotated[int, typer.Option(help="Pixels outside the edited area for a soft edge.")] = 0,
-    invert: Annotated[bool, typer.Option("--invert", help="Given masks are white where it was edited.")] = False,
+    feather: Annotated[
+        int, typer.Option(help="Width of the soft edge around the edited area (feathering), in pixels.")
+    ] = 0,
+    invert: Annotated[
+        bool, typer.Option("--invert", help="Invert the given masks, which are white where the image was edited.")
+    ] = False,
     binarise: Annotated[
         int | None,
-        typer.Option(help="Given masks become black below this and white from it on.", show_default="kept soft"),
+        typer.Option(
+            help="Threshold for given masks, 1–255: below it they become black, from it on white.",
+            show_default="kept soft",
+        ),
     ] = None,
     processes: Processes = CORES,
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Writes a dataset of the same rows with new masks (black = edited, white = background), of the targets' sizes.
+    """Writes a dataset of the same rows with new masks (black = edited, white = background) of the targets' sizes.
 
-    From the difference: the bridge source, fitted to the target's size as training fits it, is compared with the target by
-    its colour (Delta E of CIE LAB, 1976), so that JPEG's errors are not taken for an edit. A pair without a difference is
-    rejected; where all is different the mask is all black, which changes nothing in training.
+    --from difference: the bridge source is fitted to the target's size, as in training, and compared with the target by
+    colour (Delta E of CIE LAB, 1976), so that JPEG artefacts do not count as an edit. A pair without a difference is
+    rejected. If everything differs, the mask is all black, which changes nothing in training.
 
-    From given masks: fitted to the targets' sizes and inverted if so wished. With --dilate, --feather or --binarise they
-    become black and white first, at 128 or where --binarise says.
+    --from given: the masks are fitted to the targets' sizes, and inverted with --invert. With --dilate, --feather or
+    --binarise they are first made black and white, at the threshold of --binarise or at 128.
 
     python data_prep/run.py mask --dataset photos/dataset.jsonl --out photos/masked --feather 8
     """
@@ -73,7 +90,7 @@ def command(
     if binarise is not None and not 1 <= binarise <= 255:
         raise InputError(f"--binarise must be in 1 to 255, got {binarise}")
     if dataset.exists() and (out / DATASET_FILE).exists() and dataset.samefile(out / DATASET_FILE):
-        raise InputError(f"the new dataset would take the place of {dataset}: give another folder as --out")
+        raise InputError(f"the new dataset would overwrite {dataset}: give another folder as --out")
     if dilate is None:
         dilate = 4 if origin == "difference" else 0
     if origin == "difference":
@@ -110,7 +127,7 @@ class DifferenceMask:
         source = open_image(row["edit_image"][item.values["bridge_image"]])
         edited = self.difference(ImageOps.fit(source, target.size, Image.Resampling.LANCZOS), target)
         if not edited.any():
-            raise BadRow("source and target are the same but for noise: there is no edit to mask")
+            raise BadRow("source and target differ only by noise: there is no edit to mask")
         return [row | {"back_mask": _saved(soft_mask(edited, self.dilate, self.feather), item, out)}]
 
 
@@ -139,7 +156,7 @@ class GivenMask:
 
 def _saved(mask: Image.Image, item: Item, out: Path) -> Path:
     if mask.getextrema() == (255, 255):
-        raise BadRow("nothing of the mask is black, which marks the edit: look at --dilate, --invert and --binarise")
+        raise BadRow("the mask has no black pixels, which mark the edit: check --dilate, --invert and --binarise")
     return save_result(mask, out / "masks", item.id)
 
 

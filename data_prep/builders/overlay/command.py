@@ -39,61 +39,75 @@ PRELOAD = ("numpy", "PIL.Image", "PIL.ImageFont", "fontTools.ttLib", "matplotlib
 
 def command(
     table: Annotated[
-        Path, typer.Option(help="CSV, TSV, JSONL or Parquet with image_id, overlay_text or overlay_image.")
+        Path,
+        typer.Option(help="Table (CSV, TSV, JSONL or Parquet) with image_id and overlay_text, overlay_image or text."),
     ],
-    images: Annotated[Path, typer.Option(help="Folder of photographs.")],
+    images: Annotated[Path, typer.Option(help="Folder with the photographs.")],
     out: Out,
     direction: Annotated[
-        DirectionName, typer.Option(help="Whether the edit adds the overlay, removes it, or two rows do both.")
+        DirectionName, typer.Option(help="Make rows that add the overlay, rows that remove it, or both.")
     ] = "add",
     prompt_add: Annotated[
-        str | None, typer.Option(help="Instruction of rows that add and have none; {text}, {name} are the overlay's.")
+        str | None,
+        typer.Option(help="Instruction for adding, for table rows without one. It may use {text} and {name}."),
     ] = None,
-    prompt_remove: Annotated[str | None, typer.Option(help="The same for rows that remove.")] = None,
+    prompt_remove: Annotated[
+        str | None, typer.Option(help="Instruction for removing, for table rows without one.")
+    ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Folder that paths of overlays start from.", show_default="the table's")
+        Path | None, typer.Option(help="Folder that the paths of overlays start from.", show_default="the table's")
     ] = None,
     coco: Annotated[
         Path | None,
-        typer.Option(help="A COCO file whose image ids the table uses; not needed for 123 -> 000000000123.jpg."),
+        typer.Option(help="COCO file for the table's image ids. Names like 000000000123.jpg are found without it."),
     ] = None,
     font: Annotated[
         list[Path] | None,
-        typer.Option(help="A font file. Repeated: drawn among those that have the text.", show_default="DejaVu Sans"),
+        typer.Option(
+            help="Font file. Repeatable: each row draws one of those that contain its characters.",
+            show_default="DejaVu Sans",
+        ),
     ] = None,
     font_size: Annotated[
-        str, typer.Option(help="Share of the photograph's height, a range, or fit. Smaller where the text is too long.")
+        str, typer.Option(help="Text height as a share of the image's height, a range of shares, or fit.")
     ] = DEFAULT_STYLE["font_size"],
     overlay_size: Annotated[
-        str, typer.Option(help="Share of width and height that a picture fills, or a range.")
+        str,
+        typer.Option(help="Share of the image's width and height that an overlaid image fills, or a range of shares."),
     ] = DEFAULT_STYLE["overlay_size"],
     position: Annotated[
-        str, typer.Option(help="random; top-left, top, …, center, …, bottom-right; or x,y of the centre, 0 to 1.")
+        str,
+        typer.Option(help="Position of the overlay: random, top-left, top, center, …, or its centre as x,y in 0–1."),
     ] = DEFAULT_STYLE["position"],
-    max_width: Annotated[float, typer.Option(help="Share of the photograph's width at which lines break.")] = 0.8,
-    align: Annotated[AlignName, typer.Option(help="Of lines of text.")] = "center",
+    max_width: Annotated[
+        float, typer.Option(help="Width at which lines break, as a share of the image's width.")
+    ] = 0.8,
+    align: Annotated[AlignName, typer.Option(help="Alignment of the lines of text.")] = "center",
     colour: Annotated[
-        str, typer.Option(help="Of text: #rrggbb, a name, or auto: what contrasts enough where it is.")
+        str, typer.Option(help="Text colour: #rrggbb, a name, or auto for one that contrasts with the image.")
     ] = DEFAULT_STYLE["colour"],
     backing: Annotated[
-        BackingName, typer.Option(help="What is behind text; auto: only where the photograph is too busy to read it.")
+        BackingName,
+        typer.Option(help="What is drawn behind the text. auto: something only where it would be hard to read."),
     ] = "auto",
-    opacity: Annotated[str, typer.Option(help="0.05 to 1, or a range.")] = DEFAULT_STYLE["opacity"],
-    rotation: Annotated[str, typer.Option(help="Degrees, counter-clockwise, or a range as in -10:10.")] = DEFAULT_STYLE[
-        "rotation"
-    ],
+    opacity: Annotated[
+        str, typer.Option(help="Opacity of the overlay, 0.05–1, or a range such as 0.5:1.")
+    ] = DEFAULT_STYLE["opacity"],
+    rotation: Annotated[
+        str, typer.Option(help="Rotation in degrees, counter-clockwise, or a range such as -10:10.")
+    ] = DEFAULT_STYLE["rotation"],
     seed: Seed = 0,
     processes: Processes = CORES,
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Lays texts or pictures over photographs, to be added or removed.
+    """Makes pairs by laying texts or images over photographs. The edit adds the overlay or removes it.
 
-    Each row of the table names a photograph (image_id: a file name, with or without ending, or a COCO id) and fills one of
-    overlay_text (path of a UTF-8 text file), overlay_image (path of a picture, transparency is respected) or text (the text
-    itself). prompt is the instruction of the row's direction, with both that of adding; prompt_add and prompt_remove are those
-    of one direction. {text} and {name} in them stand for the overlay's text and file name. Columns position,
-    font_size, overlay_size, colour, opacity, rotation and direction override the options.
+    Each row of the table names a photograph in image_id (a file name with or without its ending, or a COCO id) and fills one
+    of overlay_text (path of a UTF-8 text file), overlay_image (path of an image, which may be transparent) and text (the text
+    itself). The column prompt is the instruction for the row's direction (for adding if the direction is both); prompt_add
+    and prompt_remove are for one direction. {text} and {name} in them stand for the overlay's text and file name. The columns
+    position, font_size, overlay_size, colour, opacity, rotation and direction override the options of these names.
 
     data_prep/run.py overlay --table overlays.csv --images photos --out data/overlay --direction both
     --prompt-remove 'Remove the text "{text}".'
@@ -127,7 +141,7 @@ class MakeOverlay:
     font_digests: tuple[str, ...]
     """Another font in a file of the same name makes other pictures."""
     direction: DirectionName
-    """Of rows that do not say theirs."""
+    """The direction of rows that do not give one."""
     prompt_add: Templates | None
     prompt_remove: Templates | None
     seed: int
@@ -228,7 +242,7 @@ def _checked_text(text: str) -> str:
     if not text:
         raise BadRow("is empty")
     if len(text) > MAX_TEXT:
-        raise BadRow(f"has {len(text)} characters, {MAX_TEXT} is the most")
+        raise BadRow(f"has {len(text)} characters, at most {MAX_TEXT} are allowed")
     if controls := sorted({each for each in text if unicodedata.category(each) == "Cc" and each != "\n"}):
         raise BadRow(f"has control characters ({', '.join(map(ascii, controls))}): is it a text file?")
     return text

@@ -35,10 +35,10 @@ PALETTE: tuple[RGB, ...] = (
 """White, black, and colours near enough to one of them to be read on the other."""
 
 MARGIN = 0.02
-"""Of the photograph's shorter side, kept free around an overlay."""
+"""Space that is kept free around an overlay, as a share of the photograph's shorter side."""
 
 BOX_COVER = 215
-"""Of 255: how much a box behind text hides of the photograph."""
+"""Opacity of a box behind text, out of 255."""
 
 SAMPLE = 128
 """Pixels of the longest side of a region in which contrast is measured."""
@@ -93,7 +93,7 @@ def contrast(colour: RGB, region: Image.Image, opacity: float = 1.0) -> float:
     Args:
         colour: sRGB, 0 to 255.
         region: mode RGB.
-        opacity: of the colour; what shines through lowers the contrast.
+        opacity: opacity of the colour; what shines through lowers the contrast.
     """
     pixels = np.asarray(region, dtype=np.float64)
     over, under = _luminance(pixels + (np.array(colour) - pixels) * opacity), _luminance(pixels)

@@ -112,7 +112,7 @@ def _item(number: int, id: str, texts: dict[str, str], root: Path, photographs: 
     filled = [name for name in CONTENT if name in texts]
     if len(filled) != 1:
         found = " and ".join(filled) or "none"
-        raise BadRow(f"a row fills one of {', '.join(CONTENT)}, this one {found}")
+        raise BadRow(f"a row must fill exactly one of {', '.join(CONTENT)}; this one fills {found}")
     photo = photographs.find(texts.pop("image_id"))
     values = {"photo": str(photo), "content": filled[0], "cells": texts, "group": _group(photo, photographs.folder)}
     if filled[0] == "text":
@@ -142,9 +142,9 @@ def _cell(value: Any, name: str) -> str:
 def _check_columns(names: list[str], where: str, *, complete: bool) -> None:
     """Columns of other uses are welcome, misspelt ones are not."""
     if complete and "image_id" not in names:
-        raise InputError(f"{where} has no column image_id: it names the photograph of each row")
+        raise InputError(f"{where} has no column image_id, which names the photograph of each row")
     if complete and not any(name in names for name in CONTENT):
-        raise InputError(f"{where} has none of the columns {', '.join(CONTENT)}: one of them says what is laid over")
+        raise InputError(f"{where} has none of the columns {', '.join(CONTENT)}: one of them must give the overlay")
     for name in names:
         nearest = difflib.get_close_matches(re.sub(r"\W+", "_", name.lower()), COLUMNS, n=1, cutoff=0.82)
         if name not in COLUMNS and nearest:

@@ -58,7 +58,7 @@ class Style:
     overlay_size: Span
     """Share of the photograph's width and height that a picture fills."""
     colour: RGB | None
-    """Of letters; None: one that can be read where they stand."""
+    """Colour of the letters. None chooses one that can be read where they are."""
     opacity: Span
     """1: hides what is under it."""
     rotation: Span

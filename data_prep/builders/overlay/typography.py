@@ -42,7 +42,7 @@ class TextBlock:
     font: ImageFont.FreeTypeFont
     align: AlignName
     direction: Literal["ltr", "rtl"]
-    """Of the paragraph: where numbers and foreign words stand in a line depends on it."""
+    """Direction of the paragraph, which decides where numbers and foreign words are in a line."""
     cuts_words: bool
     """Whether a word was longer than a line."""
 
@@ -144,10 +144,10 @@ def lay_out(text: str, path: Path, size: int, width: float, align: AlignName) ->
 
     Args:
         text: its line ends are kept.
-        path: of the font.
+        path: path of the font.
         size: pixels per em.
-        width: of the longest line, in pixels; one character is always allowed.
-        align: of lines shorter than the longest.
+        width: largest width of a line, in pixels; one character is always allowed.
+        align: alignment of lines shorter than the longest.
     """
     font, direction = load_font(path, size), _direction(text)
 

@@ -58,5 +58,5 @@ def _text(values: dict, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:  # \ud800 in JSON
-        raise BadRow(f"{name} holds half a character") from None
+        raise BadRow(f"{name} is not valid Unicode text") from None
     return value.strip()

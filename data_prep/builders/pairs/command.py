@@ -24,14 +24,16 @@ the tag of the caption file."""
 
 
 def command(
-    folder: Annotated[Path, typer.Option(help="Holds a folder of sources and one of targets, and perhaps more.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of dataset.jsonl.", show_default="FOLDER itself")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder that contains a folder of sources and a folder of targets.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write dataset.jsonl to.", show_default="FOLDER itself")
+    ] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(help="Name of the folder of sources. Repeated: several.", show_default="source, before, …"),
+        typer.Option(help="Name of the folder with the sources. Repeatable.", show_default="source, before, …"),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Name of the folder of targets.", show_default="target, after, …")
+        str | None, typer.Option(help="Name of the folder with the targets.", show_default="target, after, …")
     ] = None,
     prompt: PromptOption = None,
     templates: TemplatesOption = None,
@@ -40,19 +42,20 @@ def command(
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Folders of pictures become a dataset: files of one name in before/, after/, mask/ and ref_gt/ are one row.
+    """Makes a dataset from folders of images. Files with the same name in before/, after/, mask/ and ref_gt/ are one row.
 
-    Sources are in source, before, input or original, targets in target, after, output, edited or result; --source and --target
-    name other folders. Folders may be nested. Up to three folders give the sources (source_1, source_2, …), in the order of
-    their names, and each row has a file in all of them; masks (white = background to preserve) and ground truths may be missing.
-    Pictures stay where they are. Each is decoded once, so that every row of the dataset can be used.
+    Sources are in source, before, input or original; targets are in target, after, output, edited or result. --source and
+    --target name other folders. Folders may be nested. Up to three folders hold the sources (source_1, source_2, …), in the
+    order of their names, and every row needs a file in each. Masks (white = background to preserve) and ground truths are
+    optional. Images stay where they are. Each is decoded once, so that every row of the dataset can be used.
 
-    Instructions come from the first of these that there is:
-    (1) --prompt or --templates, with the fields {stem} (the name without ending), {folder} (below the targets) and {tag};
+    The instruction is the first of these that exists:
+    (1) --prompt or --templates, with the fields {stem} (file name without its ending), {folder} (below the targets) and {tag};
     (2) caption/NAME.txt or caption/NAME.json;
-    (3) such files beside the target, or else beside a source;
-    (4) FOLDER/caption.txt, for all rows: templates as in (1), one a line.
-    A .json file has the key "prompt" or "caption", and may have "negative_prompt", "tag" and "group", which count with (1) too.
+    (3) a file NAME.txt or NAME.json beside the target, or else beside a source;
+    (4) FOLDER/caption.txt, for all rows: one template per line, as in (1).
+    A .json file has the key "prompt" or "caption". It may also have "negative_prompt", "tag" and "group", which are used
+    with (1) too.
 
     python data_prep/run.py pairs --folder photos --prompt "Remove the {stem}"
     """

@@ -63,7 +63,7 @@ class PairFolders:
     captions: list[Files]
     """Where captions may be: the caption folder alone, if there is one, else the targets' and the sources' folders."""
     stems: list[str]
-    """Of all targets and sources, sorted."""
+    """The stems of all targets and sources, sorted."""
 
     def have_captions(self) -> bool:
         """Whether any target has a caption file."""
@@ -76,7 +76,7 @@ class PairFolders:
                 kinds = ", ".join(
                     f"{count} {ending or 'without ending'}" for ending, count in sorted(files.others.items())
                 )
-                yield f"{files.path}: {files.others.total()} left out that are not pictures by name ({kinds})"
+                yield f"{files.path}: left out {files.others.total()} file(s) without the file ending of an image ({kinds})"
         for files in filter(None, (self.mask, self.ref_gt)):
             if missing := self.target.pictures.keys() - files.pictures.keys():
                 yield f"{files.path}: nothing for {len(missing)} of {len(self.target.pictures)} targets, e.g. {min(missing)}"
@@ -223,4 +223,4 @@ def _item(pairs: PairFolders, number: int, stem: str) -> Item:
 def _orphans(files: Files, stems: dict[str, tuple[str, ...]], target: Files) -> Iterator[str]:
     if orphans := stems.keys() - target.pictures.keys():
         example = _path(stem := min(orphans), stems[stem][0])
-        yield f"{files.path}: {len(orphans)} left out that belong to no target, e.g. {example}"
+        yield f"{files.path}: left out {len(orphans)} file(s) that belong to no target, such as {example}"

@@ -35,25 +35,31 @@ Stratify = Literal["prompt", "tag", "none"]
 
 
 def command(
-    dataset: Annotated[Path, typer.Option(help="Dataset file, read only.")],
-    out: Annotated[Path, typer.Option(help="New .jsonl file. Its rejected rows are listed in NAME.rejected.jsonl.")],
-    validation: Annotated[str, typer.Option(help="Share of the rows, such as 0.1, or their number, such as 200.")],
+    dataset: Annotated[Path, typer.Option(help="Dataset file to read. It is not changed.")],
+    out: Annotated[
+        Path, typer.Option(help="The .jsonl file to write. Rejected rows are listed in NAME.rejected.jsonl.")
+    ],
+    validation: Annotated[
+        str, typer.Option(help="Validation rows: a share of all rows, such as 0.1, or a number, such as 200.")
+    ],
     root: Annotated[
-        Path | None, typer.Option(help="Where relative paths start.", show_default="the dataset's folder")
+        Path | None, typer.Option(help="Folder that relative paths start from.", show_default="the dataset's folder")
     ] = None,
-    stratify: Annotated[Stratify, typer.Option(help="What has the same shares in both parts.")] = "tag",
+    stratify: Annotated[
+        Stratify, typer.Option(help="Column whose values get the same shares in training and validation.")
+    ] = "tag",
     seed: Seed = 0,
     processes: Processes = CORES,
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Writes the rows anew with `split` set to train or validation: no photograph of one part is in the other.
+    """Writes the rows to a new file with `split` set to train or validation, so that the two parts share no photograph.
 
-    Rows stay together that have the same `group`, or whose target or bridge source is the same picture: the same file, or
-    one that was saved again, resized, made a little brighter, marked, or cropped by up to 3 %. Other sources do not tie
-    rows together, nor do plain pictures: a logo or a white page may be in every row. Every row is kept as it is; relative
-    paths are written anew where the new file is in another folder, and a row without `id` gets the one it had by its number.
-    What the rows say of train and validation is drawn anew; rows of any other split, as test, are refused.
+    Rows stay together if they have the same `group`, or if their target or bridge source is the same image: the same file, or
+    a copy that was saved again, resized, made a little brighter, marked, or cropped by up to 3 %. Other sources do not tie
+    rows together, and neither do plain images: a logo or a white page may be in every row. Rows are not changed otherwise,
+    except that relative paths are adapted if the new file is in another folder, and that a row without `id` gets one from its
+    number. Rows that are already train or validation are drawn again. Rows of any other split, such as test, are refused.
 
     python data_prep/run.py split --dataset photos/dataset.jsonl --out photos/split.jsonl --validation 0.1
     """
@@ -109,13 +115,13 @@ class Content:
     """What is known of the rows: about 120 bytes of each, whatever their prompts and paths."""
 
     group_of: array = field(default_factory=lambda: array("q"))
-    """Of all rows of the file, a number for its `group`; 0 for none."""
+    """For every row of the file, the number of its `group`; 0 for none."""
     stratum_of: array = field(default_factory=lambda: array("q"))
-    """Of all rows of the file."""
+    """The stratum of every row of the file."""
     numbers: array = field(default_factory=lambda: array("q"))
-    """Of the usable rows, from 1."""
+    """The numbers of the usable rows, from 1."""
     hashes: bytearray = field(default_factory=bytearray)
-    """Of the usable rows, two of each."""
+    """The hashes of the usable rows, two for each."""
 
     def items(self, rows: Iterator[Row | RejectedRow], stratify: Stratify) -> Iterator[Item | RejectedRow]:
         """Passes rows on to be hashed, and notes the rest of what is asked of them."""
@@ -141,12 +147,12 @@ class Content:
         size = len(usable)
         number = wanted if isinstance(wanted, int) else max(1, round(wanted * size))
         if number >= size:
-            raise InputError(f"--validation {wanted} would leave no row for training: {size} can be used")
+            raise InputError(f"--validation {wanted} would leave no row for training: only {size} rows can be used")
         groups = self.groups()
         chosen = choose_validation(groups, np.array(self.stratum_of)[usable], number, rng)
         largest = np.bincount(groups).max()
         if not chosen.any():
-            raise InputError(f"all {size} rows show the same content, so they cannot be split: look at column group")
+            raise InputError(f"all {size} rows show the same content, so they cannot be split: check the column group")
         if chosen.sum() != number:
             print(
                 f"validation has {chosen.sum()} rows, not {number}: rows of the same content stay together, and the "
@@ -192,8 +198,8 @@ def _check_splits(rows: Iterable[Row | RejectedRow]) -> None:
     for row in rows:
         if isinstance(row, Row) and row.split not in ("train", "validation"):
             raise InputError(
-                f"row {row.number} has the split {row.split!r}: split makes train and validation anew, and would train on "
-                "it; take such rows out first"
+                f"row {row.number} has the split {row.split!r}, but this command assigns every row to train or validation: "
+                "remove such rows first"
             )
 
 

@@ -18,7 +18,7 @@ def choose_validation(
         groups: each row's group, numbers from 0 without gaps, shape (N,).
         strata: each row's stratum, any numbers, shape (N,).
         number: rows wanted, in [1, N - 1].
-        rng: of all draws.
+        rng: random generator of all draws.
 
     Returns:
         Whether a row is chosen, shape (N,). Nobody is if there is one group.

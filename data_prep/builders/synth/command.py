@@ -45,34 +45,37 @@ PRELOAD = (
 
 
 def command(
-    images: Annotated[Path, typer.Option(help="Folder of photographs, nested as you like.")],
+    images: Annotated[Path, typer.Option(help="Folder with photographs. It may contain other folders.")],
     out: Out,
     recipes: Annotated[
         str,
         typer.Option(
-            help="insert, remove, cutout, recolour, grade, white_balance, relight, add_rain, remove_rain (so snow, fog), "
-            "deblur, upscale, denoise, clean_jpeg, outpaint; or all, weather, restore. Several by comma; a+b makes "
-            "both edits in one pair."
+            help="Recipes, separated by commas: insert, remove, cutout, recolour, grade, white_balance, relight, add_rain, "
+            "remove_rain (also with snow or fog), deblur, upscale, denoise, clean_jpeg, outpaint; or the groups all, "
+            "weather, restore. a+b makes both edits in one pair."
         ),
     ] = "all",
-    per_image: Annotated[int, typer.Option(help="Pairs of each photograph; the recipes take turns.")] = 4,
-    size: Annotated[int, typer.Option(help="Pairs have about size x size pixels. Nothing is enlarged.")] = 512,
+    per_image: Annotated[int, typer.Option(help="Number of pairs per photograph. The recipes take turns.")] = 4,
+    size: Annotated[
+        int, typer.Option(help="Each pair has about size x size pixels. Photographs are never enlarged.")
+    ] = 512,
     validation: Annotated[
-        float, typer.Option(help="Photographs held out as split `validation`: a share below 1, or a number of them.")
+        float, typer.Option(help="Photographs held out for validation: a share below 1, or a number.")
     ] = 0.1,
     objects: Annotated[
-        Path | None, typer.Option(help="Folder of cut-out objects with transparency, named by what they are.")
+        Path | None,
+        typer.Option(help="Folder with cut-out objects on a transparent background, named after what they show."),
     ] = None,
-    lut: Annotated[Path | None, typer.Option(help="A .cube file: the look that the recipe grade gives.")] = None,
+    lut: Annotated[Path | None, typer.Option(help="A .cube file (colour look-up table) for the recipe grade.")] = None,
     seed: Seed = 0,
     processes: Processes = CORES,
     engine: Engine = "local",
     on_error: OnError = "raise",
 ) -> None:
-    """Makes pairs of plain photographs: objects pasted or removed, relit, recoloured, graded, restored, extended.
+    """Makes pairs from plain photographs by pasting, removing, relighting, recolouring, grading, restoring or extending.
 
-    Masks are exact: white where source and target are the same bit for bit. Edits that preserve nothing have none.
-    Without --objects, objects are cut out of the other photographs. Held-out photographs lend nothing to the others.
+    Masks are exact: white where source and target are the same bit for bit. Edits that preserve nothing have no mask.
+    Without --objects, objects are cut out of the other photographs. Held-out photographs lend no objects to training pairs.
 
     python data_prep/run.py synth --images photos --out pairs --recipes remove,insert,remove+relight --per-image 4
     """
@@ -83,7 +86,8 @@ def command(
         raise InputError(f"--per-image must be 1 or more, got {per_image}")
     if out.resolve().is_relative_to(images.resolve()):
         raise InputError(
-            f"--out {out} is in the folder of the photographs: the next run would take its pictures for some"
+            f"--out {out} is inside the folder of photographs, so the next run would use its images as photographs: choose "
+            "another folder"
         )
     if lut:
         load_cube(lut)  # a wrong one is told before any work is done
@@ -264,7 +268,7 @@ def draw_held_out(originals: dict[Path, str], number: int, seed: int) -> frozens
             held_out += groups[name]
     if number and not held_out:
         raise InputError(
-            f"no photograph can be held out: each has doubles, and together they are more than --validation {number}"
+            f"no photograph can be held out: each has duplicates, which together are more than --validation {number}"
         )
     return frozenset(held_out)
 

@@ -145,7 +145,7 @@ def smooth_field(shape: tuple[int, ...], rng: np.random.Generator, cells: int) -
 
 
 def luminance(light: NDArray[np.floating]) -> Plane:
-    """Of linear light. Weights: ITU-R BT.709."""
+    """Luminance of linear light. Weights: ITU-R BT.709."""
     return light @ np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 

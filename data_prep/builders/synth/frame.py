@@ -16,7 +16,7 @@ SMALLEST = 64
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)
 """Width over height; the nearest to the photograph's is taken. Few shapes make few buckets."""
 LEAST_PART = 0.6
-"""Of the photograph's width or height that a random crop shows, if that many pixels are there."""
+"""Smallest share of the photograph's width or height that a random crop shows, if that many pixels are there."""
 
 
 def framed(photograph: Image.Image, size: int, rng: np.random.Generator, whole: bool) -> Picture:
@@ -25,7 +25,7 @@ def framed(photograph: Image.Image, size: int, rng: np.random.Generator, whole: 
     Args:
         photograph: RGB.
         size: the square root of the area in pixels.
-        rng: of the draws.
+        rng: random generator of the draws.
         whole: as much of the photograph as the shape allows, from the middle; otherwise a random part of it.
 
     Raises:

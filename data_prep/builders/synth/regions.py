@@ -14,7 +14,7 @@ from data_prep.builders.synth.draft import Picture, Plane, luminance, resize_pla
 SMALL = 160
 """Pixels of the longest side when regions are looked for: details only cost time."""
 LEAST_SHARE = 0.015
-"""Of the photograph's area: smaller regions are of no use to any recipe."""
+"""Share of the photograph's area: smaller regions are of no use to any recipe."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Region:
     small: NDArray[np.bool_]
     """Where it is, in the small picture."""
     share: float
-    """Of the photograph's area, in (0, 1]."""
+    """Share of the photograph's area, in (0, 1]."""
     solidity: float
     """Area over the area of its convex hull: 1 is round, little is ragged."""
     elongation: float

@@ -21,7 +21,7 @@ from data_prep.rows.rows import Row, read_rows
 LISTED = 20
 """Errors on the terminal."""
 LISTED_WARNINGS = 2
-"""Of each kind."""
+"""Most warnings of each kind on the terminal."""
 LISTED_BUCKETS = 10
 
 
@@ -37,7 +37,7 @@ class Facts:
     tokenizer: str
     """Where token counts are from, in words."""
     seconds_per_row: float | None = None
-    """Of caching; None if it was not measured."""
+    """Seconds per row for caching; None if not measured."""
     device: str = ""
     """That it was measured on."""
 

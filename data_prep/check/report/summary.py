@@ -13,7 +13,7 @@ from data_prep.check.measures.column_store import FIELDS, TRAINED, VALIDATED, Co
 from data_prep.model.geometry import Geometry, Size
 
 TEXT_WIDTH = 3584
-"""Of Qwen2.5-VL-7B's hidden states."""
+"""Width of Qwen2.5-VL-7B's hidden states."""
 VISION_SIDE = 28
 """Pixels of the side of one of its vision tokens."""
 QUANTILES = (0, 5, 50, 95, 100)
@@ -41,7 +41,7 @@ class Groups:
     """Places that are filled from one bucket: `train.group_size`, or the micro-batch."""
     groups: int
     empty_places: int
-    """Of the last groups of the buckets: a step that has some is a mean over fewer rows."""
+    """Empty places in the last groups of the buckets: a step with some is a mean over fewer rows."""
     small_buckets: int
     """Buckets with fewer rows than a group has places."""
 
@@ -53,7 +53,7 @@ class Layout:
     buckets: tuple[Bucket, ...]
     """The fullest first."""
     cache_bytes: int
-    """Of the cache of the rows to train on and to validate with."""
+    """Bytes of the cache for the rows to train on and to validate with."""
 
     @property
     def rows(self) -> int:
@@ -73,7 +73,7 @@ def lay_out(
     """Buckets and disk. Rows are taken by their sizes, of which even a large dataset has few.
 
     Args:
-        text_width: of the text encoder's hidden states.
+        text_width: width of the text encoder's hidden states.
         vision_side: pixels of the side of one vision token.
     """
     target_size, reference_sizes = functools.cache(geometry.target_size), functools.cache(geometry.reference_sizes)

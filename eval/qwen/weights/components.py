@@ -33,7 +33,7 @@ from train.model.offload import Layout, Offload
 PartName = Literal["vae", "prompt_encoder", "denoiser"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 ADAPTER_BYTES = 4 * 2**30
-"""Of adapters that were read and are kept in CPU memory: two of rank 64 on all of Qwen-Image-Edit's modules."""
+"""Bytes of adapters that were read and are kept in CPU memory: two of rank 64 on all of Qwen-Image-Edit's modules."""
 
 
 class Encoders(NamedTuple):

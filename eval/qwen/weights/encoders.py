@@ -21,7 +21,7 @@ class PlacedVAE(VAE):
 
     Args:
         vae: what it does the work with.
-        device: of what is returned.
+        device: device of what is returned.
         tiled: work in tiles, so that memory does not grow with the picture.
     """
 

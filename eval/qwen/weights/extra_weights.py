@@ -18,7 +18,7 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_all(adapters: Sequence[AdapterUse]) -> list[tuple[ExtraWeights, float]]:
-    """Of each adapter that has something beside LoRA, that and the adapter's weight. An adapter of weight 0 has nothing.
+    """The weights beside LoRA of each adapter that has some, with the adapter's weight. An adapter of weight 0 has none.
 
     Raises:
         InputError: a file is missing, or is no such file.

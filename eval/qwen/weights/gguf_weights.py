@@ -31,7 +31,7 @@ def load_gguf(
     """Gives a transformer on the meta device the weights of a GGUF file, one tensor at a time.
 
     Args:
-        dtype: of what is not quantised, and in which the layers compute.
+        dtype: data type of what is not quantised, and in which the layers compute.
         place: as of `ModelDirectory.load_into`.
 
     Raises:

@@ -55,7 +55,7 @@ class Places:
         try:
             yield
         except (OSError, RuntimeError, KeyError) as error:
-            raise Unavailable(f"{name} cannot be had: {first_line(error)}") from error
+            raise Unavailable(f"{name} cannot be downloaded or read: {first_line(error)}") from error
         finally:
             torch.hub.set_dir(before)
             socket.setdefaulttimeout(timeout)

@@ -231,12 +231,12 @@ def test_exif_turns_masks_of_the_stored_picture_and_no_others(pairs):
 
 REJECTED = {
     **{f"{name}.png": reason for name, (_, reason) in BAD.items()},
-    "square.jpg": "before or after that cannot be told",
+    "square.jpg": "it is not known whether the annotations are for the turned image",
     "missing.png": "no such file",
     "smaller.png": "24x16, its annotations are for 48x32",
     "reshaped.png": "another shape: 32x32, the photograph is 48x32",
     "stranger.png": "unknown category_id 99",
-    "outside.png": "leaves the root folder",
+    "outside.png": "is outside the root folder",
     "nobody.png": "name of this target",
     "again.png": "already used by united.png",
     "half category.png": "is not UTF-8 text",

@@ -57,9 +57,9 @@ def test_a_dataset_file_that_somebody_else_wrote_or_changed_stays(data):
 def test_inputs_are_not_written_over(data):
     before = contents(data)
     mask = ("mask", "--dataset", data / "rows.json", "--from", "given", "--invert", "--out", data)
-    assert f"would be read from {data}/masks, which is written to" in refused(*mask)
+    assert f"is an input, but this command writes to {data}/masks" in refused(*mask)
     synth = ("synth", "--images", data / "source", "--recipes", "add_snow", "--size", 64, "--out", data)
-    assert f"would be read from {data}/source, which is written to" in refused(*synth)
+    assert f"is an input, but this command writes to {data}/source" in refused(*synth)
     assert contents(data) == before
 
 

@@ -159,7 +159,7 @@ def test_bad_pictures_are_rejected_alone(streaming, tmp_path, hf):
     }
     reasons = [reason for _, _, reason in found.values()]
     for part, reason in zip(
-        ["edit_image: cannot be read: ", "image is missing", "back_mask: the mask has another shape"],
+        ["edit_image: cannot be read: ", "image is missing", "back_mask: the mask and its image have different shapes"],
         reasons,
         strict=True,
     ):

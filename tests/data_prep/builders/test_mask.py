@@ -165,7 +165,7 @@ def test_masks_from_differences(folder):
     assert "Traceback" not in done.stderr
     assert list(rows) == ["paste", "a/large", "all", "mask", "thin"]
     assert rejected.keys() == {3, 5, 8}
-    assert "the same but for noise" in rejected[3]
+    assert "differ only by noise" in rejected[3]
     assert "broken.png" in (out / "rejected.jsonl").read_text()
 
     row = rows["paste"]
@@ -187,7 +187,7 @@ def test_given_masks_and_any_number_of_processes(folder):
     build(folder, folder / "two", *options, "--processes", "2")
     assert list(rows) == ["mask"]
     assert "has no back_mask" in rejected[1]
-    assert "another shape" in rejected[7]
+    assert "different shapes" in rejected[7]
     edited = np.asarray(Image.open(folder / "one" / rows["mask"]["back_mask"])) == 0
     grown = ndimage.distance_transform_edt(~where) <= 2
     assert edited.shape == (SIDE, SIDE)
@@ -218,5 +218,5 @@ def test_the_dataset_itself_is_never_written(folder, tmp_path):
     dataset.write_text("{}\n")
     done = run_script("data_prep/run.py", "mask", "--dataset", dataset, "--out", tmp_path, check=False)
     assert done.returncode == 2
-    assert "would take the place of" in done.stderr
+    assert "would overwrite" in done.stderr
     assert dataset.read_text() == "{}\n"

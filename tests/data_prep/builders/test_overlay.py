@@ -33,16 +33,16 @@ BAD = {
     "no photo": ({"image_id": "nobody", "text": "a"}, "no image 'nobody'"),
     "broken photo": ({"image_id": "broken", "text": "a"}, "cannot be read"),
     "ambiguous": ({"image_id": "twice", "text": "a"}, "twice.jpg or twice.png: write the ending"),
-    "leaves": ({"image_id": "../white", "text": "a"}, "leaves the root folder"),
+    "leaves": ({"image_id": "../white", "text": "a"}, "is outside the root folder"),
     "no text file": ({"overlay_text": "texts/none.txt"}, "cannot be read: No such file"),
-    "text leaves": ({"overlay_text": "../../x.txt"}, "leaves the root folder"),
+    "text leaves": ({"overlay_text": "../../x.txt"}, "is outside the root folder"),
     "latin-1": ({"overlay_text": "texts/latin-1.txt"}, "is not UTF-8 text"),
     "empty": ({"overlay_text": "texts/empty.txt"}, "is empty"),
     "binary": ({"overlay_text": "texts/binary.txt"}, "control characters"),
     "chinese": ({"overlay_text": "texts/chinese.txt"}, "no picture for 你 (U+4F60), 好 (U+597D)"),
     "too long": ({"text": "word " * 390}, "does not fit into the 160x120 photograph"),
-    "both": ({"text": "a", "overlay_image": "logo.png"}, "this one overlay_image and text"),
-    "neither": ({}, "this one none"),
+    "both": ({"text": "a", "overlay_image": "logo.png"}, "this one fills overlay_image and text"),
+    "neither": ({}, "this one fills none"),
     "colour": ({"text": "a", "colour": "#12345"}, "colour must be auto"),
     "see-through": ({"text": "a", "colour": "#11223344"}, "colour must be auto"),
     "opacity": ({"text": "a", "opacity": "nan"}, "opacity must be a number from 0.05 to 1"),
@@ -217,7 +217,7 @@ def test_unusable_rows_are_told(built, name):
     (line,) = [line for line in read(built / "rejected.jsonl") if line["row"] == number]
     assert BAD[name][1] in line["reason"]
     file = next((BAD[name][0][key] for key in ("overlay_text", "overlay_image") if key in BAD[name][0]), "")
-    if not any(text in line["reason"] for text in ("leaves the root", "this one")):
+    if not any(text in line["reason"] for text in ("is outside the root", "exactly one of")):
         assert line["path"].endswith(file)
 
 

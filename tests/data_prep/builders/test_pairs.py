@@ -62,11 +62,11 @@ def test_files_of_one_stem_are_a_row(nested):
 def test_what_fits_nowhere_is_told(nested):
     folder, told = nested
     for line in (
-        f"{folder}/source: 1 left out that are not pictures by name (1 .tmp)",
+        f"{folder}/source: left out 1 file(s) without the file ending of an image (1 .tmp)",
         f"{folder}/mask: nothing for 2 of 3 targets, e.g. a",
-        f"{folder}/mask: 1 left out that belong to no target, e.g. nobody.png",
+        f"{folder}/mask: left out 1 file(s) that belong to no target, such as nobody.png",
         f"{folder}/ref_gt: nothing for 2 of 3 targets, e.g. ö/b.v2",
-        f"{folder}/target: 1 left out that belong to no target, e.g. readme.txt",
+        f"{folder}/target: left out 1 file(s) that belong to no target, such as readme.txt",
         f"3 rows in {folder}/dataset.jsonl",
     ):
         assert line in told.splitlines()
@@ -174,7 +174,7 @@ WRONG = {
         "--prompt", "{colour}",
     ),
     "is not a template": lambda folder: ("--prompt", "an open { brace"),
-    "give one of them": lambda folder: ("--prompt", "p", "--templates", folder / "x"),
+    "use only one of them": lambda folder: ("--prompt", "p", "--templates", folder / "x"),
     "cannot be read: No such file": lambda folder: ("--templates", folder / "x"),
     "--prompt is empty": lambda folder: ("--prompt", " "),
     "has 4 folders of sources (source, source_0, source_1, source_2), the model takes at most 3": lambda folder: [

@@ -119,7 +119,7 @@ def test_csv_bad_rows_and_another_folder(folder, tmp_path):
         assert row.bridge_image == old.bridge_image
     out.unlink()
     done, _ = split(folder / "rows.csv", out, "--validation", "1", "--on-error", "skip")
-    assert "2 could not be used, listed in" in done.stdout
+    assert "2 could not be used and are listed in" in done.stdout
 
 
 def test_a_root_is_no_longer_needed(folder, tmp_path):
@@ -170,7 +170,7 @@ def test_rows_of_another_split_are_refused_before_any_work(tmp_path):
     dataset.write_text("".join(json.dumps(row | part) + "\n" for part in parts))
     done, _ = split(dataset, out, "--validation", "1", check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: row 4 has the split 'test': split makes train and validation anew")
+    assert done.stderr.startswith("error: row 4 has the split 'test', but this command assigns every row")
     assert list(tmp_path.iterdir()) == [dataset]
 
 

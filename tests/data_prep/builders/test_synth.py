@@ -144,7 +144,7 @@ def test_a_photograph_and_its_copies_are_on_one_side(tmp_path):
     assert len(set(groups["validation"])) == 1
     assert len(set(groups["train"])) == 3
     done = synth(tmp_path / "photos", tmp_path / "out", *options[:-1], 1, check=False)
-    assert "no photograph can be held out: each has doubles" in done.stderr
+    assert "no photograph can be held out: each has duplicates" in done.stderr
 
 
 def test_the_same_from_one_process(made, photos, tmp_path):
@@ -195,7 +195,7 @@ def test_a_photograph_that_does_not_suit_a_recipe_is_left_out_and_counted(tmp_pa
     assert [row.tag for row in read_rows(tmp_path / "out" / "dataset.jsonl")] == ["add_rain"]
     done = synth(tmp_path / "photos", tmp_path / "out", "--recipes", "upscale", *options, check=False)
     assert done.returncode == 2
-    assert "error: nothing came out: 2 pairs left out" in done.stderr
+    assert "error: no row was made: 2 pairs left out" in done.stderr
 
 
 def test_a_wrong_recipe_is_answered_with_the_nearest(photos, tmp_path):
@@ -212,7 +212,7 @@ def test_a_wrong_recipe_is_answered_with_the_nearest(photos, tmp_path):
         ({"per_image": 0}, "must be 1 or more"),
         ({"validation": 5}, "leave none to train on"),
         ({"validation": 1.5}, "a share from 0 to 1 or a whole number"),
-        ({"out": "nested/pairs"}, "in the folder of the photographs"),
+        ({"out": "nested/pairs"}, "inside the folder of photographs"),
         ({"recipes": "remve"}, "did you mean 'remove'"),
     ],
 )
@@ -279,7 +279,7 @@ def test_no_object_is_on_both_sides_of_the_split():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("LUT_1D_SIZE 2\n0 0 0\n1 1 1\n", "no three-dimensional LUT"),
+        ("LUT_1D_SIZE 2\n0 0 0\n1 1 1\n", "not a three-dimensional LUT"),
         ("LUT_3D_SIZE 2\n0 0 0\n", "need 8 lines"),
         ("LUT_3D_SIZE 2\nDOMAIN_MAX 2 2 2\n", "domain from 0 to 1"),
         ("LUT_3D_SIZE two\n", "should be numbers"),

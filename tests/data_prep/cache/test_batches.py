@@ -98,7 +98,7 @@ def test_a_group_is_a_micro_batch_by_default(stream):
         for step in range(5):
             assert samples([by_default], step).keys() == samples([named], step).keys()
     assert str(stream(global_batch_size=8, micro_batch_size=2)) == (
-        "9 records in 4 buckets: 1.5 steps an epoch, each of 8 places in groups of 2 from one bucket; "
+        "9 records in 4 buckets: 1.5 steps per epoch, each with 8 places in groups of 2 from one bucket; "
         "25.0% of the places stay empty"
     )
 

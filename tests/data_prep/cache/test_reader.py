@@ -23,7 +23,7 @@ from tests.caching import GEOMETRY, cache_dataset, write_dataset, write_rows
 def cache(tmp_path_factory, tiny_model_dir):
     folder = tmp_path_factory.mktemp("records")
     dataset = write_dataset(folder, write_rows(folder))
-    cache_dataset(dataset, folder / "cache", tiny_model_dir, dtype=torch.bfloat16, caption_dropout=True)
+    cache_dataset(dataset, folder / "cache", tiny_model_dir, dtype="bfloat16", caption_dropout=True)
     return folder / "cache"
 
 

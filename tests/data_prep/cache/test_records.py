@@ -203,9 +203,9 @@ def test_encoders_of_another_dtype_share_nothing_and_each_finds_its_own(build, t
     """Although both store the same one, and both runs have the same data."""
     rows = write_rows(tmp_path, 1)
     folder, dtypes = tmp_path / "cache", ("bfloat16", "float32")
-    assert build(rows, dtype=torch.bfloat16) == (2 + 1, 1)
-    assert build(rows, dtype=torch.bfloat16, encoder_dtype=torch.float32) == (2 + 1, 1)
-    assert build(rows, dtype=torch.bfloat16) == (0, 0)
+    assert build(rows, dtype="bfloat16") == (2 + 1, 1)
+    assert build(rows, dtype="bfloat16", encoder_dtype="float32") == (2 + 1, 1)
+    assert build(rows, dtype="bfloat16") == (0, 0)
     readers = [CacheReader(folder, encoder_dtype=dtype) for dtype in dtypes]
     assert [reader.header.encoder_dtype for reader in readers] == [*dtypes]
     assert readers[0].keys == readers[1].keys
@@ -217,7 +217,7 @@ def test_the_index_is_the_same_whichever_was_used_last(build, tmp_path):
     """Ranks look for it one after the other, while another run may use one of them."""
     rows = write_rows(tmp_path, 1)
     build(rows)
-    build(rows, encoder_dtype=torch.bfloat16)
+    build(rows, encoder_dtype="bfloat16")
     one, other = (tmp_path / "cache/indexes").glob("*.arrow")
     found = []
     for times in ((1, 2), (2, 1)):
@@ -262,7 +262,7 @@ def test_pictures_that_changed_in_place_are_refused_and_those_rewritten_alike_ar
     check_files(reader)
     write_image(tmp_path / "r2.png", 77, 96)
     with pytest.raises(
-        InputError, match=r"row 3 \(.*t2.png\) has other pictures .* as 1 of 3 rows have: run with phases="
+        InputError, match=r"the images of 1 of 3 rows have changed .* the first is row 3 \(.*t2.png\): run with phases="
     ):
         check_files(reader)
     build(rows[1:2] + rows[2:], caption_dropout=True, negative=True, on_error="skip")

@@ -255,7 +255,7 @@ def test_the_view_follows_the_file_and_names_do_not_matter(tmp_path, tiny_model_
     [
         {"fingerprint": "another model"},
         {"geometry": Geometry(64 * 64, vision_pixels=112 * 112)},
-        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
         {"caption_dropout": True},
         {"negative": True},
     ],
@@ -393,7 +393,7 @@ def test_bad_rows_are_skipped_and_reported(tmp_path, tiny_model_dir):
     lines = report(tmp_path)
     assert [line["row"] for line in lines] == [2, 3, 4, 5, 7]
     assert lines[0] == {"row": 2, "id": "r1", "path": str(tmp_path / "t1.png"), "reason": "no such file"}
-    assert lines[2]["reason"] == "the mask has another shape than its image: 64x32, its image is 64x64"
+    assert lines[2]["reason"] == "the mask and its image have different shapes: 64x32, its image is 64x64"
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_what_the_disk_refused_is_tried_again(tmp_path, tiny_model_dir, monkeypa
 
 def test_unreadable_files_stop_a_strict_build_before_anything_is_encoded(tmp_path, tiny_model_dir):
     dataset = write_dataset(tmp_path, spoil(tmp_path))
-    message = r"row 2 \(.*t1\.png\): no such file\. 3 of 7 rows cannot be used, all listed in .*: mend them or set"
+    message = r"row 2 \(.*t1\.png\): no such file\. 3 of 7 rows cannot be used, all listed in .*: fix them or set"
     with pytest.raises(InputError, match=message):
         cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, load_encoders=refuse_to_load)
     assert [line["row"] for line in report(tmp_path)] == [2, 5, 7]
@@ -477,7 +477,7 @@ def test_a_data_set_without_a_usable_row_is_an_error(tmp_path, tiny_model_dir):
     with pytest.raises(InputError, match="1 of 1 rows cannot be used"):
         cache_dataset(dataset, tmp_path / "cache", tiny_model_dir, on_error="skip")
     with pytest.raises(InputError, match="no rows to cache"):
-        build_cache([], GEOMETRY, refuse_to_load, tmp_path / "no", fingerprint="tiny", rejected_path=tmp_path / "r")
+        build_cache([], CacheHeader("tiny", GEOMETRY), refuse_to_load, tmp_path / "no", rejected_path=tmp_path / "r")
 
 
 def test_damaged_and_lost_parts_are_made_again(tmp_path, tiny_model_dir):

@@ -97,7 +97,7 @@ PLAIN: dict[str, Callable[[Path], object]] = {
 }
 CELLS = {
     "no prompt": ({"prompt": "  "}, "prompt is missing or empty"),
-    "outside": ({"image": "../outside.png"}, "leaves the root folder"),
+    "outside": ({"image": "../outside.png"}, "is outside the root folder"),
     "a link": ({"image": "https://example.org/a.png"}, "must be the path of a file"),
     "second id": ({"id": "plain ünï 图.png"}, "is already used by an earlier row"),
     "not UTF-8": ({"prompt": "caf\udce9"}, "prompt is not UTF-8 text"),

@@ -190,7 +190,7 @@ def test_a_profile_that_is_left_out_is_told(photograph, tmp_path):
     assert grey.conversions == ()
     expected = 255 * encoded((GRADIENT / 255) ** 3)
     assert np.abs(np.asarray(grey.image) - expected[..., None]).max() <= 2
-    left_out = ("its ICC profile is broken or of another colour space, and is left out",)
+    left_out = ("its ICC profile is broken or for another colour space, and is ignored",)
     for name, profile in {"broken.png": b"no profile", "print.jpg": p3}.items():
         stored = photograph.convert("CMYK") if name == "print.jpg" else photograph
         opened = inspect_image(save(stored, tmp_path / name, icc_profile=profile))

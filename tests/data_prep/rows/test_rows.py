@@ -102,7 +102,7 @@ BAD = {
     "edit_image is missing or empty": {"edit_image": []},
     "image must be text, got 3": {"image": 3},
     "image must be text, got {'bytes'": {"image": {"bytes": "x" * 9999}},
-    "leaves the root": {"back_mask": "masks/../../secret.png"},
+    "is outside the root": {"back_mask": "masks/../../secret.png"},
     "must be the path of a file": {"image": "https://example.com/a.png"},
     "looks like a JSON list but is not one": {"edit_image": "[a.png, b.png]"},
     "edit_image is an empty list": {"edit_image": "[]"},

@@ -296,7 +296,7 @@ def test_weights_that_are_there_in_half_precision_alone(folders, tmp_path):
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (Placement(CPU, torch.float32, weights="int8"), "sd15 is not placed with weights=int8"),
+        (Placement(CPU, torch.float32, weights="int8"), "sd15 does not support weights=int8"),
         (Placement(CPU, torch.float32, offload="model"), "offload=model of sd15 needs a GPU"),
     ],
 )
@@ -413,12 +413,12 @@ def test_an_adapter_of_another_base_is_refused(editors, folders, tmp_path):
     write_lora(tmp_path / "xl.safetensors", folders["sdxl"], LORA_MODULES["sdxl"])
     flux = write_lora(tmp_path / "flux.safetensors", folders["flux-kontext"], LORA_MODULES["flux-kontext"])
     for base, name, message in [
-        ("sd15", "ours", "ours.safetensors is an adapter of qwen-image-edit, and the base model is sd15"),
-        ("sd15", "qwen", "qwen.safetensors is no adapter of sd15: 0 of its 1 modules"),
-        ("flux-kontext", "qwen", "qwen.safetensors is no adapter of flux-kontext"),
-        ("sd15", "none", "none.safetensors is no LoRA adapter"),
-        ("sd15", "xl", "xl.safetensors is no adapter of sd15"),
-        ("sdxl", "flux", "flux.safetensors is no adapter of sdxl: 0 of its 2 modules"),
+        ("sd15", "ours", "ours.safetensors is an adapter for qwen-image-edit, but the base model is sd15"),
+        ("sd15", "qwen", "qwen.safetensors is not an adapter for sd15: only 0 of its 1 modules"),
+        ("flux-kontext", "qwen", "qwen.safetensors is not an adapter for flux-kontext"),
+        ("sd15", "none", "none.safetensors is not a LoRA adapter"),
+        ("sd15", "xl", "xl.safetensors is not an adapter for sd15"),
+        ("sdxl", "flux", "flux.safetensors is not an adapter for sdxl: only 0 of its 2 modules"),
     ]:
         use = AdapterUse(tmp_path / f"{name}.safetensors")
         with pytest.raises(InputError, match=message):

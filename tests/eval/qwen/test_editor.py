@@ -314,7 +314,7 @@ def test_steps_that_were_not_trained_are_noted_before_anything_is_loaded(editor,
     tensors, file = load_file(bridge / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors"
     save_file(tensors, file, {"objective": "lbm", "loss": "{}", "sigmas": "[1.0, 0.5]"})
     (note,) = editor.notes(request(source, steps=4, adapters=(AdapterUse(file),)))
-    assert note == "the adapter was trained at sigma 1, 0.5, and 4 steps visit 0.75, 0.25 too; 1 or 2 would not"
+    assert note == "the adapter was trained at sigma 1, 0.5, but 4 steps also visit 0.75, 0.25; 1 or 2 steps would not"
 
 
 def test_variation_takes_no_instruction(editor, source):

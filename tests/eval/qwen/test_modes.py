@@ -69,17 +69,21 @@ def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
     ("values", "metadata", "message"),
     [
         ({"mode": "turbo"}, {}, "mode=turbo needs an adapter"),
-        ({"adapters": ADAPTER, "mode": "turbo", "cfg_scale": 4.0}, {}, "distilled to do without guidance"),
+        ({"adapters": ADAPTER, "mode": "turbo", "cfg_scale": 4.0}, {}, "distilled to work without guidance"),
         ({"mode": "img2img", "steps": 1, "strength": 0.4}, {}, r"strength=0\.4 of 1 step\(s\) is less than one step"),
         ({"mode": "invert", "steps": 2, "strength": 0.4}, {}, "less than one step"),
-        ({"mode": "img2img", "adapters": ADAPTER}, BRIDGE, "starts from noise, and the adapter is a bridge"),
+        ({"mode": "img2img", "adapters": ADAPTER}, BRIDGE, "starts from noise, but the adapter is a bridge"),
         ({"mode": "invert", "adapters": ADAPTER}, BRIDGE, "starts from noise"),
         ({"adapters": ADAPTER, "cfg_scale": 3.0}, BRIDGE, r"sampled without guidance: leave out cfg_scale=3\.0"),
-        ({"adapters": ADAPTER, "mode": "inpaint", "mask": MASK, "strength": 0.5}, BRIDGE, "a bridge is walked whole"),
+        (
+            {"adapters": ADAPTER, "mode": "inpaint", "mask": MASK, "strength": 0.5},
+            BRIDGE,
+            "a bridge has no denoising strength",
+        ),
         (
             {"adapters": ADAPTER, "sampler": "flow"},
             BRIDGE,
-            "sampler=flow does not suit a bridge.* use sampler=bridge; loss.preserve would",
+            "sampler=flow does not suit a bridge.* use sampler=bridge. Only a bridge trained with loss.preserve",
         ),
         (
             {"adapters": ADAPTER, "sampler": "bridge"},
@@ -95,9 +99,9 @@ def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
         (
             {"mode": "invert", "count": 2},
             {},
-            "draws nothing, so that all 2 pictures would be the same: leave out count$",
+            "uses no random noise, so all 2 images would be the same: leave out count$",
         ),
-        ({"adapters": ADAPTER, "count": 3}, BRIDGE, "all 3 pictures.* or use sampler=bridge-stochastic"),
+        ({"adapters": ADAPTER, "count": 3}, BRIDGE, "all 3 images.* or use sampler=bridge-stochastic"),
         ({"adapters": ADAPTER}, {"objective": "gan"}, "objective is 'gan'"),
     ],
 )
@@ -176,9 +180,10 @@ def test_sizes():
         (
             3,
             [1.0, 0.75, 0.5, 0.25],
-            "the adapter was trained at sigma 1, 0.75, 0.5, 0.25, and 3 steps visit 0.667, 0.333 too; 1 or 2 or 4 would not",
+            "the adapter was trained at sigma 1, 0.75, 0.5, 0.25, but 3 steps also visit 0.667, 0.333; 1 or 2 or 4 steps would "
+            "not",
         ),
-        (2, [0.9], "the adapter was trained at sigma 0.9, and 2 steps visit 1, 0.5 too"),
+        (2, [0.9], "the adapter was trained at sigma 0.9, but 2 steps also visit 1, 0.5"),
         (7, None, None),
     ],
 )

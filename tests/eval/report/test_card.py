@@ -130,7 +130,7 @@ def test_what_a_card_needs(adapter, changed, message):
 
 def test_somebody_elses_readme_is_left_alone(adapter):
     (adapter / "README.md").write_text("# Mine\n")
-    with pytest.raises(InputError, match="written by somebody else"):
+    with pytest.raises(InputError, match="not written by this command"):
         check_card(CardRequest(adapter, "mit"))
     (adapter / "README.md").write_text(f"# Mine\n{MARKER}\n")
     assert check_card(CardRequest(adapter, "mit")).license == "mit"

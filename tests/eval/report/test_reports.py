@@ -419,7 +419,7 @@ def test_pictures_of_another_tool_are_scored_without_a_model(scored, measured, t
     assert score(report, "made", "psnr") == score(measured, "flow/steps_2", "psnr")
     assert (report["settings"]["model"], report["settings"]["pictures"]["made"]) == (None, str(made))
     next(made.iterdir()).unlink()
-    with pytest.raises(InputError, match=r"1 of 4 rows cannot be scored, .*made has no picture called"):
+    with pytest.raises(InputError, match=r"1 of 4 rows cannot be scored, .*made has no image named"):
         run.score(**wanted, out=tmp_path / "out")
     run.score(**wanted, on_error="skip", out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_rows"] == 3
@@ -438,7 +438,7 @@ def test_two_folders_stand_in_for_a_dataset(tmp_path):
     ]
     expected = -10 * np.log10(np.square(pictures[0] - pictures[1]).mean())
     assert report["per_row"][0]["scores"]["made"]["psnr"] == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(InputError, match="--dataset, or by --sources and --targets"):
+    with pytest.raises(InputError, match="--dataset, or with the two folders --sources and --targets"):
         run.score(pictures=[tmp_path / "made"], sources=tmp_path / "sources", device="cpu", out=tmp_path / "out")
 
 

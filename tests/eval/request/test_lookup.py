@@ -78,7 +78,7 @@ def test_what_is_not_found_is_said_with_where_and_what_is_near(runs):
 
 def test_a_model_is_a_folder_then_below_model_dir_then_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.delenv("MODEL_DIR", raising=False)
-    with pytest.raises(InputError, match=r"no model at tiny: .* \(\$MODEL_DIR, where models may be, is not set\)"):
+    with pytest.raises(InputError, match=r"no model at tiny: .* \(\$MODEL_DIR, a folder for models, is not set\)"):
         find_model("tiny")
     (tmp_path / "models/tiny").mkdir(parents=True)
     (tmp_path / "models/Qwen/Qwen-Image-Edit-2511").mkdir(parents=True)

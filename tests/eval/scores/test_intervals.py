@@ -149,7 +149,7 @@ def test_the_best_is_marked_with_those_that_cannot_be_told_from_it():
 def test_every_chosen_metric_is_measured_or_has_a_reason():
     missing = {"dists": "no file", "clip_i": "no weights", "lpips": "no file", "clip_score": "no weights"}
     reasons = unmeasured({"psnr", "identity", *missing}, [measured("a/steps_1", [1.0])], missing)
-    assert reasons == missing | {"identity": "no row has what it looks at: a mask, or a face"}
+    assert reasons == missing | {"identity": "no row has what it needs: a mask, or a face"}
     assert [name for name in METRICS if name in reasons] == list(reasons)  # the same in every report
     assert unmeasured_groups({"unavailable": reasons}) == {
         "no file": ["lpips", "dists"],

@@ -59,10 +59,12 @@ def test_pictures_of_nested_folders_are_told_apart_by_their_folders(tmp_path):
 def test_a_picture_that_could_be_of_two_rows_is_refused(tmp_path):
     names_of(tmp_path / "flat", "0.png")
     dataset = [row(1, Path("/photos/a/0.png")), row(2, Path("/photos/b/0.png"))]
-    with pytest.raises(InputError, match=r"flat/0\.png could be of the rows r1 and r2: call pictures by the rows' ids"):
+    with pytest.raises(
+        InputError, match=r"flat/0\.png could belong to the rows r1 and r2: name the images by the rows' ids"
+    ):
         found_methods([tmp_path / "flat"], dataset)
     names_of(tmp_path / "twice", "x.png", "x.jpg")
-    with pytest.raises(InputError, match=r"x\.jpg and .*x\.png have one name: keep one of them"):
+    with pytest.raises(InputError, match=r"x\.jpg and .*x\.png have the same name: rename or remove"):
         found_methods([tmp_path / "twice"], [row(1, Path("/photos/x.png"))])
 
 
@@ -117,5 +119,5 @@ def test_a_note_says_that_modules_edit_rows_with_masks_without(tmp_path):
     contest = Contest(cast(BaseEditor, None), uses, base=False, knobs={})
     plain = row(1, Path("/photos/x.png"))
     (note,) = contest.notes([plain, replace(plain, back_mask=Path("m.png"))])
-    assert note.startswith("1 of 2 rows have a mask, and the modules that ste adds see none here")
+    assert note.startswith("1 of 2 rows have a mask, but the modules that ste adds do not see it here")
     assert contest.notes([plain]) == []

@@ -169,8 +169,8 @@ def test_good_rows_are_done_and_bad_ones_listed(photos, tiny_model_dir, tmp_path
         "4": "size must be in multiples of 32, got 65x64",
         "5": "seed must be a number, got 'four'",
         "6": "the id 'one' is already used by an earlier row",
-        "7": "the mask has another shape than its image: 64x64, its image is 96x64",
-        "10": f"image '../secret.png' leaves the root folder {photos}",
+        "7": "the mask and its image have different shapes: 64x64, its image is 96x64",
+        "10": f"image '../secret.png' is outside the root folder {photos}",
     }
     settings = read_png(tmp_path / "out" / results[0]["output"])
     assert (settings["seed"], settings["steps"], settings["prompt"]) == (4, 2, "brighten")
@@ -418,7 +418,7 @@ def test_an_overlay_is_laid_over_the_image_that_is_edited(photos, tmp_path):
     assert (note == same_note).all()  # whatever the row's id and seed
     assert [row.reason for row in summary.failures] == [
         "the overlay's text is not UTF-8 text: save it as UTF-8",
-        "a row fills at most one of overlay_text and overlay_image, this one both",
+        "a row may fill only one of overlay_text and overlay_image; this one fills both",
     ]
     settings = read_png(out / results[0]["output"])
     assert settings["overlay"] == {"content": "overlay_image", **style}
@@ -426,7 +426,7 @@ def test_an_overlay_is_laid_over_the_image_that_is_edited(photos, tmp_path):
         "content": "overlay_text",
         "fonts": [file_digest(DEFAULT_FONT)],
     }
-    with pytest.raises(InputError, match="a table's row with an overlay, and no file holds what was edited"):
+    with pytest.raises(InputError, match="a table's row with an overlay, and the image under edit was not saved"):
         command(
             "--repeat", out / results[1]["output"], "--image", tmp_path / "photo.png", "--out", tmp_path / "again.png"
         )

@@ -116,15 +116,6 @@ def test_unknown_rows_are_refused():
     assert "got fastest" in done.stderr
 
 
-def test_compiled_row(tmp_path):
-    file = tmp_path / "found.json"
-    run_script(BENCH, "--tiny", "--layers", "1", "--compile", "on", "--rows", "full", "--alone", "--json", file)
-    row = json.loads(file.read_text())["rows"]["full"]
-    assert row["compile"] > 10 * row["s/step"]
-    assert "ratio" not in row
-    assert "note" not in row
-
-
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
     """Both trainers on one tiny model."""

@@ -108,7 +108,7 @@ def test_ranks_and_scales_by_module(tiny_model_dir):
     for name, layer in halved.layers.items():  # what no pattern names is scaled alike, whatever its rank
         assert layer.scaling["default"] == (0.25 if name.endswith(".to_q") else 0.5), name
     for name in "rank_pattern", "alpha_pattern":
-        with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', in which the name of no linear layer"):
+        with pytest.raises(InputError, match=rf"adapter.{name} names 'to_qq', but no linear layer"):
             attach_lora(fresh(tiny_model_dir), 4, None, TARGETS, **{name: {"to_qq": 3}})
 
 

@@ -26,7 +26,7 @@ def case(height: int, width: int, lengths: list[int], reference: tuple[int, int]
 
 
 BUCKETS = [(8, 8, (8, 8)), (8, 12, (8, 12)), (12, 8, (4, 8))]
-ONE = [case(h, w, [length], reference) for h, w, reference in BUCKETS for length in (9, 11)]
+ONE = [case(h, w, [9 + place], reference) for place, (h, w, reference) in enumerate(BUCKETS)]
 SEVERAL = [case(h, w, lengths, reference) for h, w, reference in BUCKETS for lengths in ([9, 9], [5, 11])]
 
 
@@ -59,7 +59,7 @@ def run_with(denoiser, run) -> None:
     ("keep", "cases", "graphs"), [*((keep, ONE, 2) for keep in RUNS), ("products", SEVERAL, 4)], ids=[*RUNS, "several"]
 )
 def test_few_graphs_with_the_same_numbers(said, keep, cases, graphs):
-    """Over three buckets and two text lengths: one graph, another for the last block, and both again for texts of
+    """Over three buckets and text lengths: one graph, another for the last block, and both again for texts of
     different lengths. `aot_eager` runs the traced operations as they are, so nothing may differ."""
     denoiser, adapter = small(torch.float32)
     expected = results(denoiser, adapter, cases)
@@ -99,7 +99,7 @@ def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkey
     """And the graphs that there are stay in use."""
     monkeypatch.setattr("train.model.execution.MAX_GRAPHS", 2)
     denoiser, adapter = small(torch.float32)
-    cases = [ONE[0], SEVERAL[1], ONE[1], SEVERAL[1]]
+    cases = [ONE[0], SEVERAL[1], case(8, 8, [11], (8, 8)), SEVERAL[1]]
     expected = results(denoiser, adapter, cases)
     run_with(denoiser, Compiled(RUNS["nothing"], said.append, backend="aot_eager"))
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -107,7 +107,7 @@ def test_kinds_of_batches_beyond_the_limit_are_computed_as_they_are(said, monkey
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     assert counters["stats"]["unique_graphs"] == 2
     assert [line for line in said if "without torch.compile" in line] == [
-        "a kind of batch is computed without torch.compile: 2 graphs are made already"
+        "a kind of batch runs without torch.compile, because there are already 2 graphs"
     ]
 
 

@@ -169,11 +169,11 @@ class Counting(ExtraModule):
 
 HERE = "tests.train.model.test_extra"
 WRONG_NODES = {
-    f"{HERE}.Loud": "does not begin as the identity",
+    f"{HERE}.Loud": "does not start as the identity",
     f"{HERE}.Counting": "has the buffer 'calls', which would not be saved",
     f"{HERE}.Missing": "cannot be imported",
-    "os.system": "is no subclass of train.model.extra.ExtraModule",
-    "torch.nn.Linear": "is no subclass of train.model.extra.ExtraModule",
+    "os.system": "must be a subclass of train.model.extra.ExtraModule",
+    "torch.nn.Linear": "must be a subclass of train.model.extra.ExtraModule",
 }
 
 
@@ -188,9 +188,11 @@ def test_wrong_names_are_answered_with_the_right_one(tiny_model_dir):
     for name in "keys", "training":
         with pytest.raises(InputError, match=rf"adapter.modules: the name {name} is taken .*: choose another"):
             attach_extras(denoiser, [], {name: STE["ste"]})
-    with pytest.raises(InputError, match="names 'norm_uot', which is no module with weights: did you mean 'norm_out'"):
+    with pytest.raises(
+        InputError, match="names 'norm_uot', which is not a module with weights: did you mean 'norm_out'"
+    ):
         attached(denoiser, ["norm_uot"])
-    with pytest.raises(InputError, match=r"takes all of adapter\.target_modules"):
+    with pytest.raises(InputError, match=r"covers all of adapter\.target_modules"):
         attach_lora(denoiser, 4, 4, ["proj_out"], train_modules=["proj_out"])
 
 

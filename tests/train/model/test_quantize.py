@@ -363,17 +363,15 @@ def test_compiled_without_a_break(in_8_bits, weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keep", "backend", "tolerance"), [("products", "aot_eager", 0), ("all", "inductor", 2e-2)])
-def test_compiled_blocks(said, in_8_bits, keep, backend, tolerance):  # noqa: F811
-    """The real compiler sums in another order (float32: 1e-6), and where a number lies between two of 8 bits that may tip it, by
-    1/127 of its row's largest; which ones tip differs from one machine, and one compilation, to the next (seen: up to 1.1e-2)."""
+def test_compiled_blocks(said, in_8_bits):  # noqa: F811
+    """`aot_eager` runs the traced operations as they are, so nothing may differ. The real compiler is the GPU tests' matter."""
     denoiser, adapter = quantised("int8")
     expected = results(denoiser, adapter, ONE[:1])
-    run_with(denoiser, Compiled(RUNS[keep], said.append, backend=backend))
+    run_with(denoiser, Compiled(RUNS["products"], said.append, backend="aot_eager"))
     actual = results(denoiser, adapter, ONE[:1])
     assert len(said) == 2
     assert all(line.startswith("compiled a block in ") for line in said), said
-    assert max(error(mine, theirs.double()) for mine, theirs in zip(actual, expected, strict=True)) <= tolerance
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -433,8 +431,8 @@ def test_where_products_are_in_8_bits(monkeypatch):
         assert formats == expected
         assert not any(has_products(cuda, stored, F32) for stored in STORED.values())
     assert "multiplied in 8 bits" in describe_products("fp8", cuda, BF16)
-    assert "widened to float32" in describe_products("fp8", cuda, F32)
-    assert "widened to bfloat16" in describe_products("int8", CPU, BF16)
+    assert "dequantised to float32" in describe_products("fp8", cuda, F32)
+    assert "dequantised to bfloat16" in describe_products("int8", CPU, BF16)
 
 
 def test_a_missing_package_gets_a_sentence(monkeypatch):

@@ -149,7 +149,7 @@ def test_launches_that_agree_are_taken():
             "parallel.zero_options takes its keys one by one: +parallel.zero_options.NAME=VALUE",
         ),
         ("+parallel.zero_options.stage=2", "parallel.zero_options has stage, which parallel=NAME decides"),
-        ("train.device=cuda:3", "train.device must be cpu or null (what there is), got 'cuda:3'"),
+        ("train.device=cuda:3", "train.device must be cpu or null (automatic), got 'cuda:3'"),
         ("parallel=zero4", "there is no configs/parallel/zero4.yaml: did you mean parallel=zero"),
     ],
 )
@@ -161,7 +161,7 @@ def test_wrong_parallel_settings(override, message):
 
 def test_accumulation_and_global_batch_contradict_each_other():
     with pytest.raises(
-        InputError, match=r"grad_accum_steps=4 and train\.global_batch_size=16 both say how many forwards"
+        InputError, match=r"grad_accum_steps=4 and train\.global_batch_size=16 both set the number of forward passes"
     ):
         compose(["+exp=lbm_2511", "data.dataset=x", "train.grad_accum_steps=4"])
 

@@ -53,7 +53,7 @@ def assert_stopped_and_continued(settings: list[str], run_dir: Path, whole: Path
     assert 0 < done < STEPS
     assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
     again = run_script(*settings, f"run_dir={run_dir}")
-    assert f"continuing from {run_dir}/checkpoints/step-{done:06d}" in again.stderr
+    assert f"resuming from {run_dir}/checkpoints/step-{done:06d}" in again.stderr
     assert metrics(run_dir) == metrics(whole)
     assert adapter_bytes(run_dir, STEPS) == adapter_bytes(whole, STEPS)
 
@@ -102,9 +102,7 @@ def test_sigterm_to_accelerate_loses_nothing(settings, whole, tmp_path):
         process.wait()
         wait_until(lambda: not runs(trainer))
     said = (tmp_path / "errors").read_text()
-    assert (
-        f"stopped by the end of its launcher after step {steps(tmp_path / 'run')}: the same command continues" in said
-    )
+    assert f"stopped by the end of its launcher after step {steps(tmp_path / 'run')}: the same command resumes" in said
     assert_stopped_and_continued(settings, tmp_path / "run", whole)
 
 
@@ -121,7 +119,7 @@ def test_the_launcher_passes_the_wish_on_and_waits(settings, whole, tmp_path, nu
         assert trainers(os.getpid()) == []
     lines = (tmp_path / "errors").read_text().splitlines()
     assert lines[-1].startswith(
-        f"stopped by the launcher after step {steps(tmp_path / 'run')}: the same command continues"
+        f"stopped by the launcher after step {steps(tmp_path / 'run')}: the same command resumes"
     )
     assert_stopped_and_continued(settings, tmp_path / "run", whole)
 

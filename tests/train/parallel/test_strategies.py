@@ -270,13 +270,13 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_continues_exactly(setti
     shutil.copytree(broken, tmp_path / "other")
 
     done = launch(2, *command(broken))
-    assert done.stderr.count("continuing from") == 1
+    assert done.stderr.count("resuming from") == 1
     assert metrics(broken) == metrics(whole), f"seed {seed}"
     assert adapter_bytes(broken, 14) == adapter_bytes(whole, 14), f"seed {seed}"
     files = {path.name for path in (broken / "checkpoints" / "step-000014").iterdir()}
 
     alone = [*settings, *options, "parallel=single", *cut_settings((1, 4)), f"run_dir={tmp_path}/other"]
-    assert "continuing from" in run_script("train/run.py", *alone).stderr
+    assert "resuming from" in run_script("train/run.py", *alone).stderr
     assert_same_training(tmp_path / "other", whole, 14, rel=1e-5)
     assert {path.name for path in (tmp_path / "other" / "checkpoints" / "step-000014").iterdir()} == files
 

@@ -131,7 +131,7 @@ def test_one_gpu_and_eight_train_the_same_batch(real_model):
     assert {n: plan.samples_per_step for n, plan in plans.items()} == {2: 8, 8: 2}
     assert "global batch 16 = 1 sample x 8 accumulated x 2 GPUs" in plans[2].render()
     assert "global batch 16 = 1 sample x 2 accumulated x 8 GPUs" in plans[8].render()
-    with pytest.raises(InputError, match=r"global_batch_size=16 is no multiple of .* 1 x 3 = 3: choose a multiple"):
+    with pytest.raises(InputError, match=r"global_batch_size=16 is not a multiple of .* 1 x 3 = 3: choose a multiple"):
         plan_real(real_model, "H100", "parallel=ddp", world_size=3)
 
 

@@ -148,7 +148,7 @@ def test_a_damaged_one_gives_way(adapter, tmp_path, capsys, name, damage):
     assert found.step == 1
     warning = capsys.readouterr().err
     assert f"step-000002/{name} is damaged or missing" in warning
-    assert "trying the one before" in warning
+    assert "trying the previous one" in warning
 
 
 def test_all_damaged_is_an_error(adapter, tmp_path):
@@ -244,6 +244,6 @@ def test_best_is_the_lowest_of_a_distance(adapter, tmp_path):
         checkpoints.judge(step, {"validation/steps_4/lpips": score})
     assert checkpoints.best() == {"step": 1, "name": "validation/steps_4/lpips", "value": 0.3}  # step 0 has none
     with pytest.raises(
-        InputError, match=r"best_by=validation/steps_4/lpips is no number .* it has validation/steps_1/psnr"
+        InputError, match=r"best_by=validation/steps_4/lpips is not a number .* It reports validation/steps_1/psnr"
     ):
         checkpoints.judge(0, {"validation/steps_1/psnr": 20.0})

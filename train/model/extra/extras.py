@@ -52,8 +52,8 @@ class Extras:
 
         Args:
             tensors: the weights that are to be in it, by the names of `parameters`.
-            metadata: of the adapter.
-            dtype: of the file.
+            metadata: metadata of the adapter.
+            dtype: data type of the file.
         """
         if not self.parameters:
             return
@@ -73,8 +73,8 @@ class Extras:
             if mine is None or mine.shape != tensor.shape:
                 key = "adapter.modules" if name.startswith(ADDED) else "adapter.train_modules"
                 raise InputError(
-                    f"{weights.file} has {name} of shape {tuple(tensor.shape)}, which {key} leaves out or makes otherwise: set "
-                    "it as that adapter was trained"
+                    f"{weights.file} has {name} of shape {tuple(tensor.shape)}, which {key} leaves out or gives another shape: "
+                    "set it as in that adapter's training"
                 )
             mine.copy_(tensor)
 
@@ -90,7 +90,7 @@ class ExtraWeights:
 
     @property
     def in_full(self) -> dict[str, Tensor]:
-        """Of the transformer."""
+        """The transformer's weights that are trained in full."""
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(ADDED)}
 
     @property
@@ -111,7 +111,7 @@ class ExtraWeights:
             wanted = {key: tuple(each.shape) for key, each in module.state_dict().items()}
             if wanted != {key: tuple(each.shape) for key, each in own.items()}:
                 raise InputError(
-                    f"{self.file}: the module {name} has other weights than its class {node['_target_']} here: use the "
+                    f"{self.file}: the module {name} has different weights from its class {node['_target_']} here: use the "
                     "version that it was trained with, and the same base model"
                 )
             module.load_state_dict(own)
@@ -124,7 +124,7 @@ def attach_extras(denoiser: Denoiser, train_modules: Sequence[str], modules: Nod
 
     Args:
         denoiser: loaded with the same `train_modules`, and with LoRA attached to what is not among them.
-        seed: of added modules' first weights.
+        seed: random seed of added modules' first weights.
 
     Raises:
         InputError: a name matches nothing, or an added module cannot be built or named so.

@@ -21,17 +21,17 @@ class ExtraModule(nn.Module):
     """The base class of a module that is trained beside LoRA.
 
     The configuration names it: `adapter.modules={NAME: {_target_: my_package.MyModule, argument: value}}`. It is called in every
-    forward pass of the transformer, after `img_in`; several are called one after the other. It must
+    forward pass of the transformer, after `img_in`. Several modules are called one after the other. A module must
 
-    - begin as the identity: before it has learned something it returns the tokens that it is given, bit for bit. Let its last
-      layer begin at zero. This is checked.
-    - treat each sample of a batch by itself, and draw nothing.
-    - use all its parameters in every forward pass, whatever the scene. All are trained, in float32; inside `forward` they are
-      read in the dtype of the tokens. What must not be trained is a buffer that is not persistent.
-    - be importable by its name wherever the adapter is used: its class is no part of the file.
+    - start as the identity: before training, it returns its tokens unchanged, bit for bit. Initialise its last layer with zeros.
+      This is checked.
+    - treat each sample of a batch by itself, and draw no random numbers.
+    - use all its parameters in every forward pass, whatever the scene. All are trained in float32; inside `forward` they are
+      read in the dtype of the tokens. Register what must not be trained as a buffer with persistent=False.
+    - be importable by its name wherever the adapter is used, because the file does not contain its class.
 
     Args:
-        token_width: D, the width of a token, which a run gives.
+        token_width: D, the width of a token, which the run gives.
     """
 
     def __init__(self, token_width: int):
@@ -39,10 +39,10 @@ class ExtraModule(nn.Module):
         self.token_width = token_width
 
     def forward(self, tokens: Tensor, sigma: Tensor, scene: Scene) -> Tensor:
-        """What goes on into the first block.
+        """The tokens for the first block.
 
         Args:
-            tokens: of the picture to be, after `img_in`, (B, h/2 * w/2, D), row by row.
+            tokens: tokens of the picture to be, after `img_in`, (B, h/2 * w/2, D), row by row.
             sigma: position on the path in [0, 1], 1 = start, (B,), float32.
             scene: source, white and mask, (B, …, h, w), in the dtype of the tokens.
 
@@ -61,8 +61,8 @@ class SpatialTemporalEncoder(ExtraModule):
 
     Args:
         token_width: D.
-        hidden: channels of the network, a multiple of 8.
-        depth: residual layers; with n of them a cell sees n + 1 cells of 16 pixels in each direction.
+        hidden: number of channels of the added network, a multiple of 8.
+        depth: number of residual layers. With n layers, a cell of 16 pixels sees n + 1 cells in each direction.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -98,7 +98,7 @@ class SpatialTemporalEncoder(ExtraModule):
 
 
 def places(grid: Tensor) -> Tensor:
-    """Of each cell's middle the place in the picture, down and across in (-1, 1): (B, C, h, w) -> (B, 2, h, w)."""
+    """Position of each cell's middle in the image, down and across in (-1, 1): (B, C, h, w) -> (B, 2, h, w)."""
     axes = [(2 * torch.arange(n, device=grid.device) + 1) / n - 1 for n in grid.shape[-2:]]
     both = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return both.to(grid.dtype).expand(len(grid), -1, -1, -1)
@@ -136,9 +136,9 @@ def build_module(where: str, node: Mapping[str, Any], token_width: int, seed: in
     try:
         kind = resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{where} is of {target}, which cannot be imported ({error}): put it on PYTHONPATH") from error
+        raise InputError(f"{where} names {target}, which cannot be imported ({error}): put it on PYTHONPATH") from error
     if not (isinstance(kind, type) and issubclass(kind, ExtraModule)):
-        raise InputError(f"{where}: {target} is no subclass of train.model.extra.ExtraModule, which it must be")
+        raise InputError(f"{where}: {target} must be a subclass of train.model.extra.ExtraModule")
     digest = hashlib.blake2b(f"{seed}/{where}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(digest) >> 1)
@@ -171,6 +171,6 @@ def check_identity(where: str, module: ExtraModule) -> None:
             raise InputError(f"{where}: {type(module).__name__} failed on a small scene: {error}") from error
         if not torch.equal(returned, tokens):
             raise InputError(
-                f"{where}: {type(module).__name__} does not begin as the identity, and would change what the model can do "
-                "before it has learned anything: let its last layer begin at zero"
+                f"{where}: {type(module).__name__} does not start as the identity, so it would change the model's output "
+                "before any training: initialise its last layer with zeros"
             )

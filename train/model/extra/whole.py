@@ -31,7 +31,7 @@ def trained_modules(dit: nn.Module, train_modules: Iterable[str]) -> list[str]:
             valid = sorted({_in_block(name) for name in names} | {name.rsplit(".", 1)[-1] for name in names})
             nearest = difflib.get_close_matches(wanted, valid, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"adapter.train_modules names {wanted!r}, which is no module with weights: did you mean {nearest!r}?"
+                f"adapter.train_modules names {wanted!r}, which is not a module with weights: did you mean {nearest!r}?"
             )
         matched |= hits
     return [name for name in names if name in matched]
@@ -78,7 +78,7 @@ def keep_in_float32(root: nn.Module, names: Iterable[str], dtype: torch.dtype, d
     """From now on these parameters of a module are trained in float32, and read in another dtype.
 
     Args:
-        names: of parameters.
+        names: names of parameters.
         dtype: in which they are read.
         device: where they are.
     """

@@ -34,7 +34,7 @@ class Kronecker:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the product, (out, in)."""
+        """Shape of the product, (out, in)."""
         return len(self.left[0]) * len(self.right[0]), self.left[-1].shape[1] * self.right[-1].shape[1]
 
     @property

@@ -199,7 +199,7 @@ def low_rank_linear_backward(
     """The gradients of `low_rank_linear`'s trained weights, summed over tokens in float32, and of its input.
 
     Args:
-        gradients: of each y_i, (…, out_i).
+        gradients: gradients of each y_i, (…, out_i).
         rounded, row_scales: of each the gradient times the weight's scale, in 8 bits; empty for products with widened weights.
         ups: in x's dtype.
         input_gradient: whether the gradient of x is wanted.

@@ -102,7 +102,7 @@ def load_cube(path: Path) -> tuple[str, ImageFilter.Color3DLUT]:
     lines = [line for line in lines if line and not line.startswith("#")]
     header = {key: value for key, _, value in (line.partition(" ") for line in lines if line[0].isalpha())}
     if "LUT_3D_SIZE" not in header:
-        raise InputError(f"{path} is no three-dimensional LUT: it has no line LUT_3D_SIZE")
+        raise InputError(f"{path} is not a three-dimensional LUT: it has no line LUT_3D_SIZE")
     for key, usual in (("DOMAIN_MIN", 0.0), ("DOMAIN_MAX", 1.0)):
         if key in header and _numbers(header[key], path) != [usual] * 3:
             raise InputError(f"{path} has {key} {header[key]}: only a domain from 0 to 1 is supported")
@@ -110,7 +110,7 @@ def load_cube(path: Path) -> tuple[str, ImageFilter.Color3DLUT]:
     rows = [_numbers(line, path) for line in lines if not line[0].isalpha()]
     if not 2 <= size <= LARGEST or len(rows) != size**3 or any(len(row) != 3 for row in rows):
         raise InputError(
-            f"{path} is not a whole LUT: {size} points a side (2 to {LARGEST}) need {size**3} lines of three numbers, "
+            f"{path} is not a complete LUT: {size} points a side (2 to {LARGEST}) need {size**3} lines of three numbers, "
             f"it has {len(rows)} lines"
         )
     name = header.get("TITLE", "").strip(' "') or path.stem.replace("_", " ")

@@ -29,7 +29,7 @@ ON_WHITE = (
     "Make a product picture of the {name} {where}: white background, no shadow",
 )
 LEAST_CONTRAST = 25
-"""Of 255: mean difference between an object and what it covers. Less is camouflage."""
+"""Smallest mean difference, out of 255, between an object and what it covers. Less is camouflage."""
 REFERENCE_STEP = 32
 """Pixels; the sides of a reference picture are multiples of it."""
 
@@ -78,8 +78,8 @@ def put(
 
     Args:
         picture: RGBA.
-        shape: of the frame.
-        rng: of the draws.
+        shape: shape of the frame.
+        rng: random generator of the draws.
         smallest: size of the longest side, as a share of the frame's shortest.
         largest: as `smallest`.
 

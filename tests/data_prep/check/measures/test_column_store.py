@@ -43,8 +43,8 @@ def peak_after(number):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) * 1024
 
-few = peak_after(40_000)
-print((peak_after(150_000) - few) / 110_000)
+few = peak_after(30_000)
+print((peak_after(90_000) - few) / 60_000)
 """
 
 

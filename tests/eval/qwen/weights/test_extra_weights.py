@@ -112,8 +112,10 @@ def test_files_that_do_not_belong_together_are_refused(tiny_model_dir, adapters,
     with pytest.raises(InputError, match=r"is for another model: it has proj_out.weight of shape \(3, 3\)"):
         made(parts, tmp_path, ("both", 1.0))
     save_file({name: each for name, each in tensors.items() if not name.endswith("leave.bias")}, extra, own)
-    with pytest.raises(InputError, match="has other weights than its class"):
+    with pytest.raises(InputError, match="has different weights from its class"):
         made(parts, tmp_path, ("both", 1.0))
     extra.unlink()
-    with pytest.raises(InputError, match=r"was trained with modules beside LoRA, and extra_modules\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"was trained with modules beside LoRA, but their file extra_modules\.safetensors"
+    ):
         made(parts, tmp_path, ("both", 1.0))

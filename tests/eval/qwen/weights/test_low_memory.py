@@ -322,7 +322,7 @@ def test_what_cannot_be_served_is_refused(options, message):
 
 
 def test_contradictions_and_missing_packages_are_refused(gguf_files, monkeypatch):
-    with pytest.raises(InputError, match="gguf and weights=int8 both say"):
+    with pytest.raises(InputError, match="gguf and weights=int8 both set"):
         make_placement("cpu", "float32", weights="int8", gguf=gguf_files["Q8_0"])
     for module in ("eval.request.placement", "train.model.quantize"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)

@@ -168,7 +168,7 @@ def test_what_cannot_be_started_from_is_refused(tiny_model_dir, exported, tmp_pa
     for folder, message in {
         tmp_path / "lora": "is a LoRA adapter, and adapter.kind is lokr: make them the same",
         exported["low"][0]: "has rank 3 in .*, more than the 2 here: set adapter.rank=3",
-        exported["both"][0]: r"has another lokr_w1 in .*: set adapter.rank, decompose_both and decompose_factor as",
+        exported["both"][0]: r"has a different lokr_w1 in .*: set adapter.rank, decompose_both and decompose_factor as",
     }.items():
         with pytest.raises(InputError, match=message):
             adapter.start_from(folder, read_adapter(folder, linear))
