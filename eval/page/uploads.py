@@ -56,18 +56,30 @@ def scaled_in(path: Path, limits: Limits, folder: Path) -> Path | None:
     """
     opened = _opened(path)
     if opened is None or opened.width * opened.height <= limits.max_image_pixels:
+        if opened and opened.fp:
+            opened.fp.close()
         read_picture(str(path), limits)  # raises in words
         return None
-    in_rows = opened.format in ("JPEG", "MPO") and "progressive" not in opened.info
-    _check(opened, path.name, limits.max_image_pixels * (LARGEST_JPEG if in_rows else LARGEST))
+    handle = opened.fp
     try:
-        small, options = _smaller(opened, limits.max_image_pixels, in_rows)
+        return _scale(opened, path, limits.max_image_pixels, folder)
+    finally:
+        if handle:
+            handle.close()
+
+
+def _scale(opened: ImageFile, path: Path, most: int, folder: Path) -> Path:
+    before = opened.width * opened.height / MEGA
+    in_rows = opened.format in ("JPEG", "MPO") and "progressive" not in opened.info
+    _check(opened, path.name, most * (LARGEST_JPEG if in_rows else LARGEST))
+    try:
+        small, options = _smaller(opened, most, in_rows)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path.name} cannot be read: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=folder)) / path.with_suffix(".jpg" if in_rows else ".png").name
     small.save(place, **options)
-    before, after = (each.width * each.height / MEGA for each in (opened, small))
+    after = small.width * small.height / MEGA
     gr.Info(f"{before:.3g} megapixels were scaled down to {after:.3g}.")
     return place
 
@@ -80,11 +92,11 @@ def _opened(path: Path) -> ImageFile | None:
     for kind in Image.ID:
         factory, accept = Image.OPEN[kind]
         if accept and accept(prefix) is True:
+            file = path.open("rb")
             try:
-                opened = factory(path.open("rb"), path.name)
+                return factory(file, path.name)  # type: ignore[return-value]
             except (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError):
-                continue  # another plugin may know it; as Pillow does
-            return opened  # type: ignore[return-value]
+                file.close()  # another plugin may know it; as Pillow does
     return None
 
 

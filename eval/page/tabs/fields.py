@@ -217,7 +217,7 @@ def mode_updates(mode: ModeName, asking: Asking, prompt: str | None = None) -> d
     text: dict[str, Any] = {} if prompt is None else {"value": prompt}
     shown = {group: gr.Group(visible=mode in BY_FIELD[name].knob.modes) for name, group in asking.groups.items()}
     return shown | {
-        asking.fields["mode"]: gr.Dropdown(value=mode, info=MODE_HINTS[mode]),
+        asking.fields["mode"]: gr.update(value=mode, info=MODE_HINTS[mode]),
         asking.fields["prompt"]: gr.Textbox(visible=mode != "variation", **text),
     }
 

@@ -1,7 +1,6 @@
 """What a person meets on the page, on a desk and on a telephone: one server for both."""
 
 import re
-import signal
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -11,16 +10,12 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from eval.page.tabs.kept import KEY, PICTURES
 from eval.request.provenance import read_png
-from tests import children
 from tests.browser import (
     PATIENCE,
     choose,
     chromium,
     edit,
-    free_port,
-    results,
     serving,
     shot,
     toast,
@@ -345,69 +340,3 @@ def scale_of(transform: str) -> float:
     found = re.search(r"scale\(([\d.]+)\)", transform)
     assert found, transform
     return float(found[1])
-
-
-def test_a_restart_of_the_server_leaves_the_form_as_it_was(browser, folder, arguments, source):
-    """With a password now: it is not kept, and neither are pictures."""
-    port, contexts, pages = free_port(), {}, {}
-    saved = """(() => { const made = Object.assign; Object.assign = (...all) => {
-        const one = made(...all); if (one && "negative_prompt" in one) window.saved = one; return one; }; })()"""
-    with serving(folder / "before.log", *arguments, port=port) as (process, _):
-        for width, options in WIDTHS.items():
-            contexts[width] = browser.new_context(**options)
-            contexts[width].add_init_script(saved)
-            page = pages[width] = visit(contexts[width], port)
-            fill(page, source, width)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(children.PATIENCE) == 0
-    secret = [*arguments, "--auth", "anna:se-cret"]
-    with serving(folder / "after.log", *secret, port=port):
-        for width, page in pages.items():
-            page.goto(f"http://127.0.0.1:{port}/")
-            page.get_by_label("Username").fill("anna")
-            page.get_by_label("Password").fill("se-cret")
-            page.get_by_role("button", name="Login").click()
-            expect(page.locator("#run")).to_be_visible()
-            check_restored(page, width)
-            shot(page, f"restored-{width}")
-            contexts[width].close()
-    assert results(folder / "out") != []
-
-
-def fill(page: Page, source: Path, width: str) -> None:
-    upload(page, source)
-    page.fill("#instruction textarea", f"Kept on the {width} screen.")
-    choose(page, "#mode", "Image to image")
-    page.fill("#strength input[type=number]", "0.35")
-    page.press("#strength input[type=number]", "Tab")
-    choose(page, "#adapter", "flow/step-000002")
-    page.click("#new-seed")
-    open_sampling(page)
-    page.fill("#steps input", "7")
-    choose(page, "#shape", "Exact size")
-    page.fill("#width input", "96")
-    page.fill("#height input", "64")
-    page.press("#height input", "Tab")
-    expect(page.locator("#seed input")).not_to_have_value("0")
-    page.wait_for_function("window.saved && saved.height === 64 && saved.seed > 0")
-    page.seed = page.input_value("#seed input")
-    kept = page.evaluate("window.saved")
-    assert not set(PICTURES) & set(kept)
-    assert "stripes" not in str(kept)
-
-
-def check_restored(page: Page, width: str) -> None:
-    expect(page.locator("#instruction textarea")).to_have_value(f"Kept on the {width} screen.")
-    expect(page.locator("#mode input")).to_have_value(re.compile("Image to image"))
-    expect(page.locator("#strength input[type=number]")).to_be_visible()  # this mode's
-    expect(page.locator("#strength input[type=number]")).to_have_value("0.35")
-    expect(page.locator("#adapter input")).to_have_value("flow/step-000002")
-    expect(page.locator("#seed input")).to_have_value(page.seed)
-    expect(page.locator("#source img")).to_have_count(0)
-    expect(page.locator("#first-visit").first).to_be_hidden()
-    open_sampling(page)
-    for field, value in {"steps": "7", "width": "96", "height": "64"}.items():
-        expect(page.locator(f"#{field} input")).to_have_value(value)
-    expect(page.locator("#shape input")).to_have_value("Exact size")
-    assert list(page.evaluate("({...localStorage})")) == [KEY]
-    assert page.evaluate("window.saved") is None or "se-cret" not in str(page.evaluate("window.saved"))
