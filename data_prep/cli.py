@@ -8,11 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from data_prep.errors import InputError, exit_codes
+from data_prep.errors import InputError, Interrupted, exit_codes
 from data_prep.jobs import EngineName
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Cores that this process may use."""
+
+CTRL_C = 130
+"""Exit code of a command that was interrupted."""
 
 OnErrorName = Literal["raise", "skip"]
 
@@ -31,7 +34,10 @@ def run_app(app: typer.Typer) -> None:
         except typer.TyperException as error:
             message = getattr(error, "format_message", error.__str__)()
             raise InputError(f"{message.rstrip('.')}; --help says more") from None
-    if code == 130:  # typer's answer to Ctrl-C
+        except Interrupted as interruption:
+            print(f"interrupted: {interruption}", file=sys.stderr)
+            raise SystemExit(CTRL_C) from None
+    if code == CTRL_C:  # typer's answer to it
         print("interrupted: the same command continues where it was", file=sys.stderr)
     raise SystemExit(code or 0)
 

@@ -16,6 +16,10 @@ class BadPrompt(InputError):
     """An instruction that the text encoder cannot take; the other rows are not concerned."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C ended something that does not go on where it was. The message says what is left of it."""
+
+
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
 """What torch says when the CPU's allocator fails, on Linux and elsewhere, and when pinned memory cannot be had."""
 

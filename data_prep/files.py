@@ -1,6 +1,7 @@
 """Files that are either whole or not there, whatever kills the process that writes them."""
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,6 +29,29 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, which must not be there yet: yields a temporary one beside it.
+
+    Raises:
+        InputError: it is there.
+    """
+    if path.exists():
+        raise InputError(f"{path} is there already: name a folder that is not, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync(file)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,10 +84,13 @@ def make_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes temporary files of `atomic_file` that are too old to be somebody's."""
+    """Deletes what `atomic_file` and `atomic_folder` left that is too old to be somebody's."""
     for path in folder.glob(".*.tmp"):
         if time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -18,9 +18,11 @@ import typer
 
 from data_prep.cli import run_command
 from data_prep.files import make_folder
-from eval.page.limits import Limits, check_exposure, check_port, parse_auth
+from eval.page.limits import Limits, api_key_for, check_exposure, check_port, parse_auth
 from eval.request.knobs import AdapterUse
+from eval.request.lookup import find_model
 from eval.request.options import ModelOptions, PlaceOptions, with_options
+from eval.request.provenance import model_name
 
 PORT = 7999
 
@@ -68,6 +70,17 @@ def app(
         int, typer.Option(help="Largest area that an upload keeps, in pixels. Larger images are scaled down.")
     ] = Limits.max_image_pixels,
     max_count: Annotated[int, typer.Option(help="Largest number of images per edit.")] = Limits.max_count,
+    api: Annotated[
+        bool, typer.Option("--api", help="Also serve OpenAI's POST /v1/images/edits, beside the page.")
+    ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Key that the API asks for. Set it by the variable to keep it out of the process list.",
+            envvar="APP_API_KEY",
+            show_default="a random key, printed at the start",
+        ),
+    ] = None,
     preload: Annotated[
         bool, typer.Option("--preload", help="Load the model and the selected adapter before the page opens.")
     ] = False,
@@ -78,15 +91,17 @@ def app(
     """
     limits = Limits(max_upload_mb, max_image_pixels, max_count)
     login = parse_auth(auth)
+    key = api_key_for(api_key) if api else None
     check_exposure(host, share, login)
     check_port(host, port)
     make_folder(out)
     from eval.bases.auto import open_model
+    from eval.page.api.routes import Api
     from eval.page.server import Address, make_studio, read_examples, serve  # seconds of imports, after the checks
     from train.record.lookup import checkpoint_folder
 
     placement = place.place()
-    editor, name = open_model(model, placement), Path(model.model or "").name
+    editor, name = open_model(model, placement), model_name(find_model(model.model or ""))
     title = f"{editor.abilities.base} ({name}) on {placement.device}, {placement.numbers['dtype']}"
     studio = make_studio(editor, title, out.resolve(), runs or checkpoint_folder(), limits, adapter)
     studio.examples = read_examples(examples, examples_root) if examples else []
@@ -94,7 +109,9 @@ def app(
         start = time.perf_counter()
         editor.preload([AdapterUse(each.path) for each in studio.adapters() if each.name == adapter])
         print(f"loaded {name} in {time.perf_counter() - start:.1f} s", flush=True)
-    serve(studio, Address(host, port, share, login))
+    if key and not api_key:
+        print(f"The API's key, for as long as this runs: {key}", flush=True)
+    serve(studio, Address(host, port, share, login), Api(studio, key, name) if key else None)
 
 
 if __name__ == "__main__":

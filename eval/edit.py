@@ -20,12 +20,13 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.cli import run_command
-from data_prep.errors import InputError, is_out_of_memory
-from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask
+from data_prep.errors import InputError, Interrupted, is_out_of_memory
+from data_prep.jobs.progress import step_progress
+from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask, open_transparent
 from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, with_options
 from eval.request.provenance import numbered, write_png
 from eval.request.repeat import Repeat, read_repeat
-from eval.request.request import EditRequest
+from eval.request.request import KEEPING, EditRequest
 from eval.tables.command import TableOptions, edit_table
 
 
@@ -64,7 +65,10 @@ def edit(
     if made:
         knobs = made.knobs
         model, place = made.completed(model, place)
-    edit_image(image or [], mask, knobs, made, model, place, out)
+    try:
+        edit_image(image or [], mask, knobs, made, model, place, out)
+    except KeyboardInterrupt:
+        raise Interrupted("the edit is not kept, and the same command begins it again") from None
 
 
 def edit_image(
@@ -90,13 +94,15 @@ def edit_image(
         opened = open_mask(mask) if mask else None
         if mask and opened and images:
             check_mask_shape(opened, images[0], mask)
+        keeping = knobs.get("mode") in KEEPING and image
+        original = open_transparent(image[0]) if keeping else None
         sources = [(path.name, file_digest(path)) for path in [*image, *([mask] if mask else [])]]
     except RejectedImage as error:
         raise InputError(str(error)) from None
     if made:
         made.check_images(images, opened)
     values: dict[str, Any] = {"prompt": "", **knobs}
-    request = EditRequest(images=images, mask=opened, **values)
+    request = EditRequest(images=images, mask=opened, original=original, **values)
     from eval.bases.auto import open_model  # torch, after all that
 
     editor = open_model(model, place.place())
@@ -106,7 +112,8 @@ def edit_image(
     if made:
         made.check_models(editor.identity(request), editor.folder)
     try:
-        results = editor.edit(request, show_step)
+        with step_progress("steps") as show_step:
+            results = editor.edit(request, show_step)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -142,12 +149,6 @@ def check_kept(out: Path, count: int, inputs: list[Path]) -> None:
                 raise InputError(
                     f"--out {out} would overwrite {source}, which the edit is made of: choose another name"
                 )
-
-
-def show_step(done: int, total: int) -> None:
-    """Counts steps on a terminal."""
-    if sys.stderr.isatty():
-        print(f"step {done} of {total}", end="\r" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

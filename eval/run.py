@@ -109,10 +109,13 @@ class RowOptions:
         """Before anything is read.
 
         Raises:
-            InputError: no ground truth is named, or two are.
+            InputError: no ground truth is named, or two are, or an option is for the other kind.
         """
         if bool(self.dataset) == bool(self.sources and self.targets) or bool(self.sources) != bool(self.targets):
             raise InputError("give the ground truth with --dataset, or with the two folders --sources and --targets")
+        unread = given_options(replace(self, sources=None, targets=None, num_rows=None, on_error=RowOptions.on_error))
+        if self.sources and unread:
+            raise InputError(f"{', '.join(unread)} is only for --dataset: leave it out with --sources and --targets")
 
     def read(self, seed: int) -> tuple[list[Row], str | None]:
         """The rows, as far as they are wanted, and what is to be said of rows that may not be held out.
@@ -288,9 +291,13 @@ class PublishOptions:
         """Finds what would prevent it, before anything is computed. The card, if there is to be one.
 
         Raises:
-            InputError: no adapter, no licence, another's card, or no hub.
+            InputError: no adapter, no licence, another's card, no hub, or what nothing is published with.
         """
         if not (self.publish_card or self.push_to):
+            if given := given_options(replace(self, title=PublishOptions.title, wandb=None)):
+                raise InputError(
+                    f"{', '.join(given)} is only for a model card: add --publish-card or --push, or leave it out"
+                )
             return None
         if not adapters:
             raise InputError("--publish-card and --push describe an adapter: give one with --adapter")

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from data_prep.errors import InputError, exit_codes
+from data_prep.model.editions import EDITIONS, FIRST, PLUS
 
 SHIPPED = Path(__file__).parent / "tiny"
 SPECIAL_TOKENS = [
@@ -171,6 +172,12 @@ def write_random_transformer(folder: Path, seed: int) -> None:
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
+def write_index(folder: Path, pipeline: str) -> None:
+    """`model_index.json`, whose class says which edition of Qwen-Image-Edit the directory holds."""
+    index = json.loads(shipped("model_index.json").read_text(encoding="utf-8"))
+    write_json(folder / "model_index.json", index | {"_class_name": pipeline})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -182,6 +189,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Random seed for the text encoder's weights.")
     parser.add_argument(
         "--random-transformer", action="store_true", help="Write a random transformer instead of the trained one."
+    )
+    parser.add_argument(
+        "--pipeline",
+        choices=list(EDITIONS),
+        default=PLUS.pipeline,
+        help=f"Pipeline class for model_index.json. {FIRST.pipeline} is the first Qwen-Image-Edit, with another template.",
     )
     args = parser.parse_args()
 
@@ -195,7 +208,7 @@ def main() -> None:
     shutil.copytree(args.out / "tokenizer", args.out / "processor", dirs_exist_ok=True)
     copy_shipped("preprocessor_config.json", args.out / "processor" / "preprocessor_config.json")
     copy_shipped("scheduler_config.json", args.out / "scheduler" / "scheduler_config.json")
-    copy_shipped("model_index.json", args.out / "model_index.json")  # last: a directory with an index is complete
+    write_index(args.out, args.pipeline)  # last: a directory with an index is complete
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

@@ -13,13 +13,14 @@ from typer.main import get_command
 from data_prep.run import COMMANDS
 from eval.app import app
 from eval.edit import edit
+from eval.export import merge
 from eval.run import score
 from tests.commands import ROOT
 from train.config.keys import all_keys
 
 FUNCTIONS = {
     **{f"data_prep/run.py {name}": import_module(module).command for name, (module, _) in COMMANDS.items()},
-    **{"eval/edit.py": edit, "eval/run.py": score, "eval/app.py": app},
+    **{"eval/edit.py": edit, "eval/run.py": score, "eval/app.py": app, "eval/export.py merge": merge},
 }
 SOURCES = [file for floor in ("data_prep", "train", "eval", "scripts") for file in sorted((ROOT / floor).rglob("*.py"))]
 """Where options are declared, also those of parsers that are only made when a command runs."""

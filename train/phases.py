@@ -23,6 +23,7 @@ from data_prep.cache.writer import build_cache
 from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.model.directory import ModelDirectory
+from data_prep.model.editions import FIRST, PLUS
 from data_prep.model.encoders import load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry
 from data_prep.rows.rows import RejectedRow, Row
@@ -400,6 +401,11 @@ def run(config: Config) -> int:
     if newest:
         check_settings(config, newest)  # before an hour of caching
     processes = Processes.start(config.train.device)
+    if model.edition is FIRST and config.data.vision_pixels == PLUS.vision_pixels:
+        processes.say(
+            f"note: {FIRST.pipeline} was trained with images of {FIRST.vision_pixels} pixels for the text encoder, and "
+            f"data.vision_pixels={PLUS.vision_pixels} is for 2509 and 2511: set data.vision_pixels={FIRST.vision_pixels}"
+        )
     if newest:
         check_identity(newest, read_run(newest), known_identity(config, model, processes.world_size))
     plan = None

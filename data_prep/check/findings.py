@@ -15,13 +15,15 @@ ERRORS = {
     "file": "a file cannot be used",
     "shift": "the target is moved against its source: the model would learn to move pictures",
     "zoom": "the target is larger or smaller than its source: the model would learn to zoom",
-    "identical": "source and target are the same: there is nothing to learn",
+    "turned": "the target is turned or mirrored against its source: the model would learn to turn pictures",
+    "identical": "source and target are the same picture, perhaps saved again: there is nothing to learn",
     "mask_polarity": "the mask is white where the picture changes; white means background to preserve",
     "mask_white": "the mask is white all over: nothing may change",
     "leak": "a training row shows what is held out",
 }
 """Rows that must be fixed."""
 WARNINGS = {
+    "nearly_identical": "source and target can hardly be told apart: is there an edit to learn?",
     "duplicate": "the same pictures and prompt as another row",
     "near_duplicate": "nearly the same pictures as another row with this prompt",
     "mask_black": "the mask is black all over: there is no background to preserve",
@@ -31,10 +33,10 @@ WARNINGS = {
     "aspect": "a very long picture",
     "cropped": "the source has another aspect than the target, and is cropped to it",
     "upscaled": "the source is much smaller than the target that is trained, and is enlarged",
-    "small": "the target has few pixels: it is trained at its own size, and never enlarged",
+    "small": "the target is small, and is trained so, since nothing is enlarged: use a larger original, or leave the row out",
     "no_source": "no source: text to image, which flow matching trains and Latent Bridge Matching cannot",
     "long_prompt": "a very long prompt",
-    "converted": "a file is not used as it is stored (turned as its EXIF says, or made 8-bit RGB without transparency)",
+    "converted": "a file is not used exactly as it is stored: nothing to do, if what was done to it is right",
 }
 """What somebody should know of, and may be meant."""
 KINDS = {**ERRORS, **WARNINGS}
@@ -118,20 +120,37 @@ def judge(row: Row, measured: dict[str, Any], limits: Limits) -> list[Finding]:
     target, *sources = (Size(*size) for size in measured["sizes"])
     trained = limits.geometry.target_size(target)
     scale = max(trained.height / target.height, trained.width / target.width)
-    if measured["same"]:
-        add("identical", "source and target are the same picture", path=row.image)
-    elif measured["drift"]:
+    _judge_likeness(measured, row, add)
+    if measured["drift"] and measured["alike"] is None:
         _judge_drift(measured["drift"], scale, limits, add)
     if measured["mask"]:
         _judge_mask(measured["mask"], target, row, add)
     if not sources:
         add("no_source", "the row has no edit_image: it is text to image, which only loss=flow trains")
-    _judge_sizes(target, sources, trained, row, limits, add)
+    turned = measured["turn"] in ("90", "270") and "turned" not in limits.ignored  # which says it already
+    _judge_sizes(target, sources, trained, row, limits, add, turned)
     if measured["tokens"] > limits.max_tokens:
         add("long_prompt", f"the prompt has {measured['tokens']} tokens, over {limits.max_tokens}", measured["tokens"])
     for path, conversion in measured["conversions"]:
         add("converted", conversion, path=path)
     return found
+
+
+def _judge_likeness(measured: dict[str, Any], row: Row, add: Any) -> None:
+    match measured["alike"]:
+        case "equal":
+            add("identical", "source and target are the same picture", path=row.image)
+        case "target_saved_again":
+            add("identical", "the target is the source, saved again as a JPEG", path=row.image)
+        case "source_saved_again":
+            message = "the source is the target, saved again as a JPEG: right only if the edit is to undo that"
+            add("nearly_identical", message, path=row.edit_image[row.bridge_image])
+        case "nearly":
+            add("nearly_identical", "source and target differ by no more than faint noise", path=row.image)
+    if turn := measured["turn"]:
+        how = "mirrored" if turn == "mirrored" else f"turned by {turn} degrees clockwise"
+        why = "" if turn == "mirrored" else " (a program may have dropped the EXIF orientation of one)"
+        add("turned", f"the target is {how} against its source: turn one of the files{why}", path=row.image)
 
 
 def _judge_drift(drift: list[float], scale: float, limits: Limits, add: Any) -> None:
@@ -163,9 +182,14 @@ def _judge_mask(mask: dict[str, Any], target: Size, row: Row, add: Any) -> None:
         add("mask_size", f"{width}x{height}, the target is {target.width}x{target.height}", path=row.back_mask)
 
 
-def _judge_sizes(target: Size, sources: list[Size], trained: Size, row: Row, limits: Limits, add: Any) -> None:
+def _judge_sizes(
+    target: Size, sources: list[Size], trained: Size, row: Row, limits: Limits, add: Any, turned: bool
+) -> None:
     if min(target) < limits.min_side:
-        message = f"the target is {target.width}x{target.height}, and one side has under {limits.min_side} pixels"
+        message = (
+            f"{target.width}x{target.height}, a side under {limits.min_side} pixels; it is trained at {trained.width}x"
+            f"{trained.height}"
+        )
         add("small", message, -min(target), row.image)
     for size, path in zip((target, *sources), (row.image, *row.edit_image), strict=True):
         if (aspect := max(size) / min(size)) > limits.max_aspect:
@@ -175,7 +199,7 @@ def _judge_sizes(target: Size, sources: list[Size], trained: Size, row: Row, lim
     source = sources[row.bridge_image]
     skew = abs(math.log(source.width * target.height / (source.height * target.width)))
     pair = f"the source is {source.width}x{source.height}, the target {target.width}x{target.height}"
-    if skew > MAX_CROPPED:
+    if skew > MAX_CROPPED and not turned:
         add("cropped", pair, skew, row.edit_image[row.bridge_image])
     covering = max(trained.height / source.height, trained.width / source.width)
     if covering > 1 / MIN_SCALE:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_ESTIMATED = 600.0
+"""The time left is estimated by what was done in the last so many: a step of a large model may take a minute."""
 
 
 @contextmanager
@@ -32,9 +34,32 @@ def progress(title: str, total: int | None, *, shown: bool = True) -> Iterator[C
         yield _Lines(title, total, console).advance
 
 
+@contextmanager
+def step_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows the steps done, the steps in all and the time left of something that tells its length with its first step, on stderr.
+
+    On a terminal there is a bar from the beginning; in a file there is a line now and then, and none for what is short.
+    What comes before the first step, such as loading a model, does not count for the time left.
+
+    Args:
+        title: what the steps are of, e.g. `steps`.
+
+    Yields:
+        `show(done, total)`: so many steps are done.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _StepLines(title, console).show
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(title, total=None, rate="")
+        yield lambda done, total: bar.update(task, total=total, completed=done)
+
+
 def _bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *left, console=console, speed_estimate_period=SECONDS_ESTIMATED)
 
 
 class _Bar:
@@ -65,3 +90,23 @@ class _Lines:
             seconds = (self.total - self.done) / max(rate, 1e-9)
             of, left = f"/{self.total}", f", {time.strftime('%H:%M:%S', time.gmtime(seconds))} left"
         self.console.print(f"{self.title} {self.done}{of}, {rate:.1f} samples/s{left}", highlight=False, soft_wrap=True)
+
+
+class _StepLines:
+    def __init__(self, title: str, console: Console):
+        self.title, self.console = title, console
+        self.first: tuple[int, float] | None = None
+        """The steps done at the first call, and when that was."""
+        self.last_line = 0.0
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.last_line = (done, now), now
+        if now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        before, since = self.first
+        seconds = (now - since) / (done - before) * (total - done)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds))
+        self.console.print(f"{self.title} {done}/{total}, {left} left", highlight=False, soft_wrap=True)

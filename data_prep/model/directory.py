@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data_prep.errors import InputError
+from data_prep.model.editions import FIRST, PLUS, Edition, edition_of
 from data_prep.model.hub_files import HUB_ID, fetch
 
+INDEX = "model_index.json"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "processor")
 KNOWN = {f"Qwen/{folder.name}": folder for folder in (Path(__file__).parent / "known").iterdir()}
 """Hub id of a published model -> its `config.json` files, in their folders. They say its sizes, and ship with the project."""
@@ -53,7 +55,21 @@ class ModelDirectory:
                 f"{path} is not a model folder: {', '.join(missing)} missing. It must have the layout of "
                 "Qwen/Qwen-Image-Edit-2511"
             )
-        return cls(path)
+        found = cls(path)
+        _ = found.edition
+        return found
+
+    @property
+    def edition(self) -> Edition:
+        """Which Qwen-Image-Edit it is, by `model_index.json`; without one, that of 2509 and 2511.
+
+        Raises:
+            InputError: another pipeline's model.
+        """
+        index = self.path / INDEX
+        if not index.is_file():
+            return PLUS
+        return edition_of(str(_read_json(index).get("_class_name")), self.path)
 
     @property
     def shipped(self) -> bool:
@@ -142,11 +158,20 @@ class ModelDirectory:
         for name, shape in self.shapes(component).items():
             yield name, torch.empty(shape, device=device, dtype=dtype)
 
+    @property
+    def _is_first(self) -> bool:
+        """Also asked of other pipelines' folders."""
+        index = self.path / INDEX
+        return index.is_file() and _read_json(index).get("_class_name") == FIRST.pipeline
+
     def fingerprint(self, *components: str) -> str:
         """Identifies the components' contents: configuration and tokenizer files whole, and of each safetensors file its
-        header and 256 evenly spaced samples, so that 16 GB take less than a second. Paths and dates do not count.
+        header and 256 evenly spaced samples, so that 16 GB take less than a second. Paths and dates do not count. The first
+        Qwen-Image-Edit has the text encoder of the later ones, but not their template, which counts too.
         """
         digest = hashlib.blake2b(digest_size=16)
+        if "text_encoder" in components and self._is_first:
+            digest.update(FIRST.pipeline.encode())
         for component in components:
             files = (file for file in (self.path / component).iterdir() if file.is_file())
             for file in sorted(file for file in files if file.suffix not in NEVER_READ):
@@ -168,7 +193,7 @@ def download(hub_id: str, weights: bool = True) -> Path:
             f"no model at {hub_id}: set model.path to a folder or to a hub id such as Qwen/Qwen-Image-Edit-2511"
         )
     files = "*" if weights else "*.json"
-    return fetch(hub_id, ["model_index.json", *(f"{name}/{files}" for name in COMPONENTS)])
+    return fetch(hub_id, [INDEX, *(f"{name}/{files}" for name in COMPONENTS)])
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLProcessor
 
 from data_prep.errors import BadPrompt, InputError
 from data_prep.model.directory import ModelDirectory
+from data_prep.model.editions import PLUS, Edition
 from data_prep.rows.rows import MAX_SOURCES
 
 SYSTEM = (
@@ -26,7 +27,6 @@ IMAGE_SYSTEM = (
     "and background:"
 )
 """The template for text to image, as Qwen-Image was trained (diffusers' QwenImagePipeline)."""
-PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 DROPPED_TOKENS, DROPPED_IMAGE_TOKENS = 64, 34  # the template up to the user's turn: of an edit, of text to image
 MAX_PROMPT_TOKENS = 4096
 """Most tokens of an instruction: the positions that the transformer has for text and images."""
@@ -134,11 +134,13 @@ class PromptEncoder:
     Args:
         model: transformers' Qwen2_5_VLModel.
         processor: transformers' Qwen2VLProcessor.
+        edition: of Qwen-Image-Edit, which decides on the template.
     """
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: Any, processor: Any, edition: Edition = PLUS):
         self.model = model
         self.processor = processor
+        self.edition = edition
 
     @torch.no_grad()
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
@@ -198,7 +200,12 @@ class PromptEncoder:
         self._check_prompt(prompt)
         if len(images) > MAX_SOURCES:
             raise ValueError(f"an instruction takes up to {MAX_SOURCES} images, got {len(images)}")
-        text = edit_text(prompt, len(images)) if images else TEMPLATE.format(IMAGE_SYSTEM, prompt)
+        if len(images) > self.edition.max_images:
+            raise BadPrompt(
+                f"the first Qwen-Image-Edit ({self.edition.pipeline}) edits one image, got {len(images)}: take "
+                "Qwen-Image-Edit-2509 or 2511 for more"
+            )
+        text = edit_text(prompt, len(images), self.edition) if images else TEMPLATE.format(IMAGE_SYSTEM, prompt)
         return self.processor(text=[text], images=list(images) or None, return_tensors="pt")
 
     def _forward(self, inputs: Sequence[Any], dropped: int) -> Tensor:
@@ -224,9 +231,9 @@ def dropped_tokens(images: Sequence[Image.Image]) -> int:
     return DROPPED_TOKENS if images else DROPPED_IMAGE_TOKENS
 
 
-def edit_text(prompt: str, num_images: int) -> str:
-    """The edit template in its multi-image form, which 2509 and 2511 use for a single image too."""
-    return TEMPLATE.format(SYSTEM, "".join(PICTURE.format(i + 1) for i in range(num_images)) + prompt)
+def edit_text(prompt: str, num_images: int, edition: Edition = PLUS) -> str:
+    """The edit template. That of 2509 and 2511 numbers its images, a single one too."""
+    return TEMPLATE.format(SYSTEM, "".join(edition.picture.format(i + 1) for i in range(num_images)) + prompt)
 
 
 def text_encoder_name(stored: str) -> str | None:
@@ -261,4 +268,4 @@ def load_prompt_encoder(
         processor = Qwen2VLProcessor.from_pretrained(directory.path / "processor", local_files_only=True)
     except OSError as error:
         raise InputError(f"{directory.path / 'processor'} is incomplete: {str(error).splitlines()[0]}") from error
-    return PromptEncoder(model.to(device).requires_grad_(False).eval(), processor)
+    return PromptEncoder(model.to(device).requires_grad_(False).eval(), processor, directory.edition)

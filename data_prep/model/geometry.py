@@ -5,9 +5,9 @@ Sizes are height x width in pixels, in multiples of 32: 8 for the VAE, 2 for the
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -94,10 +94,68 @@ class Geometry:
 
     def vision_size(self, size: Size) -> Size:
         """The size at which a reference is shown to Qwen2.5-VL, which was trained on one area: upstream's formula."""
-        aspect = size.width / size.height
-        width = math.sqrt(self.vision_pixels * aspect)
-        height = width / aspect
-        return Size(*(max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in (height, width)))
+        return area_size(size, self.vision_pixels)
+
+    def shaped_size(self, size: Size, aspect: float) -> Size:
+        """The size of a target with another aspect (width over height), and about as many pixels as an image of this size has."""
+        own = self.target_size(size)
+        height = (own.height * own.width / aspect) ** 0.5
+        return bucket_size(Size(round(height), round(height * aspect)), max(self.max_pixels, own.height * own.width))
+
+    def reference_picture(self, image: Image.Image, size: Size) -> Image.Image:
+        """A reference as the VAE is given it, `size` as `reference_size` says."""
+        return fit(image, size)
+
+    def vision_picture(self, image: Image.Image, size: Size) -> Image.Image:
+        """A reference as Qwen2.5-VL sees it, `size` as `vision_size` says."""
+        return stretch(image, size)
+
+
+@dataclass(frozen=True)
+class UpstreamGeometry(Geometry):
+    """Sizes as diffusers' QwenImageEditPlusPipeline has them: targets and references are brought to one area, up or down, and
+    stretched (Lanczos) where their shape is not quite that of a size in multiples of 32."""
+
+    max_pixels: int = 1024 * 1024
+    """Area of a target and of a reference."""
+    kind: Literal["upstream"] = "upstream"
+
+    def target_size(self, size: Size) -> Size:
+        """That of the area, with about the image's aspect."""
+        return area_size(size, self.max_pixels)
+
+    def reference_size(self, size: Size) -> Size:
+        """As a target."""
+        return area_size(size, self.reference_pixels or self.max_pixels)
+
+    def source_follows(self, source: Size, target: Size) -> bool:
+        """Never: every reference has a size of its own."""
+        return False
+
+    def shaped_size(self, size: Size, aspect: float) -> Size:
+        """That of the area, with about the aspect."""
+        return area_size(Size(1000, round(1000 * aspect)), self.max_pixels)
+
+    def reference_picture(self, image: Image.Image, size: Size) -> Image.Image:
+        """Stretched, nothing is cropped."""
+        return image.resize((size.width, size.height), Image.Resampling.LANCZOS)
+
+    def vision_picture(self, image: Image.Image, size: Size) -> Image.Image:
+        """As for the VAE."""
+        return self.reference_picture(image, size)
+
+
+def make_geometry(values: Mapping[str, Any]) -> Geometry:
+    """The geometry that `asdict` made these values of."""
+    return UpstreamGeometry(**values) if "kind" in values else Geometry(**values)
+
+
+def area_size(size: Size, pixels: int) -> Size:
+    """The size in multiples of 32, of about so many pixels, whose aspect is about that of `size`: upstream's formula."""
+    aspect = size.width / size.height
+    width = math.sqrt(pixels * aspect)
+    height = width / aspect
+    return Size(*(max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in (height, width)))
 
 
 def bucket_size(size: Size, max_pixels: int) -> Size:
@@ -131,6 +189,30 @@ def _neighbours(side: float) -> tuple[int, int]:
 def fit(image: Image.Image, size: Size) -> Image.Image:
     """Covers `size` and crops the centre, without stretching (Lanczos): for all that the VAE or a metric sees."""
     return ImageOps.fit(image, (size.width, size.height), method=Image.Resampling.LANCZOS)
+
+
+def fitted_part(image: Size, size: Size) -> tuple[float, float]:
+    """Height and width of the middle of an image that `fit` brings to `size`, in the image's pixels."""
+    return min(image.height, image.width * size.height / size.width), min(
+        image.width, image.height * size.width / size.height
+    )
+
+
+def unfit(image: Image.Image, size: Size) -> Image.Image:
+    """The way back from `fit`: an image that shows the middle of another, at the other's size and place (Lanczos).
+
+    Where `fit` had cropped, the nearest pixels repeat.
+
+    Args:
+        size: of the image that was fitted.
+    """
+    height, width = fitted_part(size, Size.of(image))
+    across = (size.width - width) / 2 * image.width / width  # cropped on each side, in the small image's pixels
+    down = (size.height - height) / 2 * image.height / height
+    columns, rows = math.ceil(across), math.ceil(down)
+    padded = np.pad(np.asarray(image), ((rows, rows), (columns, columns), (0, 0)), mode="edge")
+    box = (columns - across, rows - down, columns + image.width + across, rows + image.height + down)
+    return Image.fromarray(padded).resize((size.width, size.height), Image.Resampling.LANCZOS, box)
 
 
 def fit_mask(mask: Image.Image, size: Size) -> Image.Image:

@@ -121,6 +121,17 @@ def open_cut_out(path: str | Path) -> Image.Image:
     return image.convert("RGBA") if _has_alpha(image) else _to_rgb(image, Path(path)).convert("RGBA")
 
 
+def open_transparent(path: str | Path) -> Image.Image | None:
+    """Reads a picture with its transparency, mode RGBA; None where every pixel is opaque.
+
+    Raises:
+        RejectedImage: as `open_image`.
+    """
+    image = _decode(Path(path), [])
+    rgba = image.convert("RGBA") if _has_alpha(image) else None
+    return None if rgba is None or rgba.getchannel("A").getextrema() == (255, 255) else rgba
+
+
 def check_mask_shape(mask: Image.Image, image: Image.Image, path: Path) -> None:
     """Sizes may differ, shapes may not.
 
@@ -200,7 +211,7 @@ def _conversions(image: Image.Image, path: Path, background: str) -> Iterator[st
     """What is not plain about a decoded file. What its name promises is for people only: it is read all the same."""
     promised = Image.registered_extensions().get(path.suffix.lower())
     if promised not in (None, image.format) and {promised, image.format} != {"JPEG", "MPO"}:
-        yield f"its name says {promised}, it is {image.format}"
+        yield f"its name says {promised}, it is {image.format}, and is read all the same"
     if image.mode == "LAB" or (image.mode == "CMYK" and not image.info.get("icc_profile")):
         yield f"{image.mode} made RGB without colour management"
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -208,7 +219,7 @@ def _conversions(image: Image.Image, path: Path, background: str) -> Iterator[st
     if _has_alpha(image) and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         yield f"transparency laid on {background}"
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        yield "turned as its EXIF says"
+        yield "turned as its EXIF says, as every viewer does"
     if image.format in ANIMATED and getattr(image, "is_animated", False):
         yield "animated: the first frame"
 

@@ -122,7 +122,10 @@ def _read_jsonl(path: Path, check: CheckColumns) -> Iterator[RawRow]:
                     check(list(values), f"{path}, row {number}", complete=False)
                 yield values
             except (json.JSONDecodeError, RecursionError) as error:
-                yield BadRow(f"not JSON: {error}")
+                reason = (
+                    f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+                )
+                yield BadRow(f"not JSON: {reason}")
 
 
 def _object(values: Any) -> RawRow:

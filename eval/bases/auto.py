@@ -7,20 +7,19 @@ import json
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.model.directory import ModelDirectory
+from data_prep.model.directory import INDEX, ModelDirectory
+from data_prep.model.editions import EDITIONS
 from data_prep.model.geometry import Geometry
 from data_prep.model.hub_files import fetch
 from eval.request.base import BaseEditor
 from eval.request.lookup import find_model
 from eval.request.options import ModelOptions
-from eval.request.placement import Placement
+from eval.request.placement import Placement, make_placement
 from eval.request.sizes import NO_LIMITS, SizeLimits
 
-INDEX = "model_index.json"
 QWEN = "qwen-image-edit"
 CLASSES = {
-    "QwenImageEditPipeline": QWEN,
-    "QwenImageEditPlusPipeline": QWEN,
+    **dict.fromkeys(EDITIONS, QWEN),
     "FluxKontextPipeline": "flux-kontext",
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionImg2ImgPipeline": "sd15",
@@ -34,7 +33,7 @@ CLASSES = {
 
 def open_editor(
     model: str,
-    placement: Placement,
+    placement: Placement | None = None,
     geometry: Geometry | None = None,
     depth_model: str | None = None,
     limits: SizeLimits = NO_LIMITS,
@@ -43,7 +42,8 @@ def open_editor(
 
     Args:
         model: a folder, as it is or below `$MODEL_DIR`, or a hub id.
-        placement: where its parts live, and in which numbers.
+        placement: where its parts live, and in which numbers; by default in bfloat16 on a GPU if there is one, else in float32
+            on the CPU.
         geometry: sizes of images; by default what suits the base and the adapter.
         depth_model: for the depth maps of Qwen-Image-Edit; the others have none.
         limits: sizes that take the place of the geometry's.
@@ -51,7 +51,7 @@ def open_editor(
     Raises:
         InputError: there is no such model, it is of another kind, or it cannot be placed like that.
     """
-    model = find_model(model)
+    model, placement = find_model(model), placement or make_placement()
     base = base_of(model)
     if base == QWEN:
         from eval.qwen.editor import Editor

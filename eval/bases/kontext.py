@@ -5,10 +5,11 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry, Size, fit
+from data_prep.model.geometry import Geometry, Size
 from eval.bases.abilities import BASES
 from eval.bases.loading import load_kontext
 from eval.bases.pipeline_editor import Call, PipelineEditor
+from eval.qwen.frame import Frame
 from eval.qwen.modes import result_size
 from eval.request.placement import Placement
 from eval.request.request import EditRequest
@@ -43,7 +44,7 @@ class KontextEditor(PipelineEditor):
         negative = request.negative_prompt if request.negative_prompt.strip() else None
         scale = request.cfg_scale or self.base.cfg_scale
         arguments = {
-            "image": fit(source, self.sizes(request).reference_size(Size.of(source))),
+            "image": Frame.of(request, self.sizes(request).reference_size(Size.of(source))).place(source),
             "prompt": request.prompt,
             "num_inference_steps": request.steps or self.base.steps,
             "height": size.height,
@@ -54,7 +55,7 @@ class KontextEditor(PipelineEditor):
         }
         if negative:
             arguments |= {"negative_prompt": negative, "true_cfg_scale": scale}
-        return Call(arguments, {"cfg_scale": scale}, negative)
+        return Call(arguments, Frame.of(request, size), {"cfg_scale": scale}, negative)
 
     def _ready(self, request: EditRequest, pipeline: Any) -> DiffusionPipeline:
         return pipeline or load_kontext(self.folder, self.placement)

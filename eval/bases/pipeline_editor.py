@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image
 
+from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
 from eval.bases.abilities import Base
 from eval.bases.loading import check_placement, pipeline_folder
 from eval.bases.lora import check_adapter, use_adapters
-from eval.qwen.masks import paste_back
-from eval.qwen.modes import check_request, result_size
+from eval.qwen.frame import Frame
+from eval.qwen.masks import Kept
+from eval.qwen.modes import check_request, keeps_size, result_size
 from eval.request.base import BaseEditor
 from eval.request.knobs import AdapterUse
 from eval.request.metadata import AdapterState, adapter_state, describe_adapters
@@ -38,14 +39,14 @@ class Call:
 
     arguments: dict[str, Any]
     """By the names of the pipeline's `__call__`."""
+    frame: Frame
+    """The part of what it computes that becomes the picture."""
     sampled: dict[str, Any]
     """How it is sampled, in our words, for the result's settings."""
     negative_prompt: str | None = None
     """What guidance leads away from, if anything."""
-    source: Image.Image | None = None
-    """At the result's size: what is kept where the mask is not 255."""
-    mask: Image.Image | None = None
-    """At the result's size."""
+    kept: Kept | None = None
+    """What the edited part is put into."""
 
 
 class PipelineEditor(BaseEditor):
@@ -76,7 +77,9 @@ class PipelineEditor(BaseEditor):
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""
         super().check(request)
-        check_request(request, result_size(request, self.sizes(request)))
+        if request.sizing:
+            raise InputError(f"{self.base.name} has its own sizes: leave out geometry={request.sizing}")
+        check_request(request, Frame.of(request, result_size(request, self.sizes(request))).inner)
         for use in request.adapters:
             check_adapter(use.path, self.base.name)
 
@@ -140,9 +143,9 @@ class PipelineEditor(BaseEditor):
         except BaseException:
             self._pipeline.maybe_free_model_hooks()  # as after a whole edit: nothing stays on the device
             raise
-        image = output.images[0]
-        if call.mask and call.source:
-            image = paste_back(image, call.source, call.mask)
+        image = call.frame.crop(output.images[0])
+        if call.kept:
+            image = call.kept.with_edit(image)
         flagged = getattr(output, "nsfw_content_detected", None)
         if flagged is not None:
             settings["flagged"] = bool(flagged[0])
@@ -151,11 +154,14 @@ class PipelineEditor(BaseEditor):
 
     def _settings(self, request: EditRequest, call: Call) -> dict[str, Any]:
         """Everything but the images and the seed that makes the pictures again, and what made them."""
+        size = call.frame.size
         own = {
+            "computed_size": None if call.frame.is_full else [size.width, size.height],
             "negative_prompt": call.negative_prompt,
             "feather": request.rim if request.mask else None,
             "focus": asdict(request.focus) if request.focus else None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
+            "original_size": keeps_size(request) or None,
         }
         return {
             "notice": NOTICE,

@@ -15,11 +15,12 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpain
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry, Size, fit, fit_mask
+from data_prep.model.geometry import Geometry, Size, fit_mask
 from eval.bases.abilities import BASES
 from eval.bases.loading import changed_to, load_sd15, load_sdxl
 from eval.bases.pipeline_editor import Call, PipelineEditor
-from eval.qwen.modes import edit_mask, result_size
+from eval.qwen.frame import Frame
+from eval.qwen.modes import edit_mask, kept_part, result_size
 from eval.request.placement import Placement
 from eval.request.request import DEFAULT_STRENGTHS, EditRequest
 from eval.request.sizes import NO_LIMITS, SizeLimits
@@ -63,8 +64,9 @@ class StableDiffusionEditor(PipelineEditor):
         return request.steps or self.base.steps
 
     def _call(self, request: EditRequest) -> Call:
-        size = result_size(request, self.sizes(request))
-        source, mask = fit(request.images[0], size), edit_mask(request, size)
+        frame = Frame.of(request, size := result_size(request, self.sizes(request)))
+        source, mask = frame.place(request.images[0]), edit_mask(request, frame.inner)
+        mask = mask and frame.extend(mask)
         negative = request.negative_prompt if request.negative_prompt.strip() else None
         guides = bool(request.prompt.strip() or negative)  # else there is nothing to lead to or away from
         scale = request.cfg_scale or (self.base.cfg_scale if guides else 1.0)
@@ -80,7 +82,8 @@ class StableDiffusionEditor(PipelineEditor):
         if mask:
             arguments |= {"mask_image": _in_cells(mask), "height": size.height, "width": size.width}
         sampled = {"cfg_scale": scale, "strength": strength}
-        return Call(arguments, sampled, negative if scale > 1 else None, source, mask)
+        kept = kept_part(request, frame.inner)
+        return Call(arguments, frame, sampled, negative if scale > 1 else None, kept)
 
     def _ready(self, request: EditRequest, pipeline: Any) -> DiffusionPipeline:
         masked = request.mode in MASK_MODES

@@ -36,6 +36,10 @@ Result = TypeVar("Result")
 logger = logging.getLogger("page")
 
 
+class LineIsFull(InputError):
+    """Too many edits are waiting; one that comes later may have a place."""
+
+
 class Cancelled(Exception):
     """The edit was stopped by the person who asked for it."""
 
@@ -69,7 +73,7 @@ class Jobs:
             counted: whether its steps are told.
 
         Raises:
-            InputError: too many wait.
+            LineIsFull: too many wait.
             Cancelled: while it waits, or from inside the edit.
         """
         job = self._join(session, tab)
@@ -93,7 +97,7 @@ class Jobs:
         job = _Job(session, tab)
         with self._moved:
             if len(self._line) > MAX_WAITING:
-                raise InputError(f"{MAX_WAITING} edits are waiting already: try again later")
+                raise LineIsFull(f"{MAX_WAITING} edits are waiting already: try again later")
             self._line.append(job)
         return job
 
@@ -120,6 +124,12 @@ class Jobs:
         """The same for all of a session: its page was closed."""
         with self._moved:
             self._stop([job for job in self._line if job.session == session])
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the one that has the device."""
+        with self._moved:
+            return max(len(self._line) - 1, 0)
 
     def cancel_all(self) -> None:
         """For the end of the program."""

@@ -1,14 +1,16 @@
 """What the page accepts, and to whom it may be open: checked before anything is decoded, loaded or bound."""
 
 import ipaddress
+import secrets
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.errors import InputError
-from data_prep.rows.images import RejectedImage, open_image
+from data_prep.rows.images import RejectedImage, open_cut_out, open_image
 
 MEGA = 1_000_000
 CANVAS = 800
@@ -42,23 +44,42 @@ class Limits:
         Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, CANVAS * CANVAS)
 
 
+class TooLarge(InputError):
+    """A picture has more pixels than are taken."""
+
+
 def read_picture(path: str, limits: Limits) -> Image.Image:
     """An uploaded picture, upright and RGB.
 
     Raises:
-        InputError: too large, too small, or not a picture; names the file without its folder.
+        TooLarge: it has too many pixels.
+        InputError: too small, or not a picture; names the file without its folder.
     """
+    return _read(path, limits, open_image)
+
+
+def read_alpha(path: str, limits: Limits) -> Image.Image:
+    """How opaque an uploaded picture is, upright and in mode L: 0 where it is transparent, 255 everywhere of one that has no
+    transparency.
+
+    Raises:
+        TooLarge, InputError: as `read_picture`.
+    """
+    return _read(path, limits, open_cut_out).getchannel("A")
+
+
+def _read(path: str, limits: Limits, opened: Callable[[str], Image.Image]) -> Image.Image:
     name = Path(path).name
     try:
         with Image.open(path) as header:  # reads no pixels
             width, height = header.size
         if width * height > limits.max_image_pixels:
             most = f"{limits.max_image_pixels / MEGA:g}"
-            raise InputError(f"{name} has {width * height / MEGA:.1f} megapixels ({width}x{height}); at most {most} go")
-        return open_image(path)
+            raise TooLarge(f"{name} has {width * height / MEGA:.1f} megapixels ({width}x{height}); at most {most} go")
+        return opened(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = f"{limits.max_image_pixels / MEGA:g}"
-        raise InputError(f"{name} has far more pixels than the {most} megapixels that are taken") from None
+        raise TooLarge(f"{name} has far more pixels than the {most} megapixels that are taken") from None
     except RejectedImage as error:
         raise InputError(f"{name}: {error.reason}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -79,6 +100,19 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
     if not (user and password):
         raise InputError("--auth must look like USER:PASSWORD, with both parts")
     return user, password
+
+
+def api_key_for(given: str | None) -> str:
+    """The key that the API asks for: the given one, or one that nobody can guess.
+
+    Raises:
+        InputError: it cannot be sent in a header.
+    """
+    if not given:
+        return secrets.token_urlsafe(24)
+    if not (given.isascii() and given.isprintable()) or " " in given:
+        raise InputError("--api-key must be letters, digits and signs of ASCII, without spaces")
+    return given
 
 
 def check_exposure(host: str, share: bool, auth: tuple[str, str] | None) -> None:

@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_prep.errors import InputError
 from data_prep.rows.rows import Row, read_rows
+from eval.page.api.routes import Api, api_routes
+from eval.page.attempts import Attempts, ThrottledLogin
 from eval.page.jobs import MAX_WAITING
 from eval.page.layout import HEAD, STYLE, build_page, theme
 from eval.page.limits import Limits, is_loopback
@@ -70,8 +72,11 @@ def read_examples(dataset: str, root: str | None) -> list[Example]:
     return [Example(row.edit_image[row.bridge_image], row.prompt) for row in held_out or rows]
 
 
-def serve(studio: Studio, address: Address) -> None:
+def serve(studio: Studio, address: Address, api: Api | None = None) -> None:
     """Serves until Ctrl-C or SIGTERM. Edits that run then end at their next step.
+
+    Args:
+        api: served beside the page, if given.
 
     Raises:
         InputError: the port was taken in the meantime.
@@ -92,7 +97,12 @@ def serve(studio: Studio, address: Address) -> None:
                 max_file_size=studio.limits.max_upload_bytes,
                 allowed_paths=[str(studio.out / FOLDER)],
                 blocked_paths=[str(studio.votes_file)],
-                app_kwargs={"middleware": [Middleware(OwnFilesOnly)], "docs_url": None, "redoc_url": None},
+                app_kwargs={
+                    "middleware": [Middleware(ThrottledLogin, attempts=Attempts()), Middleware(OwnFilesOnly)],
+                    "routes": api_routes(api) if api else [],
+                    "docs_url": None,
+                    "redoc_url": None,
+                },
                 theme=theme(),
                 css_paths=STYLE,
                 head=HEAD,
@@ -110,6 +120,8 @@ def serve(studio: Studio, address: Address) -> None:
         print(f"Open {public or url} in a browser. Pictures and votes go to {studio.out}. Ctrl-C ends.", flush=True)
         if not is_loopback(address.host):
             print("Other machines can reach this page; it asks for the password.", flush=True)
+        if api:
+            print(f"The API is at {(public or url).rstrip('/')}/v1 and asks for its key.", flush=True)
         stopped.wait()
     studio.jobs.cancel_all()
     page.close(verbose=False)

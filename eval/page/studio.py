@@ -1,7 +1,7 @@
 """What all tabs of the page share."""
 
 from abc import ABCMeta
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from gradio.data_classes import ImageData
 from eval.page.jobs import Jobs
 from eval.page.limits import Limits
 from eval.request.base import BaseEditor
+from eval.request.provenance import without_places
+from eval.request.request import EditRequest, EditResult, OnProgress
+from train.model.adapter_files import adapter_file
 from train.record.lookup import FoundAdapter, found_adapters
 
 QUIET: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
@@ -66,6 +69,13 @@ class Studio:
     def adapters(self) -> list[FoundAdapter]:
         """Those that are there now."""
         return found_adapters(self.runs)
+
+    def edit(self, request: EditRequest, on_progress: OnProgress) -> list[EditResult]:
+        """The editor's results, whose settings call models and adapters by their names: what leaves this machine says nothing of
+        its folders."""
+        names = {str(adapter_file(each.path).resolve()): each.name for each in self.adapters()}
+        results = self.editor.edit(request, on_progress)
+        return [replace(each, settings=without_places(each.settings, names)) for each in results]
 
 
 class Unstubbed(ComponentMeta):

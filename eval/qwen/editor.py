@@ -2,9 +2,9 @@
 
 import functools
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.errors import InputError
-from data_prep.model.directory import COMPONENTS, ModelDirectory
+from data_prep.model.directory import COMPONENTS, INDEX, ModelDirectory
+from data_prep.model.editions import Edition
 from data_prep.model.encoders import VAE
-from data_prep.model.geometry import Geometry, Size, fit, to_image
-from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
+from data_prep.model.geometry import Geometry, Size, UpstreamGeometry, to_image
+from data_prep.model.hub_files import fetch
+from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import make_map
 from eval.qwen.depth import DepthSource
 from eval.qwen.encoding import (
@@ -28,16 +30,16 @@ from eval.qwen.encoding import (
     kept_embeddings,
     reference_sizes,
 )
-from eval.qwen.masks import paste_back
-from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, make_plan, result_size
+from eval.qwen.frame import Frame, shown_whole
+from eval.qwen.modes import Plan, changed_part, check_request, edit_mask, keeps_size, kept_part, make_plan, result_size
 from eval.qwen.samplers import BridgeSampler, Keep, OnStep, describe_sampler
 from eval.qwen.weights.components import Components, Encoders
 from eval.request.base import BaseEditor
 from eval.request.knobs import MODES, AdapterUse, SamplerName
-from eval.request.metadata import describe_adapters, left_out, read_metadata, trained_geometry
+from eval.request.metadata import DEFAULT_GEOMETRY, describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import MASKED, Abilities, EditRequest, EditResult, OnProgress
+from eval.request.request import KEEPING, MASKED, Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.model.adapter_files import extra_file
@@ -55,8 +57,25 @@ class Job:
     plan: Plan
     geometry: Geometry
     size: Size
+    """That is computed."""
     sees_scene: bool = False
     """Whether an adapter brings modules beside LoRA, which may look at white too."""
+
+    @property
+    def frame(self) -> Frame:
+        """The part of what is computed that becomes the picture."""
+        return Frame(self.size, self.size) if self.upstream else Frame.of(self.request, self.size)
+
+    def shown(self, image: Image.Image, size: Size) -> Image.Image:
+        """The first image as the VAE is given it as a reference, at this size."""
+        return (
+            self.geometry.reference_picture(image, size) if self.upstream else Frame.of(self.request, size).place(image)
+        )
+
+    @property
+    def upstream(self) -> bool:
+        """Whether sizes are upstream's: the first image is neither cropped nor continued, but stretched a little."""
+        return isinstance(self.geometry, UpstreamGeometry)
 
 
 @dataclass(frozen=True)
@@ -97,15 +116,13 @@ class Editor(BaseEditor):
     Args:
         model: the base model's directory, or a hub id, which is downloaded when its files are first needed.
         placement: where its parts live, and in which numbers.
-        geometry: sizes of images; by default the first adapter's own, from its metadata, or else one megapixel.
+        geometry: sizes of images; by default the first adapter's own, from its metadata, or else upstream's.
         depth_model: folder or hub id of a Depth-Anything model, for depth maps; by default as `DepthSource` says.
         limits: sizes that take the place of the geometry's, whatever the adapter.
 
     Attributes:
         spent: seconds of the last call by part (`encode`, `sample`, `decode`), with models loaded.
     """
-
-    abilities = Abilities(BASE_NAME, MODES, MAX_SOURCES, get_args(SamplerName))
 
     def __init__(
         self,
@@ -125,6 +142,18 @@ class Editor(BaseEditor):
     def model(self) -> ModelDirectory:
         """The base model's directory."""
         return ModelDirectory.resolve(self.named) if isinstance(self.named, str) else self.named
+
+    @cached_property
+    def edition(self) -> Edition:
+        """Which Qwen-Image-Edit it is; of a hub id nothing but `model_index.json` is read for it."""
+        if isinstance(self.named, ModelDirectory):
+            return self.named.edition
+        return ModelDirectory(fetch(self.named, [INDEX], needed=[INDEX])).edition
+
+    @cached_property
+    def abilities(self) -> Abilities:  # type: ignore[override]  # what a model can is known when it is named
+        """Of every edition the same, but for the images that it takes."""
+        return Abilities(BASE_NAME, MODES, self.edition.max_images, get_args(SamplerName))
 
     @cached_property
     def components(self) -> Components:
@@ -161,24 +190,44 @@ class Editor(BaseEditor):
             InputError: it cannot be served.
         """
         self.abilities.check(request)
+        if request.controls and self.edition.max_images == 1:
+            raise InputError("the first Qwen-Image-Edit takes one image, and a map of it is another: leave out control")
         if _sees_depth(request):
             self.depth.files()
         headers = [read_metadata(use.path) for use in request.adapters if use.weight != 0]
         if len({header.get("objective", "flow") for header in headers}) > 1:
             raise InputError("the adapters were trained for different objectives, lbm and flow: use them one at a time")
         first = headers[0] if headers else {}
-        geometry = self.limits.applied_to(request.geometry or self.geometry or trained_geometry(first))
+        geometry = self.limits.applied_to(request.geometry or self._geometry(request, first))
         size = result_size(request, geometry)
-        check_request(request, size)
         sees_scene = any(
             list(map(extra_file, [use.path for use in request.adapters if use.weight != 0]))
         )  # all are found
-        return Job(request, make_plan(request, first), geometry, size, sees_scene)
+        job = Job(request, make_plan(request, first), geometry, size, sees_scene)
+        check_request(request, job.frame.inner)
+        return job
+
+    def _geometry(self, request: EditRequest, metadata: Mapping[str, str]) -> Geometry:
+        """The sizes of a request that brings none, for the header of its first adapter."""
+        upstream = UpstreamGeometry(vision_pixels=self.edition.vision_pixels)
+        if request.sizing == "upstream":
+            return upstream
+        if self.geometry:
+            return self.geometry
+        if "geometry" in metadata:
+            return trained_geometry(metadata)
+        return self._own_geometry if request.sizing == "own" else upstream
+
+    @property
+    def _own_geometry(self) -> Geometry:
+        """As this project trains by default."""
+        return replace(DEFAULT_GEOMETRY, vision_pixels=self.edition.vision_pixels)
 
     def geometry_for(self, adapters: Sequence[AdapterUse]) -> Geometry:
         """The first adapter's own, from its header."""
         first = next((read_metadata(use.path) for use in adapters if use.weight != 0), {})
-        return self.limits.applied_to(self.geometry or trained_geometry(first))
+        own = trained_geometry(first) if "geometry" in first else self._own_geometry
+        return self.limits.applied_to(self.geometry or own)
 
     def compared_steps(self, request: EditRequest) -> tuple[int, ...]:
         """The step counts of its plan."""
@@ -207,7 +256,7 @@ class Editor(BaseEditor):
         if request.controls or request.count > 1:
             return None
         references = tuple(reference_sizes(request.images, job.size, job.geometry, request.bridge_image))
-        return job.plan, tuple(request.adapters), job.size, references, _is_masked(request)
+        return job.plan, tuple(request.adapters), job.size, references, request.mode in KEEPING
 
     def edit_together(
         self, requests: Sequence[EditRequest], on_progress: OnProgress | None = None
@@ -238,22 +287,23 @@ class Editor(BaseEditor):
                 with clock.part("decode"):
                     images.append([image for some in each for image in _decode(vae, some)])
         self.spent = {part: sum(clock.spent[part] for clock in clocks) for part in clocks[0].spent}
-        return [self._results(*each) for each in zip(tasks, encoded, maps, images, clocks, strict=True)]
+        return [self._results(*each) for each in zip(tasks, maps, images, clocks, strict=True)]
 
     def _results(
         self,
         task: Task,
-        encoded: Sequence[Encoded],
         maps: Sequence[list[Image.Image]],
         images: Sequence[Image.Image],
         clock: "_Clock",
     ) -> list[EditResult]:
         adapters, results = describe_adapters(task.adapters), []
+        kept = [kept_part(job.request, job.frame.inner) for job in task.jobs]
         seconds, encoding = (each / len(images) for each in (sum(clock.spent.values()), clock.spent["encode"]))
         pictures = [picture for group in task.groups for picture in group]
         for (number, seed), image in zip(pictures, images, strict=True):
-            mask = encoded[number].mask
-            shown = paste_back(image, encoded[number].source, mask) if mask else image
+            image = task.jobs[number].frame.crop(image)
+            into = kept[number]
+            shown = into.with_edit(image) if into else image
             settings = self._settings(task.jobs[number], adapters, seed, shown)
             results.append(EditResult(shown, seed, seconds, settings, maps[number], encoding))
         return results
@@ -316,7 +366,7 @@ class Editor(BaseEditor):
     def _maps(self, job: Job) -> list[Image.Image]:
         """Of the first image, one per control, at the size that the VAE is given: reduced afterwards, thin lines would fade."""
         controls, image = job.request.controls, job.request.images[0]
-        image = fit(image, reference_sizes([image], job.size, job.geometry)[0])
+        image = job.shown(image, reference_sizes([image], job.size, job.geometry)[0])
         with self.depth.model() if _sees_depth(job.request) else nullcontext() as depth:
             return [make_map(control, image, depth) for control in controls]
 
@@ -334,6 +384,8 @@ class Editor(BaseEditor):
             "controls": [asdict(control) for control in request.controls] or None,
             "mask_digest": pixel_digest(request.mask) if request.mask else None,
             "bridge_image": request.bridge_image or None,
+            "original_size": keeps_size(request) or None,
+            "computed_size": None if job.frame.is_full else [job.size.width, job.size.height],
             "depth_model": self._depth_settings() if _sees_depth(request) else None,
         }
         return {
@@ -362,29 +414,28 @@ def _sees_depth(request: EditRequest) -> bool:
 
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:
-    request, sampler = job.request, job.plan.sampler
+    request, sampler, frame = job.request, job.plan.sampler, job.frame
+    masks = (edit_mask(request, frame.inner), changed_part(request, frame.inner))
+    mask, changed = (each and frame.extend(each) for each in masks)
     return encoder.encode(
         request.images,
         request.prompt or EMPTY_PROMPT,
         (request.negative_prompt or EMPTY_PROMPT) if sampler.guided else None,
         job.size,
-        edit_mask(request, job.size),
+        mask,
         maps,
         [control.strength for control in request.controls],
         empty=request.mode == "invert",
         white=job.sees_scene or (isinstance(sampler, BridgeSampler) and sampler.start == "white"),
-        changed=changed_part(request, job.size),
+        changed=changed,
         bridge_image=request.bridge_image,
+        whole=shown_whole(request) and not job.upstream,
     )
 
 
 def _decode(vae: VAE, latents: Tensor) -> list[Image.Image]:
     """One picture at a time: what a picture becomes does not depend on its batch, and memory stays small."""
     return [to_image(vae.decode(each[None])[0]) for each in latents]
-
-
-def _is_masked(request: EditRequest) -> bool:
-    return request.mode == "focus" or request.mode in MASKED
 
 
 def _report(on_progress: OnProgress | None, total: int) -> OnStep:

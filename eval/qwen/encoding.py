@@ -10,9 +10,10 @@ from torch import Tensor
 
 from data_prep.cache.batches import pad_condition
 from data_prep.cache.encoding import encode_white
-from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, stretch, to_pixels
+from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, to_pixels
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import Strengthened
+from eval.qwen.frame import Frame
 from eval.qwen.samplers import Keep, Velocity
 from eval.qwen.weights.components import Encoders
 from eval.request.provenance import pixel_digest
@@ -29,11 +30,7 @@ class Encoded:
 
     edit: Edit
     """B = 1, conditioned on all images and maps."""
-    source: Image.Image
-    """The first image at the result's size."""
     keep: Keep | None
-    mask: Image.Image | None
-    """At the result's size, 255 where the edit may go."""
     empty: Condition | None = None
     """Without an instruction, where that is asked for."""
     strengths: Sequence[float] = ()
@@ -51,10 +48,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image, and what identifies its pixels."""
+    """An image, what identifies its pixels, and whether all of it is shown where its shape is not that of its size."""
 
     image: Image.Image
     digest: str
+    whole: bool = False
 
 
 def kept_embeddings() -> Recent[Tensor]:
@@ -96,6 +94,7 @@ class RequestEncoder:
         white: bool = False,
         bridge_image: int = 0,
         changed: Image.Image | None = None,
+        whole: bool = False,
     ) -> Encoded:
         """Encodes one request.
 
@@ -111,12 +110,16 @@ class RequestEncoder:
             bridge_image: the source's place among the images.
             changed: the mask as a dataset would have it, at the result's size, 255 where the edit is: for modules beside the
                 transformer, as the mask of a training row.
+            whole: the source is continued by its mirror image where its shape is not that of its size, and not cropped.
         """
         pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
+        source = pictures[bridge_image] = replace(pictures[bridge_image], whole=whole)
         sizes = reference_sizes(images, size, self.geometry, bridge_image)
-        own = [(each, self._image(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
-        extra = [(each, self._image(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras]
-        source_latents = self._image(pictures[bridge_image], size)
+        own = [(each, self._reference(each, its_size)) for each, its_size in zip(pictures, sizes, strict=True)]
+        extra = [
+            (each, self._reference(each, reference_sizes([each.image], size, self.geometry)[0])) for each in extras
+        ]
+        source_latents = self._image(source, size)
         weighed = any(strength != 1 for strength in strengths)
         references = own if weighed else own + extra
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
@@ -129,20 +132,29 @@ class RequestEncoder:
         )
         return Encoded(
             edit=Edit(source_latents, canvas, conditions[0], conditions[1] if conditions[1:] else None, ["edit"]),
-            source=fit(images[bridge_image], size),
             keep=None if mask is None else Keep(source_latents, mask_to_latent(mask)[None].to(self.device)),
-            mask=mask,
             empty=self._condition(EMPTY_PROMPT, references, scene) if empty else None,
             strengths=strengths,
             controlled=controlled,
         )
 
     def _image(self, picture: _Picture, size: Size) -> Tensor:
-        """Latents (1, 16, h, w)."""
+        """Latents (1, 16, h, w) of what is edited."""
         return self.kept.get(
-            ("image", picture.digest, size),
-            lambda: self.encoders().vae.encode(to_pixels(fit(picture.image, size))[None]).to(self.device),
+            ("image", picture.digest, size, picture.whole), lambda: self._latents(_placed(picture, size))
         )
+
+    def _reference(self, picture: _Picture, size: Size) -> Tensor:
+        """Latents (1, 16, h, w) of what is looked at."""
+        if type(self.geometry) is Geometry:
+            return self._image(picture, size)
+        return self.kept.get(
+            ("reference", picture.digest, size),
+            lambda: self._latents(self.geometry.reference_picture(picture.image, size)),
+        )
+
+    def _latents(self, image: Image.Image) -> Tensor:
+        return self.encoders().vae.encode(to_pixels(image)[None]).to(self.device)
 
     def _white(self, size: Size) -> Tensor:
         """Latents (1, 16, h, w)."""
@@ -153,11 +165,21 @@ class RequestEncoder:
         seen = [(picture.digest, size) for (picture, _), size in zip(references, sizes, strict=True)]
 
         def embed() -> Tensor:
-            vision = [stretch(picture.image, size) for (picture, _), size in zip(references, sizes, strict=True)]
+            vision = [
+                self.geometry.vision_picture(picture.image, size)
+                for (picture, _), size in zip(references, sizes, strict=True)
+            ]
             return self.encoders().prompt_encoder.encode(prompt, vision).to(self.device)
 
-        prompt_emb = self.kept.get(("prompt", prompt, *seen), embed)
+        prompt_emb = self.kept.get(("prompt", type(self.geometry), prompt, *seen), embed)
         return pad_condition([prompt_emb], [latents for _, latents in references], scene).to(self.device)
+
+
+def _placed(picture: _Picture, size: Size) -> Image.Image:
+    """The picture as the VAE is given it."""
+    if picture.whole:
+        return Frame.around(Size.of(picture.image), size).place(picture.image)
+    return fit(picture.image, size)
 
 
 def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry, bridge_image: int = 0) -> list[Size]:

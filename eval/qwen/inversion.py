@@ -4,20 +4,18 @@ Unlike noise that is drawn, the noise that is reached knows the picture: walked 
 picture back, and with one it keeps what the instruction leaves alone.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from eval.qwen.samplers import FlowSampler, Keep, OnStep, Velocity, walked_steps
+from eval.qwen.samplers import FlowSampler, Keep, OnStep, Velocity
+from eval.qwen.samplers.sigmas import walked_steps
+from eval.qwen.samplers.solvers import Flow
 from losses.batch import Condition, Edit
 from losses.patches import PATCH
 from losses.randomness import SampleRandom
-
-Flow = Callable[[Tensor, Tensor], Tensor]
-"""`velocity = flow(latents (B, 16, h, w), sigma (B,))`: the denoiser with its condition, guided or not."""
 
 
 def integrate_second_order(flow: Flow, latents: Tensor, sigmas: list[float], on_step: OnStep | None = None) -> Tensor:
@@ -75,7 +73,7 @@ class InversionSampler:
     flow: FlowSampler
     """Spacing of the sigmas, and the guidance on the way down; the way up has none."""
     strength: float = 1.0
-    """Share of the steps that are inverted and walked again, in (0, 1]: less stays nearer to the picture."""
+    """The sigma up to which the picture is inverted, in (0, 1]: less stays nearer to the picture."""
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:
@@ -106,7 +104,8 @@ class InversionSampler:
             raise ValueError("an inversion needs the condition with an empty instruction")
         latents = edit.source.float()
         walked = self.calls(num_steps) // 2
-        down = self.flow.sigmas(num_steps, latents.shape[-2] * latents.shape[-1] // PATCH**2)[-walked - 1 :]
+        way = replace(self.flow, strength=self.strength)
+        down = way.sigmas(num_steps, latents.shape[-2] * latents.shape[-1] // PATCH**2)
 
         def count_on(step: int, reached: Tensor) -> None:
             if on_step:

@@ -1,12 +1,14 @@
 """Where an edit may go: masks (mode L, 255 = edited, 0 = kept) with soft rims, and what is kept put back exactly."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from skimage.measure import label as connected_parts
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Size
+from data_prep.model.geometry import Size, unfit
 from eval.request.knobs import Focus
 
 
@@ -31,17 +33,52 @@ def soft_mask(mask: Image.Image, feather: float) -> Image.Image:
     return _grey(np.minimum(values, _smooth(inside)))
 
 
-def focus_mask(size: Size, focus: Focus) -> Image.Image:
-    """A disc: 255 up to half the radius, falling smoothly to 0 at the radius and beyond."""
+def focus_mask(size: Size, focus: Focus, shown: tuple[float, float] | None = None) -> Image.Image:
+    """A disc: 255 up to half the radius, falling smoothly to 0 at the radius and beyond.
+
+    Args:
+        shown: height and width of the middle of the picture that the disc's place and radius are shares of; by default all of it.
+    """
+    height, width = shown or size
     rows, columns = np.mgrid[: size.height, : size.width].astype(np.float32) + 0.5
-    distance = np.hypot(columns - focus.x * size.width, rows - focus.y * size.height)
-    nearness = 2 * (1 - distance / (focus.radius * min(size)))
+    across, down = size.width / 2 + (focus.x - 0.5) * width, size.height / 2 + (focus.y - 0.5) * height
+    distance = np.hypot(columns - across, rows - down)
+    nearness = 2 * (1 - distance / (focus.radius * min(height, width)))
     return _grey(_smooth(np.clip(nearness, 0, 1)))
 
 
-def paste_back(edited: Image.Image, source: Image.Image, mask: Image.Image) -> Image.Image:
-    """The edited picture where the mask is 255, the source where it is 0, exactly, and a blend between; all of one size."""
-    return Image.composite(edited, source, mask)
+@dataclass(frozen=True)
+class Kept:
+    """The picture that an edited part is put into."""
+
+    picture: Image.Image
+    """RGB; or RGBA, as a file with transparency has it."""
+    mask: Image.Image
+    """Mode L, of its size: 255 where the edit goes, 0 where every pixel is kept exactly."""
+
+    def with_edit(self, edited: Image.Image) -> Image.Image:
+        """The edited picture where the mask is 255, the kept one where it is 0, and a blend between.
+
+        The transparency of the kept one stays everywhere. What was edited is what was seen: the kept one over white.
+
+        Args:
+            edited: RGB, of any size: as `fit` would cut it out of the kept one.
+        """
+        if edited.size != self.picture.size:
+            edited = unfit(edited, Size.of(self.picture))
+        if self.picture.mode != "RGBA":
+            return Image.composite(edited, self.picture, self.mask)
+        alpha = self.picture.getchannel("A")
+        result = Image.composite(_off_white(edited, alpha), self.picture.convert("RGB"), self.mask)
+        result.putalpha(alpha)
+        return result
+
+
+def _off_white(seen: Image.Image, alpha: Image.Image) -> Image.Image:
+    """The colours that with this transparency over white are the ones seen, as far as there are any."""
+    share = np.asarray(alpha, dtype=np.float32)[..., None] / 255
+    colours = 255 - (255 - np.asarray(seen, dtype=np.float32)) / np.maximum(share, 1 / 255)
+    return Image.fromarray(colours.round().clip(0, 255).astype(np.uint8))
 
 
 def check_mask(mask: Image.Image, image: Image.Image) -> None:

@@ -8,20 +8,32 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry, Size, bucket_size, fit_mask
+from data_prep.model.geometry import Geometry, Size, fit, fit_mask, fitted_part
 from eval.qwen.inversion import InversionSampler
-from eval.qwen.masks import check_mask, focus_mask, soft_mask
-from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler, linear_sigmas, walked_steps
+from eval.qwen.masks import Kept, check_mask, focus_mask, soft_mask
+from eval.qwen.samplers import BridgeSampler, FlowSampler, Sampler
+from eval.qwen.samplers.sigmas import linear_sigmas, walked_steps
+from eval.qwen.samplers.solvers import SolverName
 from eval.request.knobs import Focus, SamplerName
 from eval.request.metadata import trained_bridge, trained_sigmas
-from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, MASKED, EditRequest
+from eval.request.request import ASPECTS, BRIDGES, DEFAULT_STRENGTHS, KEEPING, MASKED, EditRequest
 
 FLOW_CFG_SCALE, FLOW_STEPS = 4.0, 40
 """As Qwen-Image-Edit is meant to be sampled."""
 BRIDGE_STEPS = 4
 LIGHTNING_STEPS = 4
 INVERSION_STEPS = 20
-COMPARED: dict[SamplerName, tuple[int, ...]] = {"flow": (4, 20), "lightning": (LIGHTNING_STEPS,)}
+FLOW_SOLVERS: dict[SamplerName, SolverName] = {
+    "flow": "euler",
+    "heun": "heun",
+    "dpmpp-2m": "dpmpp-2m",
+    "unipc": "unipc",
+}
+"""Samplers of flow matching with guidance -> how they make their steps."""
+COMPARED: dict[SamplerName, tuple[int, ...]] = {
+    **dict.fromkeys(FLOW_SOLVERS, (4, 20)),
+    "lightning": (LIGHTNING_STEPS,),
+}
 """Step counts of an evaluation; those of a bridge are BRIDGES_COMPARED."""
 BRIDGES_COMPARED = (1, 2, 4)
 MAX_SUGGESTED_STEPS = 16
@@ -93,7 +105,7 @@ def make_plan(request: EditRequest, metadata: Mapping[str, str]) -> Plan:
         raise InputError(
             "mode=turbo needs an adapter that edits in a few steps: a step-distilled one (Lightning) or a bridge"
         )
-    if request.sampler == "flow" and trained_bridge(metadata).get("preserve"):
+    if request.sampler in FLOW_SOLVERS and trained_bridge(metadata).get("preserve"):
         metadata = {}  # the base model's own way was kept, and is asked for
     trained = choose_sampler(metadata, request.cfg_scale)
     if isinstance(trained.sampler, BridgeSampler):
@@ -124,8 +136,11 @@ def _flow(request: EditRequest) -> Plan:
             )
         sampler, steps = FlowSampler(1.0, shift="lightning"), LIGHTNING_STEPS
     else:
-        sampler, steps = FlowSampler(request.cfg_scale or FLOW_CFG_SCALE), FLOW_STEPS
+        sampler = FlowSampler(request.cfg_scale or FLOW_CFG_SCALE, solver=FLOW_SOLVERS[name])
+        steps = FLOW_STEPS
     if request.mode == "invert":
+        if sampler.solver != "euler":
+            raise InputError(f"mode=invert has a method of its own for both ways: leave out sampler={name}")
         sampler, steps = InversionSampler(sampler, strength), INVERSION_STEPS
     else:
         sampler = replace(sampler, strength=strength)
@@ -178,15 +193,12 @@ def _untrained_steps(num_steps: int, sigmas: list[float] | None) -> tuple[str, .
 
 
 def result_size(request: EditRequest, geometry: Geometry) -> Size:
-    """Size of the results: the request's, or as many pixels as the source has in the request's aspect, or as the source."""
+    """Size that the model computes at: the request's, or as many pixels as the source has in the request's aspect, or as the
+    source."""
     if request.size:
         return request.size
-    own = geometry.target_size(Size.of(request.images[0]))
-    if not request.aspect:
-        return own
-    height = (own.height * own.width / ASPECTS[request.aspect]) ** 0.5
-    wanted = Size(round(height), round(height * ASPECTS[request.aspect]))
-    return bucket_size(wanted, max_pixels=max(geometry.max_pixels, own.height * own.width))
+    source = Size.of(request.images[0])
+    return geometry.shaped_size(source, ASPECTS[request.aspect]) if request.aspect else geometry.target_size(source)
 
 
 def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:
@@ -197,6 +209,31 @@ def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:
         return None
     assert request.mask is not None
     return soft_mask(fit_mask(request.mask, size), request.rim)
+
+
+def keeps_size(request: EditRequest) -> bool:
+    """Whether the result is the first image at its own size with a part edited."""
+    return request.mode in KEEPING and not (request.size or request.aspect or request.bridge_image)
+
+
+def kept_part(request: EditRequest, size: Size) -> Kept | None:
+    """What the edited part is put into, None where the edit may go everywhere: the first image at its own size, or at the
+    result's, if the request says how large or of which shape that is.
+
+    Args:
+        size: of what is sampled.
+    """
+    if (mask := edit_mask(request, size)) is None:
+        return None
+    if not keeps_size(request):
+        return Kept(fit(request.images[request.bridge_image], size), mask)
+    picture = request.original or request.images[0]
+    own = Size.of(picture)
+    shown = fitted_part(own, size)
+    if request.mode == "focus":
+        return Kept(picture, focus_mask(own, request.focus or Focus(), shown))
+    assert request.mask is not None
+    return Kept(picture, soft_mask(request.mask, request.rim * shown[1] / size.width))
 
 
 def changed_part(request: EditRequest, size: Size) -> Image.Image | None:
@@ -217,6 +254,10 @@ def check_request(request: EditRequest, size: Size) -> None:
     """
     if request.mask is not None:
         check_mask(request.mask, request.images[0])
+        if fit_mask(request.mask, size).getbbox() is None:
+            raise InputError(
+                "the mask is white at the picture's rim alone, which the size of the result cuts off: enlarge it"
+            )
     if request.focus and request.focus.radius * min(size) < 1:
         raise InputError(
             f"a focus of radius {request.focus.radius} covers no pixel of {size.width}x{size.height}: enlarge it"

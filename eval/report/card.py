@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import safe_open
 
 from data_prep.errors import InputError
-from data_prep.files import atomic_file, write_text
+from data_prep.files import atomic_file, write_bytes, write_text
 from data_prep.model.hub_files import HUB_ID
+from eval.exports import PIPELINE
 from eval.report.evaluation_page import CHARTED, ScoreCell, score_tables
 from eval.report.summary import Report
 from eval.request.metadata import read_metadata, stored_digest
@@ -71,10 +73,21 @@ class Card:
         return json.loads(self.metadata[EXTRA_KEY]) if EXTRA_KEY in self.metadata else None
 
     @property
+    def kind(self) -> str:
+        """`lora`, `dora` or `lokr`."""
+        with safe_open(self.file, framework="pt") as opened:
+            dora = any("lora_magnitude_vector" in key or "dora_scale" in key for key in opened.keys())  # noqa: SIM118
+        return "dora" if dora else self.metadata.get("kind", "lora")
+
+    @property
     def files(self) -> list[str]:
         """What is to be uploaded: the adapter, the card and its pictures, and nothing of the training's state."""
         beside = [EXTRA_FILE] if EXTRA_KEY in self.metadata else []
-        own = [name for name in (self.file.name, *beside, CONFIG_FILE, README) if (self.folder / name).is_file()]
+        own = [
+            name
+            for name in (self.file.name, *beside, CONFIG_FILE, PIPELINE.name, README)
+            if (self.folder / name).is_file()
+        ]
         return [*own, *(f"{SAMPLES}/{path.name}" for path in sorted((self.folder / SAMPLES).glob(SAMPLE)))]
 
 
@@ -89,6 +102,11 @@ def check_card(request: CardRequest) -> Card:
     old = there.read_text(encoding="utf-8") if there.is_file() else None
     if old is not None and MARKER not in old:
         raise InputError(f"{there} was not written by this command: move it away, or add this line to it: {MARKER}")
+    mine = file.parent / PIPELINE.name
+    if mine.is_file() and mine.read_bytes().splitlines()[:1] != PIPELINE.read_bytes().splitlines()[:1]:
+        raise InputError(
+            f"{mine} was not written by this command, and the pipeline for diffusers belongs there: move it away"
+        )
     license = request.license or (ModelCard(old, ignore_metadata_errors=True).data.get("license") if old else None)
     if not license:
         raise InputError("a model card must name a licence: add --license, for example apache-2.0")
@@ -103,7 +121,7 @@ def check_card(request: CardRequest) -> Card:
 
 
 def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
-    """Writes the card and its pictures beside the adapter, and returns its path.
+    """Writes the card, its pictures and the pipeline for diffusers beside the adapter, and returns the card's path.
 
     Args:
         card: checked.
@@ -112,6 +130,8 @@ def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
             the instruction.
     """
     samples = _copy_samples(pictures[:NUM_SAMPLES], card.folder)
+    if card.kind == "lora":
+        write_bytes(card.folder / PIPELINE.name, PIPELINE.read_bytes())
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -126,8 +146,12 @@ def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
         card=card,
         digest=stored_digest(card.file),
         repository=card.repository or "OWNER/NAME",
+        pipeline=card.repository or "OWNER/NAME",
+        base_model=card.base_model or "MODEL",
+        weights=card.file.name,
         bridge=card.metadata.get("objective") == "lbm",
-        lokr=card.metadata.get("kind") == "lokr",
+        lokr=card.kind == "lokr",
+        dora=card.kind == "dora",
         report=report,
         own=[method for method in report["methods"] if method["adapter"] in (own, BASE)],
         tables=[(table.title, *_markdown(table.headings, table.rows, own)) for table in score_tables(report)],

@@ -17,8 +17,9 @@ from data_prep.model.geometry import Size
 
 ModeName = Literal["edit", "img2img", "variation", "inpaint", "focus", "control", "control-inpaint", "invert", "turbo"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
-SamplerName = Literal["flow", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
+SamplerName = Literal["flow", "heun", "dpmpp-2m", "unipc", "lightning", "bridge", "bridge-white", "bridge-stochastic"]
 ControlName = Literal["canny", "lines", "depth"]
+SizingName = Literal["own", "upstream"]
 AspectName = Literal["1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3"]
 
 
@@ -42,9 +43,9 @@ class Knob:
     """Turns the text of an option or a cell into a value; by default the type does."""
     metavar: str | None = None
     option: str = ""
-    """Name of the option and of the column, if it is not the field's name: for a field that holds several values."""
+    """Name of the option and of the column, if it is not the field's name."""
     label: str = ""
-    """Label on the web page; by default the field's name."""
+    """Label on the web page; by default the field\'s name."""
 
     def check(self, name: str, value: Any) -> None:
         """Whether a value is one.
@@ -81,6 +82,8 @@ class Declared:
     type: Any
     """Without None and, of several, that of one."""
     knob: Knob
+    several: bool = False
+    """Whether the field holds any number of values."""
 
     @property
     def name(self) -> str:
@@ -91,11 +94,6 @@ class Declared:
     def label(self) -> str:
         """Label on the web page."""
         return self.knob.label or self.field.replace("_", " ").capitalize()
-
-    @property
-    def several(self) -> bool:
-        """Whether the field holds any number of values."""
-        return bool(self.knob.option)
 
     def parse(self, text: str) -> Any:
         """A value, of an option's text.
@@ -123,10 +121,11 @@ def declared(record: type) -> Iterator[Declared]:
         if get_origin(hints[each.name]) is not Annotated:
             continue
         kind, knob = get_args(hints[each.name])
+        several = get_origin(kind) is Sequence
         kinds = [some for some in get_args(kind) if some is not type(None)]
-        if get_origin(kind) in (Union, types.UnionType) or get_origin(kind) is Sequence:
+        if get_origin(kind) in (Union, types.UnionType) or several:
             kind = kinds[0]
-        yield Declared(each.name, kind, knob)
+        yield Declared(each.name, kind, knob, several)
 
 
 def cell_texts(text: str) -> list[str]:
@@ -142,6 +141,14 @@ def cell_texts(text: str) -> list[str]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{text!r} looks like a JSON list but is not one: {error}") from None
     return [str(each) for each in values]
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """`mine:0.8` as name and weight, which is 1 where no number follows."""
+    name, colon, weight = text.rpartition(":")
+    if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight, re.IGNORECASE):
+        return name, float(weight)
+    return text, 1.0
 
 
 @dataclass(frozen=True)
@@ -162,10 +169,8 @@ class AdapterUse:
         """`runs/mine` or `runs/mine:0.8`; looked up as `find_adapter` says, which raises `InputError`."""
         from train.record.lookup import find_adapter
 
-        path, colon, weight = text.rpartition(":")
-        if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight, re.IGNORECASE):
-            return cls(find_adapter(path), float(weight))
-        return cls(find_adapter(text))
+        name, weight = split_weight(text)
+        return cls(find_adapter(name), weight)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from data_prep.errors import InputError
 from data_prep.files import write_bytes
+from data_prep.model.hub_files import HUB_ID
 from eval.request.request import EditResult
 
 KEY = "qwen-image-edit"
+HUB_FOLDER = "models--"
+"""What the folder of a hub id begins with in the hub's cache."""
 SOFTWARE = "qwen-image-edit-lora"
 NOTICE = "edited by a generative model"
 
@@ -41,9 +44,14 @@ def write_png(result: EditResult, sources: Sequence[tuple[str, str]], out: Path)
         sources: name and digest of each image that it was made of.
         out: the file.
     """
+    write_bytes(out, png_bytes(result, sources))
+
+
+def png_bytes(result: EditResult, sources: Sequence[tuple[str, str]]) -> bytes:
+    """The file that `write_png` writes."""
     data = io.BytesIO()
     result.image.save(data, "PNG", pnginfo=_info(result.settings, sources))
-    write_bytes(out, data.getvalue())
+    return data.getvalue()
 
 
 def _info(settings: Mapping[str, Any], sources: Sequence[tuple[str, str]]) -> PngInfo:
@@ -56,6 +64,34 @@ def _info(settings: Mapping[str, Any], sources: Sequence[tuple[str, str]]) -> Pn
         KEY, json.dumps({"notice": NOTICE, **settings, "images": images}, ensure_ascii=False, allow_nan=False)
     )
     return info
+
+
+def without_places(settings: Mapping[str, Any], adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Settings for others to read: models by their names, where the settings themselves have places of this machine.
+
+    Digests and fingerprints stay, so `--repeat` finds out whether a name means the same model.
+
+    Args:
+        adapters: resolved file -> name, of those that have one; another is called as its file or its folder.
+    """
+    shown = dict(settings)
+    shown["model"] = model_name(settings["model"])
+    shown["adapters"] = [
+        each | {"path": adapters.get(str(Path(each["path"]).resolve())) or model_name(each["path"])}
+        for each in settings["adapters"]
+    ]
+    if "depth_model" in settings:
+        shown["depth_model"] = settings["depth_model"] | {"path": model_name(settings["depth_model"]["path"])}
+    return shown
+
+
+def model_name(place: str) -> str:
+    """What a model is called, whatever folder it is in: its hub id, or the last part of its path."""
+    if HUB_ID.fullmatch(place) and not Path(place).exists():
+        return place
+    path = Path(place).expanduser().absolute()
+    cached = [part.split("--", 2)[1:] for part in path.parts if part.startswith(HUB_FOLDER)]  # models--OWNER--NAME
+    return "/".join(cached[-1]) if cached else path.name
 
 
 def pixel_digest(image: Image.Image) -> str:

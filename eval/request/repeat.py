@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import Geometry, Size
+from data_prep.model.geometry import Size, make_geometry
 from eval.request.knobs import AdapterUse, Control, Focus, ModeName
 from eval.request.metadata import extra_digest, read_metadata, stored_digest
 from eval.request.options import ModelOptions, PlaceOptions
@@ -129,12 +129,26 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     knobs["sampler"] = sampler.get("kind")
     knobs["cfg_scale"] = sampler.get("cfg_scale", sampler.get("flow", {}).get("cfg_scale"))
     knobs["strength"] = sampler.get("strength") if settings["mode"] in WITH_STRENGTH else None
+    if knobs["strength"] not in (None, 1) and "strength" not in changes and not _is_share_of_noise(sampler):
+        raise InputError(
+            f"its strength of {knobs['strength']:g} counted steps, as strengths did then, and would give another picture now: "
+            "give --strength, the share of noise that the edit starts from"
+        )
     knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
-    knobs["size"] = None if "aspect" in changes else Size(settings["height"], settings["width"])
+    follows = "aspect" in changes or "computed_size" in settings or settings.get("original_size")
+    knobs["size"] = (
+        None if follows else Size(settings["height"], settings["width"])
+    )  # else from the image and the geometry
+    geometry = {} if "sizing" in changes else {"geometry": make_geometry(settings["geometry"])}
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
-    return {"mode": mode, "prompt": "", "geometry": Geometry(**settings["geometry"]), **knobs, **changes}
+    return {"mode": mode, "prompt": "", **geometry, **knobs, **changes}
+
+
+def _is_share_of_noise(sampler: Mapping[str, Any]) -> bool:
+    """Whether a sampler's strength is what it is now; those of Qwen-Image-Edit have named their solver since."""
+    return "solver" in sampler.get("flow", sampler) or sampler.get("name") not in ("FlowSampler", "InversionSampler")
 
 
 def _left_by_mode(before: ModeName, mode: ModeName) -> set[str]:

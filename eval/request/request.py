@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 from PIL import Image
 
 from data_prep.errors import InputError
-from data_prep.model.geometry import MULTIPLE, Geometry, Size
+from data_prep.model.geometry import MULTIPLE, Geometry, Size, UpstreamGeometry
 from data_prep.rows.rows import EMPTY_PROMPT, MAX_SOURCES
 from eval.request.knobs import (
     MODES,
@@ -19,6 +19,7 @@ from eval.request.knobs import (
     Knob,
     ModeName,
     SamplerName,
+    SizingName,
     declared,
     parse_size,
 )
@@ -26,12 +27,16 @@ from eval.request.knobs import (
 ASPECTS = {name: float(name.partition(":")[0]) / float(name.partition(":")[2]) for name in get_args(AspectName)}
 """Width over height."""
 MASKED: tuple[ModeName, ...] = ("inpaint", "control-inpaint")
+KEEPING: tuple[ModeName, ...] = (*MASKED, "focus")
+"""Modes that change a part of the picture alone, and keep every pixel of the rest."""
 CONTROLLED: tuple[ModeName, ...] = ("control", "control-inpaint")
 WITH_STRENGTH: tuple[ModeName, ...] = ("img2img", "variation", "inpaint", "focus", "control-inpaint", "invert")
 DEFAULT_STRENGTHS = {"img2img": 0.6, "variation": 0.6, "invert": 0.8}
 """Default strengths of the modes that begin at the source. The others always take the whole path."""
 BRIDGES = ("bridge", "bridge-white", "bridge-stochastic")
 MAX_STEPS, MAX_COUNT, MAX_CFG_SCALE, MAX_PROMPT = 1000, 64, 100, 10_000
+UPSTREAM_MULTIPLE = 16
+"""Of a result's sides in diffusers' pipelines: a latent cell has 8 pixels, a token two cells."""
 MAX_PIXELS = 4096 * 4096
 """Largest area of a result: no base was trained beyond a quarter of it."""
 FEATHER, MAX_FEATHER = 8.0, 1024
@@ -142,16 +147,31 @@ class EditRequest:
     size: Annotated[
         Size | None,
         Knob(
-            "Size of the result in pixels, in multiples of 32.", "as the first image", parse=parse_size, metavar="WxH"
+            "Size of the result in pixels, in multiples of 32 (of 16 with --geometry upstream).",
+            "as the first image",
+            parse=parse_size,
+            metavar="WxH",
         ),
     ] = None
     """Size of the result, in multiples of 32; by default that of the first image, within the geometry's `max_pixels`."""
     aspect: Annotated[AspectName | None, Knob("Aspect ratio of the result.", "as the first image")] = None
     """Aspect ratio of the result, with as many pixels as the source would have. It replaces `size`."""
+    sizing: Annotated[
+        SizingName | None,
+        Knob(
+            "How images are sized: as this project trains (own), or as diffusers' pipeline of the model (upstream).",
+            "own for an adapter trained here, upstream otherwise",
+            option="geometry",
+            label="Sizes of images",
+        ),
+    ] = None
+    """Rules for the sizes of images, for Qwen-Image-Edit. `geometry` replaces them."""
     bridge_image: int = 0
     """Number of the image that a bridge starts from, as in a dataset file."""
+    original: Image.Image | None = None
+    """The first image with its transparency (RGBA), which the modes with a mask keep; None for an opaque image."""
     geometry: Geometry | None = None
-    """Sizes of images; by default those of the base model and the first adapter."""
+    """Sizes of images; by default those of the base model, the first adapter and `sizing`."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -169,8 +189,10 @@ class EditRequest:
         self._check_mode()
 
     def _check_size(self) -> None:
-        if self.size and (min(self.size) < MULTIPLE or any(side % MULTIPLE for side in self.size)):
-            raise InputError(f"size must be in multiples of {MULTIPLE}, got {self.size.width}x{self.size.height}")
+        upstream = self.sizing == "upstream" or isinstance(self.geometry, UpstreamGeometry)
+        multiple = UPSTREAM_MULTIPLE if upstream else MULTIPLE
+        if self.size and (min(self.size) < multiple or any(side % multiple for side in self.size)):
+            raise InputError(f"size must be in multiples of {multiple}, got {self.size.width}x{self.size.height}")
         if self.size and self.size.height * self.size.width > MAX_PIXELS:
             raise InputError(f"size {self.size.width}x{self.size.height} is more than {MAX_PIXELS:,} pixels")
         if self.aspect is not None and self.aspect not in ASPECTS:
@@ -234,7 +256,8 @@ class Abilities:
 
     def has(self, knob: Declared) -> bool:
         """Whether any of the base's modes takes this."""
-        return any(mode in knob.knob.modes for mode in self.modes) and (knob.field != "sampler" or bool(self.samplers))
+        of_samplers = knob.field in ("sampler", "sizing")
+        return any(mode in knob.knob.modes for mode in self.modes) and (bool(self.samplers) or not of_samplers)
 
     def check(self, request: EditRequest) -> None:
         """Checks a request without loading anything.

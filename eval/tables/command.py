@@ -1,7 +1,7 @@
 """The command line's part that edits tables: everything is checked, then done."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ import typer
 
 from data_prep.cli import OnErrorName
 from data_prep.errors import InputError
-from eval.request.options import ModelOptions, PlaceOptions
+from eval.request.options import ModelOptions, PlaceOptions, given_options
 
 WINDOW = 16
 """Rows for which each part of an offloaded model comes to the device once: their embeddings take about 0.3 GB there."""
@@ -60,10 +60,8 @@ class TableOptions:
         Raises:
             InputError: an option is for one.
         """
-        names = [each.name for each in fields(self) if each.name != "on_error"]
-        if any((getattr(self, name) or None) != (getattr(TableOptions, name) or None) for name in names):
-            given = ", ".join(f"--{name.replace('_', '-')}" for name in names[1:])
-            raise InputError(f"{given} are for tables: give --csv")
+        if given := given_options(self):
+            raise InputError(f"{', '.join(given)} is only for tables: add --csv, or leave it out")
 
 
 def edit_table(table: TableOptions, knobs: dict[str, Any], model: ModelOptions, place: PlaceOptions, out: Path) -> None:

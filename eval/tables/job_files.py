@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from data_prep.builders.overlay.command import MakeOverlay
 from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
 from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
 from data_prep.jobs.items import Item
-from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask
+from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask, open_transparent
+from eval.qwen.frame import shown_whole
 from eval.request.knobs import AdapterUse
 from eval.request.provenance import numbered
-from eval.request.request import EditRequest
+from eval.request.request import KEEPING, WITH_STRENGTH, EditRequest
 from eval.tables.table import Job, describe
 from train.model.adapter_files import adapter_file, extra_file
 
 KEY_DIGITS = 16
-VERSION = 1
-"""Version of what the keys are made of."""
+VERSION, VERSION_WITH_STRENGTH = 1, 2
+"""Versions of what the keys are made of. The second is for modes with a strength, whose images have changed once."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class JobFiles:
         """
         asked = job.placeholder()
         contents = {
-            "version": VERSION,
+            "version": VERSION_WITH_STRENGTH if asked.mode in WITH_STRENGTH else VERSION,
             "common": self.common(asked),
-            "knobs": describe(asked),
+            "knobs": describe(asked) | ({"whole": True} if shown_whole(asked) else {}),  # cropped in earlier versions
             "adapters": [self._adapter(use) for use in asked.adapters],
             "images": [self.digest(path) for path in job.images],
             "mask": job.mask and self.digest(job.mask),
@@ -98,7 +99,10 @@ class JobFiles:
             check_mask_shape(mask, images[0], job.mask)
         if job.overlay:
             images[0] = self._laid_over(images[0], job)
-        return job.request(images, mask)
+        request = job.request(images, mask)
+        if request.mode in KEEPING and not job.overlay:
+            request = replace(request, original=open_transparent(job.images[0]))
+        return request
 
     def sources(self, job: Job) -> list[tuple[str, str]]:
         """Name and digest of every file that the picture was made of."""

@@ -88,9 +88,9 @@ class Job:
 def describe(request: EditRequest) -> dict[str, Any]:
     """What is asked, as JSON has it, without the contents of files."""
     values = {each.name: getattr(request, each.name) for each in fields(request)}
-    for name in ("images", "mask", "adapters"):
+    for name in ("images", "mask", "adapters", "original"):
         values.pop(name)
-    for name in ("bridge_image", "geometry"):  # no column: a table's keys are as they were before these
+    for name in ("bridge_image", "geometry", "sizing"):  # no column: a table's keys are as they were before these
         if not values[name]:
             values.pop(name)
     return json.loads(json.dumps(values, default=asdict))  # a Size is a list; Focus and Control are dataclasses

@@ -41,7 +41,8 @@ class Fault(NamedTuple):
 
 KEYS, GEOMETRY, ORDER = "data_prep/cache/keys.py", "data_prep/model/geometry.py", "data_prep/cache/order.py"
 BATCHES, PATHS, BRIDGE = "data_prep/cache/batches.py", "losses/paths.py", "losses/bridge_matching.py"
-SAMPLERS, CHECKPOINT, ADAPTER = "eval/qwen/samplers.py", "train/record/checkpoint.py", "train/model/adapter.py"
+SIGMAS, WALK, FLOW = (f"eval/qwen/samplers/{name}.py" for name in ("sigmas", "bridge", "flow"))
+SAMPLERS, CHECKPOINT, ADAPTER = "eval/qwen/samplers/sampler.py", "train/record/checkpoint.py", "train/model/adapter.py"
 LORA = "train/model/layers/lora.py"
 WHOLE, MODULES, EXTRAS = (f"train/model/extra/{name}.py" for name in ("whole", "modules", "extras"))
 WEIGHTS, BATCH = "eval/qwen/weights/extra_weights.py", "losses/batch.py"
@@ -49,7 +50,7 @@ WEIGHTS, BATCH = "eval/qwen/weights/extra_weights.py", "losses/batch.py"
 OF_KEYS, OF_GEOMETRY = "data_prep/cache/test_keys.py", "data_prep/model/test_geometry.py"
 OF_ORDER, OF_BATCHES = "data_prep/cache/test_order.py", "data_prep/cache/test_batches.py"
 OBJECTIVES, STREAMS, ROLLOUT = "losses/test_objectives.py", "losses/test_streams.py", "losses/test_rollout.py"
-STRATA, OF_SAMPLERS = "losses/test_stratification.py", "eval/qwen/test_samplers.py"
+STRATA, OF_SAMPLERS = "losses/test_stratification.py", "eval/qwen/samplers/test_samplers.py"
 OF_CHECKPOINT, OF_ADAPTER = "train/record/test_checkpoint.py", "train/model/test_adapter.py"
 OF_LORA = "train/model/layers/test_lora.py"
 OF_EXTRA, OF_WEIGHTS = "train/model/test_extra.py", "eval/qwen/weights/test_extra_weights.py"
@@ -79,14 +80,16 @@ FAULTS = [
     Fault(
         KEYS, '"edit_image": [digest(path) for path in row.edit_image],', '"edit_image": [digest(row.image)],', OF_KEYS
     ),
-    Fault(GEOMETRY, "Image.Resampling.LANCZOS", "Image.Resampling.NEAREST", OF_GEOMETRY),
+    Fault(GEOMETRY, "method=Image.Resampling.LANCZOS", "Image.Resampling.NEAREST", OF_GEOMETRY),
     Fault(GEOMETRY, "Image.Resampling.BICUBIC", "Image.Resampling.NEAREST", OF_GEOMETRY),
-    Fault(GEOMETRY, "Image.Resampling.LANCZOS)", "Image.Resampling.LANCZOS, centering=(0, 0))", OF_GEOMETRY),
+    Fault(
+        GEOMETRY, "method=Image.Resampling.LANCZOS)", "method=Image.Resampling.LANCZOS, centering=(0, 0))", OF_GEOMETRY
+    ),
     Fault(GEOMETRY, "pooled = adaptive_max_pool2d(", "pooled = torch.nn.functional.adaptive_avg_pool2d(", OF_GEOMETRY),
     Fault(GEOMETRY, "return 1 - mask_to_latent(ImageOps.invert(mask))", "return mask_to_latent(mask)", OF_GEOMETRY),
     Fault(GEOMETRY, "abs(aspects - 1) <= SAME_ASPECT", "abs(aspects - 1) <= 10 * SAME_ASPECT", OF_GEOMETRY),
     Fault(GEOMETRY, ".float() / 127.5 - 1.0", ".float() / 128 - 1.0", OF_GEOMETRY),
-    Fault(GEOMETRY, "math.sqrt(self.vision_pixels * aspect)", "math.sqrt(self.vision_pixels / aspect)", OF_GEOMETRY),
+    Fault(GEOMETRY, "math.sqrt(pixels * aspect)", "math.sqrt(pixels / aspect)", OF_GEOMETRY),
     Fault(ORDER, 'self._generator(epoch, f"bucket {name}")', 'self._generator(0, f"bucket {name}")', OF_ORDER),
     Fault(ORDER, 'self._generator(epoch, "groups")', 'self._generator(0, "groups")', OF_ORDER),
     Fault(ORDER, 'f"{self.seed} {epoch} {purpose}"', 'f"{epoch} {purpose}"', OF_ORDER),
@@ -117,22 +120,35 @@ FAULTS = [
     Fault("losses/sigmas.py", "(num_tokens - 256) / (8192 - 256)", "num_tokens / 8192", OBJECTIVES),
     Fault("losses/sigmas.py", "(1 - generator.stratified(PURPOSE))", "generator.stratified(PURPOSE)", OBJECTIVES),
     Fault(
-        SAMPLERS,
+        WALK,
         "else:\n                latents = latents - (sigma - next_sigma) * velocity",
         "else:\n                latents = latents - sigma * velocity",
         OF_SAMPLERS,
     ),
-    Fault(SAMPLERS, "(reached - next_sigma) / reached) ** 0.5", "(reached - next_sigma)) ** 0.5", OF_SAMPLERS),
-    Fault(SAMPLERS, "guided = negative + scale", "guided = positive + scale", OF_SAMPLERS),
+    Fault(WALK, "(reached - next_sigma) / reached) ** 0.5", "(reached - next_sigma)) ** 0.5", OF_SAMPLERS),
+    Fault(FLOW, "guided = negative + scale", "guided = positive + scale", OF_SAMPLERS),
     Fault(SAMPLERS, "kept = sigma * start + (1 - sigma) * self.latents", "kept = self.latents", OF_SAMPLERS),
     Fault(
-        SAMPLERS,
+        WALK,
         'edit.source_latents if self.start == "source" else edit.sub_noise',
         "edit.source_latents",
         OF_SAMPLERS,
     ),
-    Fault(SAMPLERS, 'f"bridge_noise_{step}"', '"bridge_noise"', OF_SAMPLERS),
-    Fault(SAMPLERS, "(1 - SHIFT_TERMINAL) /", "1 /", OF_SAMPLERS),
+    Fault(WALK, 'f"bridge_noise_{step}"', '"bridge_noise"', OF_SAMPLERS),
+    Fault(SIGMAS, "(start - SHIFT_TERMINAL) /", "start /", OF_SAMPLERS),
+    Fault(
+        SIGMAS,
+        "num_steps - min(num_steps * strength, num_steps)",
+        "num_steps - num_steps * strength + 0.5",
+        OF_SAMPLERS,
+    ),
+    Fault(WALK, "deviation * (next_sigma / sigma) + noise", "deviation + noise", OF_SAMPLERS),
+    Fault(
+        "eval/qwen/masks.py", "Image.composite(edited, self.picture, self.mask)", "edited", "eval/qwen/test_masks.py"
+    ),
+    Fault(
+        "eval/qwen/samplers/solvers.py", "length / 2 * (slope", "length * (slope", "eval/qwen/samplers/test_solvers.py"
+    ),
     Fault(CHECKPOINT, "with optimizer.averaged():", "if True:", OF_CHECKPOINT),
     Fault(CHECKPOINT, "done[: -self.keep_last]", "done[: -self.keep_last - 1]", OF_CHECKPOINT),
     Fault(CHECKPOINT, "if _step(path) <= step]", "]", OF_CHECKPOINT),

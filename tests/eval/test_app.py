@@ -1,5 +1,6 @@
 """The web page in a real browser: one process on the tiny model, driven as a person would."""
 
+import base64
 import json
 import re
 import signal
@@ -10,12 +11,15 @@ import urllib.request
 from http.cookiejar import CookieJar
 from pathlib import Path
 
+import gradio_client
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
 from data_prep.rows.images import file_digest
+from eval.page.attempts import MOST_OF_ONE
 from eval.request.provenance import read_png
 from tests import browser as driver
 from tests import children
@@ -24,6 +28,8 @@ from tests.commands import ROOT, run_script
 from tests.pictures import lines, picture, save
 
 pytestmark = pytest.mark.slow
+
+API_KEY = "sk-of-the-page"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,8 @@ def app(folder, runs, source, tiny_model_dir):
     study.write_text(json.dumps([{"prompt": "Sharpen it.", "image": "photo.png", "edit_image": "photo.png"}]))
     limits = ("--max-upload-mb", "1", "--max-image-pixels", str(256 * 256))
     places = ("--runs", runs, "--out", folder / "out", "--examples", study, "--adapter", "lbm/step-000002")
-    with serving(folder / "app.log", "--model", tiny_model_dir, *places, *limits) as started:
+    api = ("--api", "--api-key", API_KEY)
+    with serving(folder / "app.log", "--model", tiny_model_dir, *places, *limits, *api) as started:
         yield started
 
 
@@ -317,6 +324,74 @@ def test_nothing_outside_of_what_the_page_shows_is_served(app, folder, tiny_mode
         assert status(urllib.request.Request(f"{base}/gradio_api/upload", part % bytes(size), kind)) == answer
 
 
+def test_the_api_beside_the_page_answers_openai_s_client(app, folder, source, tiny_model_dir):
+    """More of it is in tests/eval/page/test_api.py."""
+    base = f"http://127.0.0.1:{app[1]}"
+    with openai.OpenAI(base_url=f"{base}/v1", api_key=API_KEY, max_retries=0, timeout=children.PATIENCE) as client:
+        names = [each.id for each in client.models.list().data]
+        assert names == [tiny_model_dir.name, "flow/step-000002", "lbm/step-000002"]
+        answer = client.images.edit(image=source, prompt="Sharpen it.", extra_body={"steps": 1, "seed": 3})
+    made = folder / "api.png"
+    made.write_bytes(base64.b64decode(answer.data[0].b64_json))
+    settings = read_png(made)
+    assert (settings["model"], settings["adapters"][0]["path"]) == (tiny_model_dir.name, "lbm/step-000002")
+    assert (settings["seed"], settings["images"][0]["digest"]) == (3, file_digest(source))
+    assert status(f"{base}/v1/models") == 401
+    assert status(f"{base}/health") == 200
+
+
+def test_the_page_s_limits_hold_for_who_calls_it_without_the_page(app, source):
+    """By Gradio's client, which finds nothing to call, and by what a browser sends, in which anything may stand."""
+    base = f"http://127.0.0.1:{app[1]}"
+    client = gradio_client.Client(base, verbose=False)
+    assert client.view_api(print_info=False, return_format="dict")["named_endpoints"] == {}
+    assert {each.api_visibility for each in client.endpoints.values() if each.is_valid} == set()
+    with urllib.request.urlopen(f"{base}/config", timeout=30) as response:
+        config = json.load(response)
+    numbers = {each["props"].get("elem_id"): each["id"] for each in config["components"]}
+    handlers = {tuple(target): each for each in config["dependencies"] for target in each["targets"]}
+    values = {each["id"]: each["props"].get("value") for each in config["components"]}
+    uploaded = {"path": upload_file(base, source), "meta": {"_type": "gradio.FileData"}}
+
+    def told(button: str, **changes) -> str:
+        handler = handlers[numbers[button], "click"]
+        own = values | {numbers[name.replace("_", "-")]: value for name, value in changes.items()}
+        return call(base, handler["id"], [own[number] for number in handler["inputs"]])
+
+    edit = {"source": uploaded, "instruction": "Sharpen it."}
+    pair = {"compare_source": uploaded, "compare_instruction": "Sharpen it."}
+    pair |= {"first": "lbm/step-000002", "second": "flow/step-000002"}
+    long = "x" * 10_001
+    assert "prompt has 10,001 characters" in told("run", **edit | {"instruction": long})
+    assert "negative_prompt has 10,001 characters" in told("run", **edit, negative_prompt=long)
+    assert "prompt has 10,001 characters" in told("pair", **pair | {"compare_instruction": long})
+    # The other numbers' ends are Gradio's to check, with a traceback in the log.
+    assert "steps must be in [1, 1000], got 1001" in told("pair", **pair, compare_steps=1001)
+
+
+def upload_file(base: str, path: Path) -> str:
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="photo.png"\r\n\r\n%s\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{base}/gradio_api/upload", part % path.read_bytes(), kind)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)[0]
+
+
+def call(base: str, handler: int, data: list) -> str:
+    """What a handler of the page answers, joined by hand as its JavaScript does."""
+    asked = {"fn_index": handler, "data": data, "session_hash": "by-hand"}
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{base}/gradio_api/queue/join", json.dumps(asked).encode(), kind)
+    urllib.request.urlopen(request, timeout=30).close()
+    url = f"{base}/gradio_api/queue/data?session_hash=by-hand"
+    with urllib.request.urlopen(url, timeout=children.PATIENCE) as stream:
+        for line in stream:
+            event = json.loads(line.removeprefix(b"data:")) if line.startswith(b"data:") else {}
+            if event.get("msg") == "process_completed":
+                return json.dumps(event["output"])
+    raise AssertionError("no answer")
+
+
 def test_every_handler_goes_through_the_queue_where_its_errors_are_shown(app):
     with urllib.request.urlopen(f"http://127.0.0.1:{app[1]}/config", timeout=30) as response:
         handlers = json.load(response)["dependencies"]
@@ -376,6 +451,9 @@ def test_a_page_with_a_password_shows_nothing_without_it(tiny_model_dir, folder)
             form = urllib.parse.urlencode({"username": "anna", "password": password}).encode()
             assert status(urllib.request.Request(f"{base}/login", form), visitor) == answer
         assert [status(base + path, visitor) for path in (paths[0], paths[2])] == [200, 200]
+        form = urllib.parse.urlencode({"username": "anna", "password": "guessed"}).encode()
+        guess = urllib.request.Request(f"{base}/login", form)
+        assert [status(guess) for _ in range(MOST_OF_ONE)] == [400] * (MOST_OF_ONE - 1) + [429]  # one was above
     assert re.search(r"^loaded \S+ in \d+\.\d s$", (folder / "locked.log").read_text(), re.MULTILINE)
 
 

@@ -3,19 +3,21 @@
 import re
 import shlex
 import shutil
+import signal
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import typer
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from data_prep.builders.overlay.style import PARSERS as STYLE
+from data_prep.cli import run_command
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.geometry import Geometry
-from data_prep.rows.images import file_digest
+from data_prep.rows.images import file_digest, open_image
 from eval.edit import edit
 from eval.qwen.editor import Editor
 from eval.request.knobs import AdapterUse, Control
@@ -74,7 +76,7 @@ def test_the_command_writes_pngs_that_say_how_to_make_them_again(folder, tmp_pat
         "bridge-stochastic",
     ]
     done = run_script(*arguments, "--out", tmp_path / "result.png")
-    assert f"{tmp_path}/result-1.png: 64x32, 2 steps, seed 1, " in done.stdout
+    assert f"{tmp_path}/result-1.png: 51x32, 2 steps, seed 1, " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result-1.png", "result-2.png"]
     settings = read_png(tmp_path / "result-2.png")
     assert settings["notice"] == "edited by a generative model"
@@ -116,6 +118,57 @@ def test_other_tools_can_tell_that_a_model_made_it(folder, tmp_path):
     source_type = description.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"]
     assert source_type == "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
     assert set(text) == {"Software", "Comment", "XML:com.adobe.xmp", "qwen-image-edit"}
+
+
+def test_the_result_has_the_shape_of_the_first_image_and_nothing_is_cropped(folder, tmp_path):
+    """420 x 280 within 128 x 128 pixels: 160 x 96 is computed, and the picture is its middle."""
+    wide = Image.fromarray(np.add.outer(np.arange(280), np.arange(420)).astype(np.uint8)).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    base = ["--model", "tiny", "--image", tmp_path / "wide.png", "--prompt", "x", "--steps", 2, "--max-pixels", 128**2]
+    base += ["--geometry", "own"]
+    command(*base, "--out", tmp_path / "a.png")
+    a = read_png(tmp_path / "a.png")
+    assert (a["width"], a["height"], a["computed_size"]) == (144, 96, [160, 96])
+    command("--repeat", tmp_path / "a.png", "--image", tmp_path / "wide.png", "--out", tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    Image.new("L", (420, 280), 0).save(tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as mask:
+        mask.paste(255, (0, 0, 4, 4))
+        mask.save(tmp_path / "kept.png")
+    inpaint = ["--mode", "inpaint", "--mask", tmp_path / "kept.png", "--feather", 0]
+    command(*base, *inpaint, "--out", tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as c:
+        kept = np.asarray(c)[4:]
+    assert np.array_equal(kept, np.asarray(wide)[4:])  # at its own size
+    command(*base, "--size", "160x96", "--out", tmp_path / "d.png")
+    d = read_png(tmp_path / "d.png")
+    assert (d["width"], d["height"], "computed_size" in d) == (160, 96, False)
+
+
+def test_a_terminal_sees_the_steps_and_the_time_left(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    command(*plain(tmp_path / "result.png"), "--count", 3)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "left" in shown
+
+
+@pytest.mark.parametrize(
+    ("what", "answer"),
+    [
+        (["--image", "photo.png", "--prompt", "x"], "the edit is not kept, and the same command begins it again"),
+        (["--csv", "jobs.csv"], "the same command continues where it was"),
+    ],
+)
+def test_ctrl_c_says_whether_the_command_continues(what, answer, folder, tmp_path, monkeypatch, capsys):
+    (folder / "jobs.csv").write_text("image,prompt\nphoto.png,x\n")
+    monkeypatch.setattr(Editor, "_sample", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["edit.py", "--model", "tiny", *what, "--out", str(tmp_path / "result.png")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(edit)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted: {answer}"
+    assert not [path for path in tmp_path.glob("**/*.png") if path.is_file()]
 
 
 def plain(out) -> list[object]:
@@ -172,6 +225,63 @@ def test_settings_of_every_mode_reach_the_editor_and_come_back(folder, tmp_path)
     for name in ("b", "c"):
         command("--repeat", tmp_path / f"{name}.png", "--image", "photo.png", "--out", tmp_path / "again.png")
         assert (tmp_path / "again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+
+
+def write_odd(path) -> None:
+    """A photograph of 161 x 99 as the ending of its name says: turned by EXIF, transparent, or with 16 bits of grey."""
+    values = np.random.default_rng(7).integers(0, 256, (99, 161, 4), dtype=np.uint8)
+    image = Image.fromarray(values)
+    if path.stem == "turned":
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6
+        image.convert("RGB").save(path, exif=turned, quality=95)
+    elif path.stem == "grey16":
+        Image.fromarray(values[..., 0].astype(np.uint16) * 257 + 3).save(path)
+    else:
+        (image if path.stem == "clear" else image.convert("RGB")).save(path)
+
+
+@pytest.mark.parametrize("name", ["odd.png", "turned.jpg", "clear.png", "grey16.png"])
+def test_every_pixel_outside_a_mask_is_the_files_own(tmp_path, name):
+    """At the file's own size: upright, with its transparency; of 16 bits the 8 that everything here is read with."""
+    file, out = tmp_path / name, tmp_path / "out.png"
+    write_odd(file)
+    own = ImageOps.exif_transpose(Image.open(file)) if name != "grey16.png" else open_image(file)
+    mask = np.zeros((own.height, own.width), dtype=np.uint8)
+    mask[20 : own.height // 2, 30:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    base = ["--image", file, "--mask", tmp_path / "mask.png"]
+    knobs = ["--mode", "inpaint", "--prompt", "x", "--steps", 2, "--max-pixels", 4096, "--vision-pixels", 3136]
+    command("--model", "tiny", *base, *knobs, "--feather", 2, "--out", out)
+    with Image.open(out) as made:
+        assert (made.size, made.mode) == (own.size, own.mode)
+        before, after = np.asarray(own).astype(int), np.asarray(made).astype(int)
+    assert (before == after)[mask == 0].all()
+    assert np.abs(before - after)[25 : own.height // 2 - 5, 35:].mean() > 5
+    if name == "clear.png":
+        command("--repeat", out, *base, "--out", tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+
+
+def test_the_sizes_that_a_picture_was_made_at_are_repeated(folder, tmp_path):
+    base = ["--image", "photo.png", "--prompt", "x", "--steps", 1, "--cfg-scale", 1]
+    limits = ["--model", "tiny", "--max-pixels", 4096, "--vision-pixels", 3136]
+    shapes = {}
+    for name, more in (
+        ("none", ()),
+        ("own", ("--geometry", "own")),
+        ("size", ("--geometry", "upstream", "--size", "80x48")),
+    ):
+        out = tmp_path / f"{name}.png"
+        command(*limits, *base, *more, "--out", out)
+        settings = read_png(out)
+        shapes[name] = settings["width"], settings["height"], settings["geometry"].get("kind")
+        command("--repeat", out, "--image", "photo.png", "--out", tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+    assert shapes["none"] == (96, 64, "upstream")  # of about 4096 pixels: 80.95 x 50.6
+    assert shapes["own"] == (51, 32, None)  # all of 160 x 100 within 64 x 32
+    assert shapes["size"] == (80, 48, "upstream")
+    assert read_repeat(tmp_path / "own.png", {"sizing": "upstream"}).knobs.get("geometry") is None
 
 
 def test_a_picture_is_repeated_with_its_own_images_alone(folder, tmp_path):
@@ -281,6 +391,21 @@ def test_a_repeat_with_another_mode_or_adapter_keeps_what_that_takes(folder, tin
         repeated("img2img", mode="inpaint")
 
 
+def test_a_strength_that_counted_steps_is_not_taken_for_a_share_of_noise(tmp_path):
+    """Of a picture that was written before solvers had names."""
+    sampler = {"name": "FlowSampler", "kind": "flow", "cfg_scale": 4.0, "strength": 0.6}
+    settings = {"mode": "img2img", "prompt": "x", "seed": 0, "steps": 4, "width": 64, "height": 32, "sampler": sampler}
+    settings |= {"geometry": {"max_pixels": 4096}, "adapters": [], "model": "tiny", "dtype": "float32"}
+    settings |= {"image_digests": [], "model_fingerprint": ""}
+    write_png(EditResult(Image.new("RGB", (64, 32)), 0, 1.0, settings), [], tmp_path / "old.png")
+    with pytest.raises(InputError, match=r"its strength of 0\.6 counted steps.* give --strength"):
+        read_repeat(tmp_path / "old.png", {})
+    assert read_repeat(tmp_path / "old.png", {"strength": 0.75}).knobs["strength"] == 0.75
+    sampler["strength"] = 1.0
+    write_png(EditResult(Image.new("RGB", (64, 32)), 0, 1.0, settings), [], tmp_path / "whole.png")
+    assert read_repeat(tmp_path / "whole.png", {}).knobs["strength"] == 1.0
+
+
 def test_another_model_is_found_before_its_weights_are_read(folder, tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     arguments = plain(tmp_path / "result.png")
@@ -324,7 +449,7 @@ def test_settings_that_json_cannot_hold_are_not_written(tmp_path):
         (["--device", "gpu"], "there is no device 'gpu'"),
         (["--out", "result.jpg"], "--out must end in .png"),
         (["--out", "photo.png/result.png"], "photo.png is not a folder that you may write to"),
-        (["--batch-size", "2"], "are for tables: give --csv"),
+        (["--batch-size", "2", "--on-error", "skip"], "--batch-size, --on-error is only for tables: add --csv"),
         (["--csv", "jobs.csv"], "leave out --image"),
     ],
 )

@@ -35,6 +35,14 @@ def test_options_of_another_way_are_refused_by_name(tmp_path, way, given, named)
         ({}, "give the ground truth with --dataset, or with the two folders --sources"),
         ({"sources": Path("s")}, "give the ground truth with --dataset, or with the two folders --sources"),
         ({"dataset": "nothing.json"}, "nothing.json"),
+        (
+            {"sources": Path("s"), "targets": Path("t"), "split": "all", "root": "r"},
+            "^--root, --split is only for --dataset",
+        ),
+        (
+            {"dataset": "d.json", "license": "mit", "private": True},
+            "--license, --private",
+        ),
     ],
 )
 @pytest.mark.parametrize("way", ["pictures", "model"])

@@ -376,7 +376,7 @@ def press(workshop: Workshop, editor: Editor, out: Path) -> Image.Image:
         "steps": 2,
         "cfg_scale": 0,
     }
-    values |= {"sampler": AUTOMATIC, "shape": AS_SOURCE, "strength": 0.6}
+    values |= {"sampler": AUTOMATIC, "sizing": AUTOMATIC, "shape": AS_SOURCE, "strength": 0.6}
     run, select = Recorder(), Recorder()
     outcome = SimpleNamespace(
         parts=[], status=None, slider=None, download=None, settings=None, details=None, pictures=None, source=None

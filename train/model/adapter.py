@@ -97,6 +97,7 @@ class Adapter:
         groups = [group for block in blocks for group in block.inputs if all(layer in plain for layer in group)]
         grouped = {layer for group in groups for layer in group}
         self.copies = give_copies([*groups, *([layer] for layer in plain if layer not in grouped)], dtype)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:

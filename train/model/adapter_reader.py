@@ -1,9 +1,9 @@
 """Adapter files as people write them: ours, diffusers', PEFT's, kohya's and the Lightning ones, all read to one form.
 
 A module's key is `<prefix><module>.<kind>`. The prefix may be missing; the kinds are PEFT's `lora_A.weight`/`lora_B.weight`, or
-`lora_down.weight`/`lora_up.weight` with `alpha`, or LoKr's `lokr_w1` and `lokr_w2`, each of which may be `_a` and `_b` instead.
-The scale alpha/rank comes from the file's `alpha`, else from the configuration that PEFT writes beside the file or diffusers
-into its header, else it is 1 (it is inside B or w1, as we export it).
+`lora_down.weight`/`lora_up.weight` with `alpha` and maybe `dora_scale`, or LoKr's `lokr_w1` and `lokr_w2`, each of which may
+be `_a` and `_b` instead. The scale alpha/rank comes from the file's `alpha`, else from the configuration that PEFT writes beside
+the file or diffusers into its header, else it is 1 (it is inside B or w1, as we export it).
 """
 
 import json
@@ -37,6 +37,7 @@ KINDS = {
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector.default.weight": "magnitude",
     "lora_magnitude_vector": "magnitude",
+    "dora_scale": "magnitude",
     **{name: name for name in NAMES},
 }
 KEY = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, sorted(KINDS, key=len, reverse=True))) + ")")
@@ -84,21 +85,33 @@ def read_adapter(path: Path, linear: Mapping[str, nn.Linear]) -> dict[str, LowRa
         InputError: there is no such file, or it has a tensor that is no part of an adapter of this transformer.
     """
     file = adapter_file(path)
-    tensors, header = _read(file)
     names = {name: name for name in linear} | {name.replace(".", "_"): name for name in linear}  # kohya's have no dots
+    found = read_parts(file, names.get)
+    for name, part in found.items():
+        _check_shape(file, name, part, linear[name])
+    return found
+
+
+def read_parts(file: Path, module_name: Callable[[str], str | None]) -> dict[str, LowRank]:
+    """As `read_adapter`, of a file, for any transformer: shapes are only compared with each other.
+
+    Args:
+        module_name: the module's name for a name as it stands in a file, without its prefix; None where there is no such module.
+    """
+    tensors, header = _read(file)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if not match:
             raise InputError(f"{file} is not a LoRA adapter: it cannot use its tensor {key!r}")
-        module = names.get(_without_prefix(match[1]))
+        module = module_name(without_prefix(match[1]))
         if module is None:
             raise InputError(f"{file} changes a module that this model lacks: its tensor {key!r} cannot be used")
         if parts.setdefault(module, {}).setdefault(KINDS[match[2]], tensor) is not tensor:
             raise InputError(f"{file} changes the module {module} twice: its tensor {key!r} is one too many")
     config = _config(file, header)
     return {
-        name: (_lokr if found.keys() & set(NAMES) else _low_rank)(file, name, found, linear[name], config)
+        name: (_lokr if found.keys() & set(NAMES) else _low_rank)(file, name, found, config)
         for name, found in parts.items()
     }
 
@@ -116,7 +129,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header
 
 
-def _without_prefix(name: str) -> str:
+def without_prefix(name: str) -> str:
+    """A module's name without what programs put before it."""
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     return name
@@ -136,27 +150,41 @@ def _config(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _low_rank(
-    file: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear, config: Mapping[str, Any]
-) -> LowRank:
+def _low_rank(file: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
     if missing := {"down", "up"} - parts.keys():
         kind = {"down": "lora_A (lora_down)", "up": "lora_B (lora_up)"}[missing.pop()]
         raise InputError(f"{file} is incomplete: the module {name} has no {kind}")
     down, up = parts["down"], parts["up"]
-    shapes = tuple(down.shape), tuple(up.shape)
-    if shapes != ((len(down), module.in_features), (module.out_features, len(down))):
+    if (down.ndim, up.ndim) != (2, 2) or len(down) != up.shape[1]:
         raise InputError(
-            f"{file} is for another model: the LoRA of {name} is {shapes[0]} and {shapes[1]}, "
-            f"the module takes {module.in_features} numbers and gives {module.out_features}"
+            f"{file} is for another model: the LoRA of {name} is {tuple(down.shape)} and {tuple(up.shape)}, which are no two "
+            "matrices of one rank"
         )
     magnitude = parts.get("magnitude")
-    if magnitude is not None and magnitude.numel() != module.out_features:
-        raise InputError(f"{file} is for another model: the magnitude of {name} has {magnitude.numel()} numbers")
+    if magnitude is not None and magnitude.shape[:-1].numel() == 1 < magnitude.ndim:
+        raise InputError(f"{file} scales the inputs of {name}, which cannot be loaded: DoRA here scales the outputs")
     scale = _scale(name, len(down), parts.get("alpha"), config)
     return LowRank(down, up if scale == 1 else up * scale, magnitude)
 
 
-def _lokr(file: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear, config: Mapping[str, Any]) -> LowRank:
+def _check_shape(file: Path, name: str, part: LowRank, module: nn.Linear) -> None:
+    sides = (module.out_features, module.in_features)
+    for product in part.products:
+        if product.shape != sides:
+            raise InputError(
+                f"{file} is for another model: the LoKr of {name} makes a weight of {product.shape[1]} to {product.shape[0]} "
+                f"numbers, the module takes {module.in_features} and gives {module.out_features}"
+            )
+    if (len(part.up), part.down.shape[1]) != sides:
+        raise InputError(
+            f"{file} is for another model: the LoRA of {name} is {tuple(part.down.shape)} and {tuple(part.up.shape)}, "
+            f"the module takes {module.in_features} numbers and gives {module.out_features}"
+        )
+    if part.magnitude is not None and part.magnitude.numel() != module.out_features:
+        raise InputError(f"{file} is for another model: the magnitude of {name} has {part.magnitude.numel()} numbers")
+
+
+def _lokr(file: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
     """`alpha` is divided by the rank of the factor that is a product, the last of two, and means nothing where none is: as
     LyCORIS and ComfyUI have it. PEFT's own files have it in their configuration, and it always counts."""
     if parts.keys() & {"down", "up", "magnitude"}:
@@ -172,20 +200,15 @@ def _lokr(file: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear,
             )
         factors.append(tuple(pair) if whole is None else (whole,))
     product = Kronecker(*factors)
-    if product.shape != (module.out_features, module.in_features) or any(
-        len(pair) == 2 and pair[0].shape[1] != len(pair[1]) for pair in factors
-    ):
-        raise InputError(
-            f"{file} is for another model: the LoKr of {name} makes a weight of {product.shape[1]} to {product.shape[0]} "
-            f"numbers, the module takes {module.in_features} and gives {module.out_features}"
-        )
+    if any(len(pair) == 2 and pair[0].shape[1] != len(pair[1]) for pair in factors):
+        raise InputError(f"{file} is broken: the two matrices of a factor of the LoKr of {name} do not fit each other")
     scale, ranks = 1.0, [len(factor[1]) for factor in factors if len(factor) == 2]
     if "alpha" in parts:
         scale = parts["alpha"].item() / ranks[-1] if ranks else 1.0
     elif config.get("peft_type") == "LOKR":
         alpha, rank = (_of_pattern(config, name, *keys) for keys in (("alpha_pattern", "alpha"), ("rank_pattern", "r")))
         scale = alpha / rank
-    down, up = product.left[0].new_zeros(0, module.in_features), product.left[0].new_zeros(module.out_features, 0)
+    down, up = product.left[0].new_zeros(0, product.shape[1]), product.left[0].new_zeros(product.shape[0], 0)
     return LowRank(down, up, products=(product.scaled(scale),))
 
 

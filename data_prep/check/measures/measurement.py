@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from data_prep.cache.sizes import estimated_tokens
 from data_prep.check.measures.drift import measure_drift
+from data_prep.check.measures.likeness import alike, turn_between
 from data_prep.jobs.items import Item, Result
 from data_prep.model.geometry import Geometry, Size, background_cells, fit_back_mask
 from data_prep.rows.duplicates import HASH_BYTES, image_hash
@@ -23,8 +24,6 @@ COMPARED_SIDE = 256
 """Pixels of the longest side at which a mask is laid on the difference of source and target."""
 CHANGED = 16
 """Grey levels of 255, in the most different channel: below it are JPEG's and resizing's."""
-SAME = 2
-"""Grey levels of 255: pictures that differ nowhere by more are the same."""
 DARK, LIGHT = 32, 223
 """What a mask's black and white are, with some room for JPEG."""
 
@@ -67,13 +66,16 @@ class Measure:
         if not sources:
             return Result(self._without_source(wanted["prompt"], target, mask, _conversions(files, opened)))
         source = sources[wanted["bridge_image"]]
+        same = alike(source, target, files[1 + wanted["bridge_image"]], files[0])
+        turn = None if same else turn_between(source, target)
         return Result(
             {
                 "sizes": [[image.height, image.width] for image in (target, *sources)],
                 "tokens": self._tokens(wanted["prompt"]),
                 "conversions": _conversions(files, opened),
-                "same": _are_same(source, target),
-                "drift": _drift(source, target, mask),
+                "alike": same,
+                "turn": turn,
+                "drift": None if turn else _drift(source, target, mask),
                 "mask": mask and self._mask_facts(mask, source, target),
                 "hashes": [image_hash(image).hex() for image in (source, target)],
                 "digest": _digest(wanted["prompt"], target, *sources),
@@ -88,7 +90,8 @@ class Measure:
             "sizes": [[target.height, target.width]],
             "tokens": self._tokens(prompt),
             "conversions": conversions,
-            "same": False,
+            "alike": None,
+            "turn": None,
             "drift": None,
             "mask": mask and self._mask_facts(mask, target, target),
             "hashes": [bytes(HASH_BYTES).hex(), image_hash(target).hex()],
@@ -114,10 +117,6 @@ def _tokenizer(path: Path) -> Tokenizer:
 def _conversions(files: list[Path], opened: list[OpenedImage]) -> list[list[str]]:
     pairs = ((path, each.conversions) for path, each in zip(files, opened, strict=False))
     return [[str(path), "; ".join(conversions)] for path, conversions in pairs if conversions]
-
-
-def _are_same(source: Image.Image, target: Image.Image) -> bool:
-    return source.size == target.size and bool(_difference(source, target).max() <= SAME)
 
 
 def _difference(source: Image.Image, target: Image.Image) -> np.ndarray:

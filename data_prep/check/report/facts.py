@@ -18,6 +18,7 @@ from data_prep.check.survey import Survey
 from data_prep.files import atomic_file
 from data_prep.rows.rows import Row, read_rows
 
+READ = (TRAINED, VALIDATED)
 LISTED = 20
 """Errors on the terminal."""
 LISTED_WARNINGS = 2
@@ -68,6 +69,13 @@ class Facts:
         columns = self.survey.columns
         counts = np.bincount(columns["split"][columns["usable"]], minlength=len(columns.splits))
         return dict(zip(columns.splits, counts.tolist(), strict=True))
+
+    @property
+    def other_splits(self) -> dict[str, int]:
+        """Splits that are neither trained on nor validated with, and the first row of each."""
+        columns = self.survey.columns
+        rows = {name: np.flatnonzero(columns.in_split(name)) for name in self.split_sizes if name not in READ}
+        return {name: int(found[0]) + 1 for name, found in rows.items() if len(found)}
 
     def as_dict(self) -> dict[str, Any]:
         """As `check.json` has it."""
@@ -131,8 +139,10 @@ def print_tables(facts: Facts) -> None:
     """On standard output."""
     console = Console()
     console.print(f"{facts.survey.num_rows:,} rows, {facts.num_usable:,} usable: {_splits(facts)}", highlight=False)
-    if odd := [name for name in facts.split_sizes if name not in (TRAINED, VALIDATED)]:
-        console.print(f"neither trained on nor validated with: {', '.join(odd)}", markup=False)
+    for name, row in facts.other_splits.items():
+        meant = ": write validation if it is held out" if VALIDATED not in facts.split_sizes else ""
+        text = f"split={name} (first in row {row}) is neither trained on nor validated with{meant}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if facts.survey.counts:
         console.print(_kinds_table(facts))
         _print_findings(console, facts)

@@ -104,7 +104,7 @@ def connect_edit(
                 studio.editor.check(asked.request)
                 for note in studio.editor.notes(asked.request):
                     gr.Info(note)
-                results = studio.editor.edit(asked.request, on_progress)
+                results = studio.edit(asked.request, on_progress)
             pictures = save_results(results, asked.sources, studio.out)
             return [*_show(pictures, 0, asked.request.images[0]), pictures, values["source"]]
 

@@ -9,11 +9,11 @@ from PIL import Image, ImageChops
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
-from data_prep.rows.images import file_digest
+from data_prep.rows.images import file_digest, open_transparent
 from eval.page.limits import Limits, read_picture
 from eval.page.tabs.knob_fields import knob_value, whole
 from eval.request.knobs import AdapterUse, Control, ControlName, Declared, Focus, ModeName
-from eval.request.request import ASPECTS, DEFAULT_STRENGTHS, KNOBS, MASKED, WITH_STRENGTH, EditRequest
+from eval.request.request import ASPECTS, DEFAULT_STRENGTHS, KEEPING, KNOBS, MASKED, WITH_STRENGTH, EditRequest
 from train.record.lookup import FoundAdapter
 
 MODE_NAMES: dict[ModeName, str] = {
@@ -80,9 +80,9 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
     images = [read_picture(path, limits) for path in paths]
     found = {each.field: _value(each, values, mode, adapters) for each in KNOBS if mode in each.knob.modes}
     mask = painted_mask(values["painting"], Size.of(images[0])) if mode in MASKED else None
-    request = EditRequest(
-        images=images, mask=mask, **{name: value for name, value in found.items() if value is not None}
-    )
+    original = open_transparent(paths[0]) if mode in KEEPING else None
+    given = {name: value for name, value in found.items() if value is not None}
+    request = EditRequest(images=images, mask=mask, original=original, **given)
     return Asked(request, [(Path(path).name, file_digest(path)) for path in paths])
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from data_prep.model.geometry import Size, fit
+from data_prep.rows.images import open_image
 from eval.request.provenance import write_png
 from eval.request.request import EditResult
 
@@ -51,8 +52,7 @@ def _free(path: Path) -> Path:
 
 def beside(source: Image.Image, result: Path) -> tuple[Image.Image, Image.Image]:
     """The source in the result's size, and the result: what the slider compares."""
-    with Image.open(result) as opened:
-        after = opened.convert("RGB")
+    after = open_image(result)
     return fit(source, Size.of(after)), after
 
 

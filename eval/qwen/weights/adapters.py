@@ -105,7 +105,6 @@ def _attach(denoiser: Denoiser, parts: Mapping[str, LowRank]) -> None:
         | {f"{name}.lora_B.weight": part.up for name, part in parts.items()}
     )
     adapter.copy_for_products(denoiser.dit.transformer_blocks, denoiser.dit.img_in.weight.dtype)
-    adapter.refresh()
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
     for copy, weight in zip(*adapter.copies, strict=True):  # nothing is trained: what is multiplied is enough

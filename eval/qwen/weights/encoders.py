@@ -48,7 +48,7 @@ class PlacedPromptEncoder(PromptEncoder):
     """A prompt encoder that returns its embeddings on another device."""
 
     def __init__(self, encoder: PromptEncoder, device: torch.device):
-        super().__init__(encoder.model, encoder.processor)
+        super().__init__(encoder.model, encoder.processor, encoder.edition)
         self.device = device
 
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:

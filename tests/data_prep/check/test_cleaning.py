@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from data_prep.check.check import command
 from data_prep.check.cleaning import write_cleaned
 from data_prep.errors import InputError
+from scripts import photographs
 from tests.caching import write_image
 from tests.check_data import check_here, found, run_check, write_jsonl
 from tests.commands import run_script
@@ -340,3 +342,49 @@ def test_tokens_are_the_tokenizers_and_caching_is_measured(tiny_model_dir, tmp_p
     assert report["cache"]["bytes"] == 2 * (3 * 2 * 16 * 8 * 8 + texts * width)
     assert report["cache"]["seconds"] == pytest.approx(3 * report["cache"]["seconds_per_row"])
     assert 0 < report["cache"]["seconds_per_row"] < 60
+
+
+def test_what_happens_to_files_on_the_way_is_told_by_row_with_its_meaning(tmp_path, capsys):
+    """A photograph saved again as its own target, a target whose turn was lost, a mere turn by EXIF, a small one, split=val."""
+    crop = photographs.random_crop(photographs.load(photographs.HELD_OUT[0]), 256, random.Random(0)).crop(
+        (0, 0, 256, 160)
+    )
+    other = photographs.random_crop(photographs.load(photographs.TRAIN[0]), 256, random.Random(1)).crop(
+        (0, 0, 256, 160)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    on_its_side = {"exif": exif, "quality": 95}
+
+    def row(name: str, source: Image.Image, target: Image.Image, source_how: Any, target_how: Any, **values: str):
+        source.save(tmp_path / f"{name}0.jpg", **source_how)
+        target.save(tmp_path / f"{name}1.jpg", **target_how)
+        return {"id": name, "prompt": name, "image": f"{name}1.jpg", "edit_image": f"{name}0.jpg", **values}
+
+    again, inverted = {"quality": 60}, ImageOps.invert(crop)
+    rows = [
+        row("again", crop, crop, {"quality": 95}, again),
+        row("lost", other.rotate(90, expand=True), other.rotate(90, expand=True), on_its_side, {"quality": 95}),
+        row("phone", inverted.rotate(90, expand=True), crop.filter(ImageFilter.CONTOUR), on_its_side, {"quality": 95}),
+        row("tiny", crop.resize((96, 64)), inverted.resize((96, 64)), {}, {}, split="val"),
+    ]
+    dataset = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match="2 of 4 rows must be fixed"):
+        check_here(dataset, min_side=128, ignore=["leak", "near_duplicate"])
+    shown = capsys.readouterr().out
+    assert "row 1 (" in shown
+    assert "identical: the target is the source, saved again as a JPEG" in shown
+    assert "turned: the target is turned by 270 degrees clockwise against its source: turn one of the files" in shown
+    assert "may have dropped the EXIF orientation" in shown
+    assert "small: 96x64, a side under 128 pixels; it is trained at 96x64" in shown
+    assert (
+        "split=val (first in row 4) is neither trained on nor validated with: write validation if it is held out"
+        in shown
+    )
+    report = json.loads((tmp_path / "check/check.json").read_text())
+    assert found(report) == {
+        *((1, "identical"), (2, "turned"), (2, "converted"), (3, "converted"), (4, "small")),
+    }
+    assert all(f"row {each['row']} (" in shown for each in report["findings"])
+    told = " ".join(shown.replace("│", " ").replace("┃", " ").split())
+    assert "nothing to do" in told

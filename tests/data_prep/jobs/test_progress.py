@@ -7,10 +7,14 @@ from os import close, read
 
 import pytest
 
+from data_prep.jobs.progress import step_progress
 from tests.children import PATIENCE, started
 
 SHOW = """
-from data_prep.jobs.progress import progress
+from data_prep.jobs.progress import progress, step_progress
+with step_progress("steps") as show:
+    for step in range(1, 8):
+        show(step, 7)
 with progress("caching", 4) as advance:
     for _ in range(4):
         advance(1)
@@ -31,3 +35,22 @@ def test_a_terminal_gets_a_bar_with_the_rate():
     assert b"4/4" in shown
     assert b"samples/s" in shown
     assert b"left" in shown
+    assert b"7/7" in shown
+
+
+def test_steps_in_a_file_are_a_line_now_and_then_with_the_time_that_is_left(monkeypatch, capsys):
+    """Loading takes 100 seconds here, and each step 4: the first step says nothing, and what came before it does not count."""
+    now = 0.0
+    monkeypatch.setattr("data_prep.jobs.progress.time.monotonic", lambda: now)
+    with step_progress("steps") as show:
+        for step in range(1, 8):
+            now = 100 + 4.0 * step
+            show(step, 7)
+    assert capsys.readouterr().err == "steps 4/7, 00:00:12 left\nsteps 7/7, 00:00:00 left\n"
+
+
+def test_a_short_edit_says_nothing_in_a_file(capsys):
+    with step_progress("steps") as show:
+        for step in range(1, 5):
+            show(step, 4)
+    assert capsys.readouterr().err == ""

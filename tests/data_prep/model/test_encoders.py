@@ -9,11 +9,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from data_prep.errors import BadPrompt
 from data_prep.model.directory import ModelDirectory
+from data_prep.model.editions import PLUS
 from data_prep.model.encoders import (
     DROPPED_IMAGE_TOKENS,
     DROPPED_TOKENS,
     IMAGE_SYSTEM,
-    PICTURE,
     SYSTEM,
     build_vae,
     edit_text,
@@ -218,7 +218,7 @@ def test_number_of_images_is_checked(prompt_encoder):
 
 
 def test_text_is_upstreams():
-    assert edit_text("Go.", 2).count(PICTURE.format(2)) == 1
+    assert edit_text("Go.", 2).count(PLUS.picture.format(2)) == 1
     assert edit_text("Go.", 1).endswith(
         "Picture 1: <|vision_start|><|image_pad|><|vision_end|>Go.<|im_end|>\n<|im_start|>assistant\n"
     )

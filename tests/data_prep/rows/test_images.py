@@ -111,10 +111,10 @@ def test_what_was_converted_is_told(photograph, tmp_path):
         "print.jpg": (photograph.convert("CMYK"), {}, "CMYK made RGB without colour management"),
         "deep.png": (Image.fromarray(GRADIENT.astype(np.uint16) * 257), {}, "16 bits made 8"),
         "half.png": (half, {}, "transparency laid on white"),
-        "turned.jpg": (photograph, {"exif": exif}, "turned as its EXIF says"),
+        "turned.jpg": (photograph, {"exif": exif}, "turned as its EXIF says, as every viewer does"),
         "moving.gif": (photograph, {"save_all": True, "append_images": [opaque]}, "animated: the first frame"),
         "still.gif": (photograph, {}, ""),
-        "liar.jpg": (photograph, {"format": "PNG"}, "its name says JPEG, it is PNG"),
+        "liar.jpg": (photograph, {"format": "PNG"}, "its name says JPEG, it is PNG, and is read all the same"),
         "phone.jpg": (photograph, {"format": "MPO", "save_all": True, "append_images": [photograph]}, ""),
         "noname": (photograph, {"format": "PNG"}, ""),
     }

@@ -63,7 +63,15 @@ def form(tmp_path):
     adapters = {"adapter": BASE_MODEL, "weight": 1}
     knobs = {"strength": 0.6, "feather": 8, "focus_x": 0.5, "focus_y": 0.25, "focus_radius": 0.3, "controls": ["canny"]}
     knobs |= {"canny_strength": 1, "lines_strength": 0.5, "depth_strength": 1, "painting": None}
-    sampling = {"steps": 0, "cfg_scale": 0, "sampler": AUTOMATIC, "negative_prompt": "", "seed": 0, "count": 1}
+    sampling = {
+        "steps": 0,
+        "cfg_scale": 0,
+        "sampler": AUTOMATIC,
+        "sizing": AUTOMATIC,
+        "negative_prompt": "",
+        "seed": 0,
+        "count": 1,
+    }
     shape = {"shape": AS_SOURCE, "width": 0, "height": 0}
     images = {"source": str(save(tmp_path / "photo.png")), "reference_1": None, "reference_2": None}
     return {"mode": "edit", "prompt": " Sharpen it. ", **images, **adapters, **knobs, **sampling, **shape}

@@ -213,6 +213,10 @@ def test_a_request_is_refused_before_anything_is_loaded(tiny_model_dir, source, 
             editor.edit(request(source, **wrong))
     with pytest.raises(InputError, match="the mask has 8x8 pixels"):
         editor.edit(request(source, mode="inpaint", mask=Image.new("L", (8, 8), 255)))
+    rim = Image.new("L", source.size)
+    rim.paste(255, (0, 0, 8, source.height))
+    with pytest.raises(InputError, match="white at the picture's rim alone, which the size of the result cuts off"):
+        editor.edit(request(source, mode="inpaint", mask=rim, size=Size(64, 64)))
     assert editor.components.loaded == set()
 
 
@@ -229,7 +233,7 @@ def test_preload_loads_what_the_first_edit_needs(tiny_model_dir, flow, monkeypat
 
 
 def test_img2img_stays_nearer_with_less_strength(editor, source):
-    fitted = fit(source, Size(32, 64))
+    fitted = fit(source, Size(32, 51))
     values = {"mode": "img2img", "steps": 10, "cfg_scale": 1.0}
     images = [editor.edit(request(source, **values, strength=strength))[0].image for strength in (0.1, 0.5, 1.0)]
     distances = [psnr(image, fitted) for image in images]
@@ -283,7 +287,12 @@ def test_what_was_encoded_is_not_encoded_again(tiny_model_dir, source, encoded):
         ({"prompt": "y"}, ["y"]),
         ({"size": Size(64, 96)}, ["image"]),
         ({"images": [changed]}, ["image", "x", " "]),
-        ({"images": [source, changed]}, ["x", " "]),  # both pictures are known, together they are another instruction
+        ({"images": [source, changed]}, ["image", "x", " "]),  # a reference is cropped, where the source is shown whole
+        ({"images": [source, changed, source]}, ["image", "x", " "]),
+        (
+            {"images": [source, source, changed]},
+            ["x", " "],
+        ),  # all pictures are known, together they are another instruction
     ]:
         encoded.clear()
         editor.edit(request(source, **values))
@@ -337,6 +346,19 @@ def test_inpaint_keeps_every_pixel_that_the_mask_keeps(editor, source, bridge, w
     assert result.settings["feather"] == 8
 
 
+@pytest.mark.parametrize("mode", ["inpaint", "focus"])
+def test_without_a_size_the_first_image_comes_back_at_its_own(editor, source, mode):
+    """Made at another size, and put in its place: what the mask keeps is the image's own, the rest is changed."""
+    odd = source.resize((161, 99))
+    own = {"mask": half_mask(odd)} if mode == "inpaint" else {"focus": Focus(0.75, 0.5, 0.4)}
+    result = editor.edit(request(odd, mode=mode, **own))[0]
+    assert result.image.size == odd.size
+    assert (result.settings["width"], result.settings["original_size"]) == (161, True)
+    changed = np.abs(np.asarray(result.image).astype(int) - np.asarray(odd)).max(2)
+    assert (changed[:, :80] == 0).all()
+    assert changed[20:80, 100:140].mean() > 1
+
+
 def test_sampling_inside_a_mask_sees_what_is_kept(editor, source):
     """Blended at every step: what is made inside is another picture than without the mask, and not a cut of it."""
     plain = editor.edit(request(source, steps=4, size=Size(64, 96)))[0].image
@@ -387,7 +409,7 @@ def test_invert_edits_more_with_more_strength_and_draws_nothing(editor, source):
     values = {"mode": "invert", "steps": 8, "cfg_scale": 1.0}
     edited = editor.edit(request(source, **values, prompt="make it blue", strength=0.5))[0]
     more = editor.edit(request(source, **values, prompt="make it blue", strength=1.0))[0]
-    fitted = fit(source, Size(32, 64))
+    fitted = fit(source, Size(32, 51))
     assert psnr(edited.image, fitted) > psnr(more.image, fitted)
     assert same(
         edited.image, editor.edit(request(source, **values, prompt="make it blue", strength=0.5, seed=9))[0].image
@@ -417,7 +439,7 @@ def test_progress_counts_all_pictures_and_what_it_raises_ends_the_edit(editor, s
 
     with pytest.raises(Cancelled):
         editor.edit(request(source, count=2, steps=3), cancel)
-    assert editor.edit(request(source))[0].image.size == (64, 32)
+    assert editor.edit(request(source))[0].image.size == (51, 32)
 
 
 def test_settings_are_json_and_say_everything(editor, source, flow):

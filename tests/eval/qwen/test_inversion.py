@@ -14,8 +14,10 @@ from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
 from data_prep.model.encoders import VAE, load_prompt_encoder, load_vae
 from data_prep.model.geometry import Geometry, Size, stretch, to_image, to_pixels
-from eval.qwen.inversion import Flow, InversionSampler, integrate_second_order, invert
-from eval.qwen.samplers import FlowSampler, linear_sigmas, qwen_sigmas
+from eval.qwen.inversion import InversionSampler, integrate_second_order, invert
+from eval.qwen.samplers import FlowSampler
+from eval.qwen.samplers.sigmas import linear_sigmas, qwen_sigmas
+from eval.qwen.samplers.solvers import Flow
 from losses.batch import Condition, Edit
 from losses.randomness import SampleRandom
 from scripts import photographs
@@ -256,4 +258,4 @@ def test_wrong_settings_are_refused(tiny):
             InversionSampler(FlowSampler(), strength)
     with pytest.raises(ValueError, match="needs the condition with an empty instruction"):
         sample(tiny, InversionSampler(FlowSampler()), tiny.pictures[0].edit())
-    assert InversionSampler(FlowSampler(), 0.19).calls(10) == 2
+    assert InversionSampler(FlowSampler(), 0.19).calls(10) == 4

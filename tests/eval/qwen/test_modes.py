@@ -70,8 +70,13 @@ def test_mode_and_adapter_decide_the_sampler(values, metadata, sampler, steps):
     [
         ({"mode": "turbo"}, {}, "mode=turbo needs an adapter"),
         ({"adapters": ADAPTER, "mode": "turbo", "cfg_scale": 4.0}, {}, "distilled to work without guidance"),
-        ({"mode": "img2img", "steps": 1, "strength": 0.4}, {}, r"strength=0\.4 of 1 step\(s\) is less than one step"),
-        ({"mode": "invert", "steps": 2, "strength": 0.4}, {}, "less than one step"),
+        (
+            {"mode": "img2img", "steps": 1, "strength": 1e-20},
+            {},
+            r"strength=1e-20 of 1 step\(s\) is less than one step",
+        ),
+        ({"mode": "invert", "steps": 2, "strength": 1e-20}, {}, "less than one step"),
+        ({"mode": "invert", "sampler": "heun"}, {}, "method of its own for both ways: leave out sampler=heun"),
         ({"mode": "img2img", "adapters": ADAPTER}, BRIDGE, "starts from noise, but the adapter is a bridge"),
         ({"mode": "invert", "adapters": ADAPTER}, BRIDGE, "starts from noise"),
         ({"adapters": ADAPTER, "cfg_scale": 3.0}, BRIDGE, r"sampled without guidance: leave out cfg_scale=3\.0"),

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from data_prep.errors import InputError
 from data_prep.rows.images import file_digest
+from eval.exports import PIPELINE
 from eval.report.card import MARKER, CardRequest, check_card, write_card
 from eval.report.publishing import check_push, push
 from eval.report.summary import build_report
@@ -75,7 +76,9 @@ def test_a_card_says_what_it_is_and_is_written_again(adapter, report, pictures):
     (adapter / "samples" / "of-mine.jpg").write_bytes(b"")
     text = write_card(again, report, pictures[1:]).read_text()  # fewer, and none of the earlier ones is left
     assert (adapter / "samples" / "row-0.jpg").read_bytes() == b"row-1.jpg"
-    assert card.files == ["adapter_model.safetensors", "adapter_config.json", "README.md", "samples/row-0.jpg"]
+    own = ["adapter_model.safetensors", "adapter_config.json", "pipeline.py", "README.md"]
+    assert card.files == [*own, "samples/row-0.jpg"]
+    assert (adapter / "pipeline.py").read_bytes() == PIPELINE.read_bytes()
     assert "row-1.jpg" not in text
     assert (adapter / "samples" / "of-mine.jpg").exists()
 
@@ -92,12 +95,15 @@ def test_rows_that_are_not_held_out_are_no_evaluation(adapter, report, pictures)
     assert "The first rows of the evaluation" not in read.text
 
 
-def test_a_bridge_says_that_it_needs_its_sampler(adapter, report, tmp_path):
+def test_a_bridge_says_where_it_starts(adapter, report, tmp_path):
     header = {"base_model": str(tmp_path), "objective": "lbm"}
     save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
     text = write_card(check_card(CardRequest(adapter, "mit")), report, []).read_text()
-    assert "It needs the bridge sampler" in text
-    assert "QwenImageEditPlusPipeline" not in text
+    assert "**It starts at the source**" in text
+    assert 'pipe.load_lora_weights("OWNER/NAME", weight_name="adapter_model.safetensors")' in text
+    assert 'own = {"custom_pipeline": "OWNER/NAME", "trust_remote_code": True}' in text
+    assert "FlowMatchEulerDiscreteScheduler(shift=1.0)" in text
+    assert "loses M-RoPE" in text
     assert "base_model:" not in text  # a folder of this machine is none
     assert str(tmp_path) not in text
 
@@ -113,6 +119,22 @@ def test_a_lokr_adapter_says_who_loads_it(adapter, report, objective):
     assert "QwenImageEditPlusPipeline" not in read.text
     assert ("starts at the source's latents" in read.text) == (objective == "lbm")
     assert (read.data.library_name, read.data.tags[0]) == (None, "lokr")
+
+
+def test_a_dora_says_how_diffusers_and_comfyui_read_it(adapter, report):
+    tensors = {f"diffusion_model.x.lora_{kind}.weight": torch.zeros(1) for kind in ("A", "B", "magnitude_vector")}
+    save_file(tensors, adapter / "adapter_model.safetensors", {"objective": "flow"})
+    card = check_card(CardRequest(adapter, "mit"))
+    text = write_card(card, report, []).read_text()
+    assert "export.py convert adapter_model.safetensors --to diffusers" in text
+    assert "load_lora_weights" not in text
+    assert "pipeline.py" not in card.files
+
+
+def test_somebody_elses_pipeline_is_left_alone(adapter):
+    (adapter / "pipeline.py").write_text('"""Mine."""\n')
+    with pytest.raises(InputError, match="and the pipeline for diffusers belongs there: move it away"):
+        check_card(CardRequest(adapter, "mit"))
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def test_reads_sizes_upright_and_skips_what_is_unusable(tmp_path):
     assert (bucket.target, bucket.references) == (Size(64, 96), (Size(64, 96),) * 2)
     assert "1 of 3 rows" in sizes.origin
     (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
-    with pytest.raises(InputError, match="none of 2 rows"):
+    with pytest.raises(InputError, match="none of the images of 2 rows"):
         estimated_sizes(read_rows(tmp_path / "rows.json"), geometry)
 
 

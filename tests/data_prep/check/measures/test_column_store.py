@@ -35,8 +35,9 @@ def peak_after(number):
         row = Row(index, f"row {index}", f"prompt {index}", folder, (folder,), split="train" if index % 50 else "validation")
         seen.add(hash(row.id))  # as reading keeps them
         hashes = [rng.bytes(HASH_BYTES).hex() for _ in range(2)]
-        measured = {"sizes": [[512, 512]] * 2, "tokens": 9, "conversions": [], "same": False, "drift": [0.0, 0.0, 0.0]}
-        survey.add(row, Done(Item(index, row.id), measured | {"mask": None, "hashes": hashes, "digest": rng.bytes(8).hex()}))
+        measured = {"sizes": [[512, 512]] * 2, "tokens": 9, "conversions": [], "alike": None, "turn": None}
+        measured |= {"drift": [0.0] * 3, "mask": None, "hashes": hashes, "digest": rng.bytes(8).hex()}
+        survey.add(row, Done(Item(index, row.id), measured))
     del seen
     survey.finish()
     survey.close()

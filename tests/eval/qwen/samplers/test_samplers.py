@@ -1,13 +1,20 @@
 """Samplers against oracles that know the target, against simulation, and against diffusers' scheduler and guidance."""
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditInpaintPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from data_prep.errors import InputError
-from eval.qwen.samplers import BridgeSampler, FlowSampler, Keep, guide, lightning_sigmas, qwen_sigmas, walked_steps
+from eval.qwen.samplers import BridgeSampler, FlowSampler, Keep, guide
+from eval.qwen.samplers.sigmas import lightning_sigmas, qwen_sigmas, walked_steps
+from eval.qwen.samplers.solvers import SOLVERS
 from losses.batch import Condition, Edit
 from losses.randomness import PictureRandom, SampleRandom
 
@@ -193,6 +200,7 @@ def test_guidance_uses_the_negative_condition_and_asks_for_it():
         (lambda: BridgeSampler(bridge_noise=-1), "got -1"),
         (lambda: FlowSampler(0.5), "got 0.5"),
         (lambda: FlowSampler(shift="log"), "got 'log'"),
+        (lambda: FlowSampler(solver="ddim"), "got 'ddim'"),
         (lambda: qwen_sigmas(0, 4096), "got 0"),
     ],
 )
@@ -210,7 +218,11 @@ def test_lightning_sigmas_are_the_schedulers_with_log_3(num_steps):
 
 
 @pytest.mark.parametrize(
-    "sampler", [BridgeSampler(), BridgeSampler("white", True, 0.3), FlowSampler(), FlowSampler(strength=0.5)]
+    "sampler",
+    [
+        *(BridgeSampler(), BridgeSampler("white"), FlowSampler(), FlowSampler(strength=0.5)),
+        *(FlowSampler(solver=solver) for solver in SOLVERS),
+    ],
 )
 def test_what_is_kept_is_on_its_own_path_at_every_step(sampler):
     """Its latents at the end, exactly; before, the mean of its path; the rest is free."""
@@ -230,11 +242,33 @@ def test_what_is_kept_is_on_its_own_path_at_every_step(sampler):
     assert not torch.isclose(reached[..., 4:], kept[..., 4:]).all()
     assert len(seen) == sampler.calls(4)
     if isinstance(sampler, FlowSampler):
-        start, sigmas = SampleRandom(0, [0, 1]).normal("noise", SHAPE), sampler.sigmas(4, 6)[-len(seen) - 1 :]
+        start, sigmas = SampleRandom(0, [0, 1]).normal("noise", SHAPE), sampler.sigmas(4, 6)
     else:
         start, sigmas = (edit.sub_noise if sampler.start == "white" else edit.source_latents), [1, 0.75, 0.5, 0.25, 0]
     for sigma, latents in zip(sigmas[1:], seen, strict=True):
         assert torch.allclose(latents[..., :3], (sigma * start + (1 - sigma) * kept)[..., :3], atol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [2, 5])
+@pytest.mark.parametrize("prediction", ["displacement", "drift"])
+def test_what_a_stochastic_bridge_keeps_has_the_noise_of_its_path(prediction, num_steps):
+    """bridge_noise²·s(1 − s) in the kept part as in the edited one, the same draws in both; exactly what is kept at the end."""
+    shape, noise = (16, 32, 32), 0.7
+    edit, kept = make_edit(2, shape=shape), targets(2, shape)
+    oracle = drift_oracle(kept) if prediction == "drift" else displacement_oracle(edit.source_latents, kept)
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[..., 16:] = 1
+    sampler, seen, free = BridgeSampler("source", True, noise, prediction), [], []
+    arguments = (oracle, edit, num_steps, SampleRandom(0, [0, 1]))
+    reached = sampler(*arguments, lambda _, latents: seen.append(latents), Keep(kept, mask))
+    sampler(*arguments, lambda _, latents: free.append(latents))
+    assert torch.equal(reached[..., :16], kept[..., :16])
+    for step, (latents, unmasked) in enumerate(zip(seen[:-1], free[:-1], strict=True), start=1):
+        sigma = 1 - step / num_steps
+        deviation = (latents - (sigma * edit.source_latents + (1 - sigma) * kept))[..., :16]
+        expected = noise**2 * sigma * (1 - sigma)
+        assert deviation.var().item() == pytest.approx(expected, abs=5 * expected * (2 / deviation.numel()) ** 0.5)
+        assert torch.allclose(latents, unmasked, atol=1e-5)  # the oracle's own path, were it not masked
 
 
 def test_less_strength_starts_at_the_partly_noised_source():
@@ -244,18 +278,46 @@ def test_less_strength_starts_at_the_partly_noised_source():
         asked.append((latents, sigma.item()))
         return torch.zeros_like(latents)
 
-    sampler = FlowSampler(strength=0.5, shift="none")
-    sampler(denoiser, edit, 4, SampleRandom(3, [0]))
-    assert [sigma for _, sigma in asked] == [0.5, 0.25]
     noise = SampleRandom(3, [0]).normal("noise", SHAPE)
-    assert torch.allclose(asked[0][0], 0.5 * noise + 0.5 * edit.source_latents)
+    for shift in ("none", "qwen", "lightning"):
+        asked.clear()
+        FlowSampler(strength=0.4, shift=shift)(denoiser, edit, 5, SampleRandom(3, [0]))
+        sigmas = [sigma for _, sigma in asked]
+        assert sigmas[0] == pytest.approx(0.4)  # the share of noise, whatever the spacing
+        assert len(sigmas) == 2
+        assert torch.allclose(asked[0][0], 0.4 * noise + 0.6 * edit.source_latents, atol=1e-6)
+        if shift == "none":
+            assert sigmas[1] == pytest.approx(0.2)
 
 
-def test_strength_walks_as_many_steps_as_diffusers():
-    for steps, strength, walked in [(40, 0.6, 24), (4, 0.9, 3), (10, 0.7, 7), (100, 0.29, 29), (1, 1.0, 1)]:
-        assert walked_steps(steps, strength) == walked
+@settings(max_examples=200)
+@given(num_steps=st.integers(1, 200), percent=st.integers(1, 100))
+def test_strength_walks_as_many_steps_as_diffusers(num_steps, percent):
+    strength = percent / 100
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(QWEN_SCHEDULER)
+    scheduler.timesteps = torch.arange(num_steps)
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    timesteps, walked = QwenImageEditInpaintPipeline.get_timesteps(pipeline, num_steps, strength, "cpu")
+    assert walked_steps(num_steps, strength) == walked == len(timesteps)
     with pytest.raises(ValueError, match="less than one step"):
-        walked_steps(1, 0.4)
+        walked_steps(num_steps, 1e-20)
+
+
+@pytest.mark.parametrize("start", [0.01, 0.02, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 40])
+def test_a_way_that_begins_below_one_is_spaced_as_the_whole_one(num_steps, start):
+    """In float64: it begins where it is asked to, its end is Qwen's, and before the stretch it is a part of the whole way."""
+    sigmas = qwen_sigmas(num_steps, 4096, start)
+    assert sigmas[0] == pytest.approx(start, abs=1e-12)
+    assert sigmas[-1] == 0
+    assert all(a > b for a, b in pairwise(sigmas))
+    if num_steps > 1 and start > 0.02:
+        assert sigmas[-2] == pytest.approx(0.02, abs=1e-12)
+    scale = np.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256))
+    even = np.linspace(start / (scale - (scale - 1) * start), 0, num_steps + 1)[:-1]
+    shifted = scale * even / (1 + (scale - 1) * even)
+    stretch = (start - 0.02) / (start - shifted[-1]) if num_steps > 1 and start > 0.02 else 1
+    assert sigmas[:-1] == pytest.approx(start - (start - shifted) * stretch, abs=1e-12)
 
 
 def test_a_picture_draws_by_its_seed_alone():
