@@ -67,7 +67,7 @@ def app(
     ] = None,
     max_upload_mb: Annotated[int, typer.Option(help="Largest uploaded file, in megabytes.")] = Limits.max_upload_mb,
     max_image_pixels: Annotated[
-        int, typer.Option(help="Largest area of an uploaded image, in pixels.")
+        int, typer.Option(help="Largest area that an upload keeps, in pixels. Larger images are scaled down.")
     ] = Limits.max_image_pixels,
     max_count: Annotated[int, typer.Option(help="Largest number of images per edit.")] = Limits.max_count,
     api: Annotated[

@@ -1,26 +1,37 @@
 """The line of edits for the one device, each to be stopped by whoever started it, and errors said in words."""
 
+import contextvars
 import html
 import logging
+import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import gradio as gr
+from markupsafe import Markup
 
 from data_prep.errors import InputError, is_out_of_memory
 from eval.request.request import OnProgress
 
 MAX_WAITING = 64
 """Edits in the line; who comes then is told to try again."""
+EVERY = 0.25
+"""Seconds between two looks at how far an edit is."""
 Stopped = Literal["running", "waiting", "none"]
 STOPPED: dict[Stopped, str] = {
     "running": "It stops at its next step.",
     "waiting": "It left the queue.",
     "none": "No edit of this tab is running or waiting.",
 }
+
+OnStatus = Callable[[tuple[int, int] | None, str], None]
+"""Told of an edit's steps, done and in all (None: there is nothing to count), and of what it does."""
+Result = TypeVar("Result")
 
 logger = logging.getLogger("page")
 
@@ -50,16 +61,16 @@ class Jobs:
 
     @contextmanager
     def running(
-        self, session: str, tab: str, progress: gr.Progress, label: str, counted: bool = True
+        self, session: str, tab: str, on_status: OnStatus, label: str, counted: bool = True
     ) -> Iterator[OnProgress]:
         """Waits for the device. Yields what an editor calls after each step: it ends the edit once it is cancelled.
 
         Args:
             session: whose edit it is.
             tab: where it was asked for; each tab has its own button to cancel.
-            progress: the bar.
-            label: written beside it.
-            counted: whether the bar shows the steps.
+            on_status: is told how it goes.
+            label: what the edit does.
+            counted: whether its steps are told.
 
         Raises:
             LineIsFull: too many wait.
@@ -67,14 +78,14 @@ class Jobs:
         """
         job = self._join(session, tab)
         try:
-            self._wait(job, progress)
-            _say(progress, "Preparing" if counted else label)
+            self._wait(job, on_status)
+            on_status(None, "Preparing" if counted else label)
 
             def on_progress(done: int, total: int) -> None:
                 if job.stop.is_set():
                     raise Cancelled
                 if counted:
-                    progress((done, total), desc=label)
+                    on_status((done, total), label)
 
             yield on_progress
         finally:
@@ -90,12 +101,12 @@ class Jobs:
             self._line.append(job)
         return job
 
-    def _wait(self, job: _Job, progress: gr.Progress) -> None:
+    def _wait(self, job: _Job, on_status: OnStatus) -> None:
         with self._moved:
             while before := self._line.index(job):
                 if job.stop.is_set():
                     raise Cancelled
-                _say(progress, f"Waiting: {before} before this one")
+                on_status(None, f"Waiting: {before} before this one")
                 self._moved.wait()
         if job.stop.is_set():
             raise Cancelled
@@ -131,9 +142,91 @@ class Jobs:
         self._moved.notify_all()
 
 
-def _say(progress: gr.Progress, words: str) -> None:
-    """Gradio shows no words without a share, "words - 0.0%". The style sheet hides the second line, where it comes to stand."""
-    progress(0, desc=f"{words}\n")
+@dataclass
+class Status:
+    """What an edit last said of itself, and that as a line with a bar."""
+
+    words: str = ""
+    steps: tuple[int, int] | None = None
+    """Done and in all."""
+    began: tuple[int, float] | None = None
+    """Steps done and the time, when the first were told."""
+
+    def __call__(self, steps: tuple[int, int] | None, words: str) -> None:
+        """An `OnStatus`."""
+        if steps and not self.began:
+            self.began = steps[0], time.monotonic()
+        self.words, self.steps = words, steps
+
+    def html(self) -> Markup:
+        """For the page."""
+        if not self.steps:
+            return Markup('<div class="status told">{}<progress></progress></div>').format(self.words)
+        done, total = self.steps
+        line = f"{self.words}: step {done:,} of {total:,}{self._left(done, total)}"
+        bar = Markup('<progress value="{}" max="{}"></progress>').format(done, total)
+        return Markup('<div class="status told">{}{}</div>').format(line, bar)
+
+    def _left(self, done: int, total: int) -> str:
+        first, since = self.began or (done, 0.0)
+        if done <= first:
+            return ""
+        seconds = (time.monotonic() - since) / (done - first) * (total - done)
+        return f", {math.ceil(seconds)} s left" if seconds < 100 else f", {math.ceil(seconds / 60)} min left"
+
+
+def follow(work: Callable[[OnStatus], Result]) -> Generator[Markup, None, Result]:
+    """Runs `work` in a thread of its own. Yields what to show of it whenever that has changed; returns its result, or raises what
+    it raises.
+
+    Gradio's own bar cannot do without a share ("Waiting - 0.0%") and shortens counts ("413/1.0k").
+    """
+    status = Status()
+    pool = ThreadPoolExecutor(1, "edit")
+    try:
+        future = pool.submit(contextvars.copy_context().run, work, status)  # the context knows to whom messages go
+        shown = Markup()
+        while wait([future], timeout=EVERY).not_done:
+            if (now := status.html()) != shown and status.words:
+                shown = now
+                yield shown
+        return future.result()
+    finally:
+        pool.shutdown(wait=False)
+
+
+def problem_html(error: gr.Error) -> Markup:
+    """An error where the progress was: it stays until the next edit begins."""
+    # The message is HTML already.
+    return Markup('<p class="problem told" role="alert"><b>{}:</b> {}</p>').format(
+        error.title, Markup(str(error.message))
+    )
+
+
+def shown_edit(doing: str, work: Callable[[OnStatus], list[Any]], count: int) -> Generator[list[Any], None, None]:
+    """What a button's handler yields: updates of `count` components that show the result, and of the line with the progress.
+
+    Args:
+        doing: as `errors_in_words` has it.
+        work: makes the edit; returns the components' values.
+        count: of them.
+    """
+    kept = [gr.skip()] * count
+    line: Markup | str = ""
+    try:
+        with errors_in_words(doing):
+            steps = follow(work)
+            while True:
+                try:
+                    yield [*kept, next(steps)]
+                except StopIteration as end:
+                    kept = end.value
+                    break
+    except Cancelled:
+        pass
+    except gr.Error as error:
+        line = problem_html(error)
+    yield [*kept, line]
 
 
 def say_stopped(stopped: Stopped) -> None:

@@ -19,16 +19,8 @@ FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "sans-serif"]
 """Of the reader's own machine: nothing is fetched."""
 MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 
-# Gradio's own shortcut is Shift+Enter; people expect Ctrl+Enter, and Cmd+Enter on a Mac.
-SHORTCUT = """<script>
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.closest("#instruction")) {
-    event.preventDefault();
-    event.target.dispatchEvent(new Event("input", { bubbles: true }));
-    setTimeout(() => document.querySelector("#run").click(), 50);
-  }
-});
-</script>"""
+HEAD = f"<script>{Path(__file__).with_name('page.js').read_text()}</script>"
+"""What Gradio's components do not do."""
 
 
 def build_page(studio: Studio) -> gr.Blocks:
@@ -45,7 +37,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         )
         with gr.Tabs():
             with gr.Tab("Edit", id="edit"):
-                build_edit_tab(studio)
+                build_edit_tab(studio, page)
             with gr.Tab("Compare", id="compare"):
                 build_compare_tab(studio, page)
             with gr.Tab("Runs", id="runs"):
@@ -67,6 +59,17 @@ def theme() -> Base:
         font=FONTS,
         font_mono=MONO_FONTS,
     ).set(
+        # Text on its ground has a contrast of 4.5 and more in both schemes.
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_label_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
         block_background_fill="white",
@@ -77,8 +80,8 @@ def theme() -> Base:
         block_label_background_fill_dark="*neutral_900",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_500",
-        button_primary_background_fill_hover_dark="*primary_400",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
         button_primary_text_color="white",
         input_background_fill="white",
         input_background_fill_dark="*neutral_950",

@@ -21,10 +21,10 @@ CANVAS = 800
 class Limits:
     """Of one upload and one edit."""
 
-    max_upload_mb: int = 20
+    max_upload_mb: int = 50
     """Size of a file, in units of 2²⁰ bytes, as browsers say it."""
     max_image_pixels: int = 40 * MEGA
-    """Width times height of an uploaded image; a larger one is refused by its header, before it is decoded."""
+    """Width times height of an image as edits take it; `uploads.scaled_in` makes larger ones smaller as they arrive."""
     max_count: int = 4
     """Pictures of one edit."""
 

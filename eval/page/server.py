@@ -18,7 +18,7 @@ from data_prep.rows.rows import Row, read_rows
 from eval.page.api.routes import Api, api_routes
 from eval.page.attempts import Attempts, ThrottledLogin
 from eval.page.jobs import MAX_WAITING
-from eval.page.layout import SHORTCUT, STYLE, build_page, theme
+from eval.page.layout import HEAD, STYLE, build_page, theme
 from eval.page.limits import Limits, is_loopback
 from eval.page.studio import Example, Studio
 from eval.page.tabs.results import FOLDER
@@ -105,7 +105,7 @@ def serve(studio: Studio, address: Address, api: Api | None = None) -> None:
                 },
                 theme=theme(),
                 css_paths=STYLE,
-                head=SHORTCUT,
+                head=HEAD,
                 footer_links=[],
                 run_history=False,
                 ssr_mode=False,

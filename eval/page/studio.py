@@ -21,6 +21,10 @@ from train.record.lookup import FoundAdapter, found_adapters
 QUIET: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
 """For handlers that take a moment. They too go through Gradio's queue: without it, their errors never reach the page."""
 
+EDITING: dict[str, Any] = QUIET | {"trigger_mode": "once"}
+"""For handlers that edit: they wait for the device in `Studio.jobs`, and show by themselves how far they are."""
+ZOOM_HINT = "Scroll or pinch to zoom both pictures, drag to move them."
+
 
 @dataclass(frozen=True)
 class Example:
@@ -74,14 +78,14 @@ class Studio:
         return [replace(each, settings=without_places(each.settings, names)) for each in results]
 
 
-class _WithoutStub(ComponentMeta):
+class Unstubbed(ComponentMeta):
     """Gradio's own metaclass writes a `.pyi` file beside the module of every new component."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 
-class PictureInput(gr.Image, metaclass=_WithoutStub):
+class PictureInput(gr.Image, metaclass=Unstubbed):
     """An upload of which the page gets the file itself, untouched, whatever is inside.
 
     `gr.Image` opens the file before the page sees it, and answers a wrong one with an error of its own.

@@ -1,6 +1,6 @@
 """How a field of an edit is asked for, declared once beside the field.
 
-The command line, tables' columns and the check of a request are made of it. `--repeat` and the page's form take fields by name.
+The command line, tables' columns, the page's form and the check of a request are made of it. `--repeat` takes fields by name.
 """
 
 import json
@@ -44,6 +44,8 @@ class Knob:
     metavar: str | None = None
     option: str = ""
     """Name of the option and of the column, if it is not the field's name."""
+    label: str = ""
+    """Label on the web page; by default the field\'s name."""
 
     def check(self, name: str, value: Any) -> None:
         """Whether a value is one.
@@ -53,11 +55,12 @@ class Knob:
         """
         if isinstance(value, str):
             _check_text(name, value, self.most)
-        elif isinstance(value, int | float) and not self._has(value):
+        elif isinstance(value, int | float) and not self.takes(value):
             start = "(" if self.above else "["
             raise InputError(f"{name} must be in {start}{self.least}, {self.most}], got {value}")
 
-    def _has(self, value: float) -> bool:
+    def takes(self, value: float) -> bool:
+        """Whether a number is in range."""
         least, most = self.least, self.most
         return least is None or most is None or (least <= value <= most and not (self.above and value == least))
 
@@ -86,6 +89,11 @@ class Declared:
     def name(self) -> str:
         """Name of its option and its column."""
         return self.knob.option or self.field
+
+    @property
+    def label(self) -> str:
+        """Label on the web page."""
+        return self.knob.label or self.field.replace("_", " ").capitalize()
 
     def parse(self, text: str) -> Any:
         """A value, of an option's text.

@@ -14,6 +14,7 @@ from eval.request.knobs import (
     AdapterUse,
     AspectName,
     Control,
+    Declared,
     Focus,
     Knob,
     ModeName,
@@ -53,7 +54,7 @@ class EditRequest:
         InputError: a value is out of its range, or the mode does not take it.
     """
 
-    prompt: Annotated[str, Knob("Instruction for the edit.", most=MAX_PROMPT)]
+    prompt: Annotated[str, Knob("Instruction for the edit.", most=MAX_PROMPT, label="Instruction")]
     """The instruction; `variation` takes none."""
     images: Sequence[Image.Image]
     """One to three RGB images. The first one is edited, and the result has its shape. The others are references."""
@@ -66,6 +67,7 @@ class EditRequest:
             parse=AdapterUse.parse,
             metavar="PATH[:WEIGHT]",
             option="adapter",
+            label="Adapter",
         ),
     ] = ()
     """Adapters to add up. The first one decides the sampler and the sizes."""
@@ -104,6 +106,7 @@ class EditRequest:
             parse=Control.parse,
             metavar="KIND[:STRENGTH]",
             option="control",
+            label="Maps of the source",
         ),
     ] = ()
     """Control maps for `control` and `control-inpaint`. Together with the images, there are at most three."""
@@ -113,7 +116,13 @@ class EditRequest:
     """Number of sampling steps; by default the sampler's own."""
     cfg_scale: Annotated[
         float | None,
-        Knob("Guidance scale for flow matching. 1 turns guidance off.", "4 for flow matching", 1, MAX_CFG_SCALE),
+        Knob(
+            "Guidance scale for flow matching. 1 turns guidance off.",
+            "4 for flow matching",
+            1,
+            MAX_CFG_SCALE,
+            label="Guidance scale",
+        ),
     ] = None
     """Guidance scale, if the sampler has guidance. 1 turns it off; by default it is the base model's own."""
     strength: Annotated[
@@ -121,6 +130,7 @@ class EditRequest:
         Knob(
             *("Denoising strength, 0–1: how far the result may move from the source.", "by the mode", 0, 1, True),
             modes=WITH_STRENGTH,
+            label="Denoising strength",
         ),
     ] = None
     """How far from the source, in (0, 1]: the share of the way that `img2img`, `variation` (and `inpaint`, if given) walk again,
@@ -131,7 +141,7 @@ class EditRequest:
     """Sampler; by default the one that the first adapter was trained for."""
     seed: Annotated[int, Knob("Random seed for the noise.", "0", 0, 2**63 - 1 - MAX_COUNT)] = 0
     count: Annotated[
-        int, Knob("Number of images, made with the seeds seed, seed + 1 and so on.", "1", 1, MAX_COUNT)
+        int, Knob("Number of images, made with the seeds seed, seed + 1 and so on.", "1", 1, MAX_COUNT, label="Images")
     ] = 1
     """Number of images. Image i has the seed `seed + i`, and is the same as with this seed alone."""
     size: Annotated[
@@ -152,6 +162,7 @@ class EditRequest:
             "How images are sized: as this project trains (own), or as diffusers' pipeline of the model (upstream).",
             "own for an adapter trained here, upstream otherwise",
             option="geometry",
+            label="Sizes of images",
         ),
     ] = None
     """Rules for the sizes of images, for Qwen-Image-Edit. `geometry` replaces them."""
@@ -242,6 +253,11 @@ class Abilities:
     max_images: int
     samplers: tuple[SamplerName, ...] = ()
     """The samplers that a request may name. Empty: it must leave the choice to the base model."""
+
+    def has(self, knob: Declared) -> bool:
+        """Whether any of the base's modes takes this."""
+        of_samplers = knob.field in ("sampler", "sizing")
+        return any(mode in knob.knob.modes for mode in self.modes) and (bool(self.samplers) or not of_samplers)
 
     def check(self, request: EditRequest) -> None:
         """Checks a request without loading anything.

@@ -21,7 +21,8 @@ from data_prep.rows.images import open_image
 from eval.edit import edit
 from eval.page.studio import Studio
 from eval.page.tabs.edit_tab import connect_edit
-from eval.page.tabs.form import AS_SOURCE, BY_DEFAULT
+from eval.page.tabs.form import AS_SOURCE
+from eval.page.tabs.knob_fields import AUTOMATIC
 from eval.qwen.editor import Editor
 from eval.request.knobs import MODES, AdapterUse, Control, Focus
 from eval.request.placement import Placement
@@ -375,16 +376,16 @@ def press(workshop: Workshop, editor: Editor, out: Path) -> Image.Image:
         "steps": 2,
         "cfg_scale": 0,
     }
-    values |= {"sampler": BY_DEFAULT, "shape": AS_SOURCE, "strength": 0.6}
+    values |= {"sampler": AUTOMATIC, "sizing": AUTOMATIC, "shape": AS_SOURCE, "strength": 0.6}
     run, select = Recorder(), Recorder()
     outcome = SimpleNamespace(
-        parts=[], slider=None, download=None, settings=None, details=None, pictures=None, source=None
+        parts=[], status=None, slider=None, download=None, settings=None, details=None, pictures=None, source=None
     )
     outcome.gallery = SimpleNamespace(select=select)
     buttons = SimpleNamespace(run=SimpleNamespace(click=run), cancel=SimpleNamespace(click=Recorder()))
     connect_edit(studio, {name: name for name in values}, outcome, buttons)
-    shown = run.handler(values, gr.Request(session_hash="someone"), lambda *args, **options: None)
-    (picture,) = shown[-2]
+    *_, shown = run.handler(values, gr.Request(session_hash="someone"))  # after the progress
+    (picture,) = shown[-3]
     return open_image(picture.path)
 
 

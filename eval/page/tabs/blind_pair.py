@@ -16,6 +16,7 @@ from eval.page.limits import read_picture
 from eval.page.studio import Studio
 from eval.page.tabs.fields import MAX_SEED
 from eval.page.tabs.form import chosen_adapters
+from eval.page.tabs.knob_fields import BY_FIELD, knob_value, whole
 from eval.page.tabs.votes import Choice, Contestant, Vote
 from eval.request.request import EditRequest, EditResult, OnProgress
 
@@ -61,11 +62,12 @@ def make_pair(
     if not (values["prompt"] or "").strip():
         raise InputError("write an instruction: what should change?")
     found = studio.adapters()
-    seed = order.randint(0, MAX_SEED) if values["seed"] in (None, DRAWN) else int(values["seed"])
+    seed = order.randint(0, MAX_SEED) if values["seed"] in (None, DRAWN) else whole(values["seed"], "seed")
     source = read_picture(values["source"], studio.limits)
     sides = [(name, chosen_adapters(name, 1.0, found)) for name in (first, second)]
     order.shuffle(sides)
-    base = EditRequest(values["prompt"].strip(), [source], seed=seed, steps=values["steps"] or None)
+    steps = knob_value(BY_FIELD["steps"], values["steps"])
+    base = EditRequest(values["prompt"].strip(), [source], seed=seed, steps=steps)
     requests = [replace(base, adapters=uses) for _, uses in sides]
     for request in requests:
         studio.editor.check(request)

@@ -1,7 +1,7 @@
 """The second tab: two adapters side by side, blind, and how people voted."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import gradio as gr
 from markupsafe import Markup
 
 from data_prep.errors import InputError
-from eval.page.jobs import Cancelled, errors_in_words, say_stopped
-from eval.page.studio import QUIET, Studio, picture_input, session_of
+from eval.page.jobs import OnStatus, errors_in_words, say_stopped, shown_edit
+from eval.page.studio import EDITING, QUIET, ZOOM_HINT, Studio, picture_input, session_of
 from eval.page.tabs.blind_pair import DRAWN, Pair, draw_example, make_pair
-from eval.page.tabs.fields import adapter_names
+from eval.page.tabs.fields import adapter_names, scale_uploads
 from eval.page.tabs.form import BASE_MODEL
+from eval.page.tabs.knob_fields import NumberInput, knob_field
 from eval.page.tabs.votes import Choice, Contestant, Standing, append_vote, read_votes, standings
-from eval.request.request import MAX_PROMPT
 
 TAB = "compare"
 MAKING = "Making both"
@@ -72,26 +72,27 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
                 second = names[2] if len(names) > 2 else BASE_MODEL
                 fields["second"] = gr.Dropdown(names, value=second, label="The other", elem_id="second", min_width=260)
             fields["source"] = picture_input("Source", 240, "compare-source")
-            fields["prompt"] = gr.Textbox(
-                label="Instruction", lines=2, max_length=MAX_PROMPT, elem_id="compare-instruction"
-            )
+            scale_uploads(fields["source"], studio)
+            fields["prompt"] = knob_field("prompt", "", info=None, lines=2, elem_id="compare-instruction")
             draw = gr.Button(
                 f"Draw one of {len(studio.examples)} examples", visible=bool(studio.examples), elem_id="draw"
             )
             with gr.Row():
-                number: dict[str, Any] = {"precision": 0, "min_width": 120}
-                fields["seed"] = gr.Number(DRAWN, label="Seed", info="-1: drawn.", elem_id="compare-seed", **number)
-                fields["steps"] = gr.Number(
-                    0, label="Steps", info="0: what suits each.", elem_id="compare-steps", **number
+                fields["seed"] = NumberInput(
+                    DRAWN, label="Seed", info="-1: random.", elem_id="compare-seed", precision=0, min_width=120
                 )
+                steps: dict[str, Any] = {"info": "Automatic: what suits each.", "elem_id": "compare-steps"}
+                fields["steps"] = knob_field("steps", min_width=120, **steps)
             with gr.Row():
                 run = gr.Button("Make the pair", variant="primary", elem_id="pair", scale=3)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="compare-cancel", scale=1, min_width=90)
-        with gr.Column(scale=7, min_width=320):
+        with gr.Column(scale=7, min_width=320, elem_id="compare-outcome"):
+            status = gr.HTML(elem_id="compare-status")
             with gr.Row(elem_id="sides"):
                 side: dict[str, Any] = {"format": "png", "interactive": False, "buttons": ["fullscreen"], "height": 380}
                 left = gr.Image(label="A", elem_id="side-a", min_width=160, **side)
                 right = gr.Image(label="B", elem_id="side-b", min_width=160, **side)
+            gr.HTML(f'<p class="quiet hint">{ZOOM_HINT}</p>')
             with gr.Row():
                 buttons = [
                     gr.Button(label, interactive=False, elem_id=f"vote-{choice.lower()}", min_width=100)
@@ -110,47 +111,41 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
     def opened() -> list[Any]:
         with errors_in_words("Reading the votes"):
             table = standings_html(standings(read_votes(studio.votes_file)))
-            return [*[gr.Dropdown(adapter_names(studio))] * 2, table]
+            return [*[gr.Dropdown(adapter_names(studio))] * 2, table, None]
 
     state = gr.State(None)
-    _connect_pair(studio, fields, (run, cancel), [left, right, state, told, *buttons])
+    _connect_pair(studio, fields, (run, cancel), [left, right, state, told, *buttons], status)
     _connect_votes(studio.votes_file, buttons, state, [told, table])
     draw.click(drawn, outputs=[fields["source"], fields["prompt"]], **QUIET)
     page.load(
         opened,
-        outputs=[fields["first"], fields["second"], table],
+        outputs=[fields["first"], fields["second"], table, fields["steps"]],
         **QUIET,
     )
 
 
-def _connect_pair(studio: Studio, fields: dict[str, Any], buttons: tuple[gr.Button, gr.Button], outputs: list) -> None:
+def _connect_pair(
+    studio: Studio, fields: dict[str, Any], buttons: tuple[gr.Button, gr.Button], outputs: list[Any], status: gr.HTML
+) -> None:
     run, cancel = buttons
 
-    def pair(data: dict[Any, Any], request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+    def pair(data: dict[Any, Any], request: gr.Request) -> Iterator[list[Any]]:
         values = {name: data[field] for name, field in fields.items()}
-        try:
-            with (
-                errors_in_words("The comparison"),
-                # No counts: the numbers of steps would tell which is being made.
-                studio.jobs.running(session_of(request), TAB, progress, MAKING, counted=False) as on_progress,
-            ):
+
+        def work(on_status: OnStatus) -> list[Any]:
+            # No counts: the numbers of steps would tell which is being made.
+            with studio.jobs.running(session_of(request), TAB, on_status, MAKING, counted=False) as on_progress:
                 a, b, made = make_pair(studio, values, on_progress, random.SystemRandom())
-                return [a, b, made, "", *[gr.Button(interactive=True)] * 3]
-        except Cancelled:
-            return gr.skip()
+            return [a, b, made, "", *[gr.Button(interactive=True)] * 3]
+
+        yield from shown_edit("The comparison", work, len(outputs))
 
     def stop(request: gr.Request) -> None:
         say_stopped(studio.jobs.cancel(session_of(request), TAB))
 
-    run.click(
-        pair,
-        set(fields.values()),
-        outputs,
-        concurrency_limit=None,  # they wait for the device in `studio.jobs`
-        trigger_mode="once",
-        show_progress_on=outputs[:2],
-        api_visibility="private",
-    )
+    run.click(None, js="() => editPage.show('#compare-outcome')", show_progress="hidden")
+    run.click(pair, set(fields.values()), [*outputs, status], **EDITING)
+    outputs[1].change(None, js="() => editPage.newPair()", show_progress="hidden")
     cancel.click(stop, **QUIET)
 
 

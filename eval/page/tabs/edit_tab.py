@@ -1,5 +1,6 @@
 """The first tab: a picture, an instruction, and what became of it."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,12 @@ from gradio.components import Component
 from PIL import Image
 
 from data_prep.errors import InputError
-from eval.page.jobs import Cancelled, errors_in_words, say_stopped
+from eval.page.jobs import OnStatus, errors_in_words, say_stopped, shown_edit
 from eval.page.limits import read_picture
-from eval.page.studio import QUIET, Studio, session_of
-from eval.page.tabs.fields import Buttons, Fields, build_form
+from eval.page.studio import EDITING, QUIET, ZOOM_HINT, Studio, session_of
+from eval.page.tabs.fields import Buttons, Fields, build_asking, build_settings
 from eval.page.tabs.form import make_request
+from eval.page.tabs.kept import build_example, connect_kept, fill_example
 from eval.page.tabs.results import Picture, beside, save_results, settings_html
 
 TAB = "edit"
@@ -22,6 +24,8 @@ TAB = "edit"
 class Outcome:
     """What the right column shows."""
 
+    status: gr.HTML
+    """How far the edit is, or why there is none."""
     slider: gr.ImageSlider
     gallery: gr.Gallery
     download: gr.DownloadButton
@@ -34,22 +38,33 @@ class Outcome:
 
     @property
     def parts(self) -> list[Component | gr.Accordion]:
-        """In the order in which handlers return them."""
+        """The result, in the order in which handlers return it."""
         return [self.slider, self.gallery, self.download, self.settings, self.details, self.pictures, self.source]
 
 
-def build_edit_tab(studio: Studio) -> None:
+def build_edit_tab(studio: Studio, page: gr.Blocks) -> None:
     """Lays out the tab inside the page that is being built, and connects it."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            fields, buttons = build_form(studio)
-        with gr.Column(scale=6, min_width=320, elem_classes="result-column"):
+    # The style sheet puts the result beside both; on a narrow screen it stands between them.
+    with gr.Row(equal_height=False, elem_id="edit-grid"):
+        with gr.Column(elem_id="asking"):
+            card, try_it = build_example(studio)
+            asking = build_asking(studio)
+        with gr.Column(elem_id="outcome"):
             outcome = build_outcome()
-    connect_edit(studio, fields, outcome, buttons)
+        with gr.Column(elem_id="settings-column"):
+            build_settings(studio, asking)
+    # Listeners are called one after the other: this one before the edit.
+    gr.on([asking.buttons.run.click, try_it.click], None, js="() => editPage.show('#outcome')", show_progress="hidden")
+    edit, shown = connect_edit(studio, asking.fields, outcome, asking.buttons)
+    connect_kept(studio, asking, card, page)
+    filled = [*asking.groups.values(), *(asking.fields[name] for name in ("mode", "prompt", "source")), card]
+    begun = try_it.click(fill_example(studio, asking, card), outputs=filled, **QUIET)
+    begun.then(edit, set(asking.fields.values()), shown, **EDITING)
 
 
 def build_outcome() -> Outcome:
     """The right column."""
+    status = gr.HTML(elem_id="status")
     slider = gr.ImageSlider(
         label="Before and after", format="png", height=520, elem_id="result", interactive=False, buttons=["fullscreen"]
     )
@@ -66,30 +81,34 @@ def build_outcome() -> Outcome:
         elem_id="gallery",
         buttons=[],
     )
+    gr.HTML(f'<p class="quiet hint">{ZOOM_HINT}</p>')
     download = gr.DownloadButton("Download PNG with settings", interactive=False, elem_id="download")
     with gr.Accordion("How it was made", open=False, visible=False, elem_id="details") as details:
         settings = gr.HTML(elem_id="settings")
-    return Outcome(slider, gallery, download, settings, details, gr.State([]), gr.State(None))
+    slider.change(None, js="() => editPage.closeErrors()", show_progress="hidden")
+    return Outcome(status, slider, gallery, download, settings, details, gr.State([]), gr.State(None))
 
 
-def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, buttons: Buttons) -> None:
-    """Buttons and what they do."""
+def connect_edit(
+    studio: Studio, fields: Fields, outcome: Outcome, buttons: Buttons
+) -> tuple[Callable[..., Iterator[list[Any]]], list[Component | gr.Accordion]]:
+    """Buttons and what they do. Returns the handler that edits, and what it shows."""
 
-    # Gradio passes a set of inputs as one dictionary, and finds the request and the progress by their annotations.
-    def edit(data: dict[Any, Any], request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+    # Gradio passes a set of inputs as one dictionary, and finds the request by its annotation.
+    def edit(data: dict[Any, Any], request: gr.Request) -> Iterator[list[Any]]:
         values = {name: data[field] for name, field in fields.items()}
-        try:
-            with errors_in_words("The edit"):
-                with studio.jobs.running(session_of(request), TAB, progress, "Editing") as on_progress:
-                    asked = make_request(values, studio.adapters(), studio.limits)
-                    studio.editor.check(asked.request)
-                    for note in studio.editor.notes(asked.request):
-                        gr.Info(note)
-                    results = studio.edit(asked.request, on_progress)
-                pictures = save_results(results, asked.sources, studio.out)
-                return [*_show(pictures, 0, asked.request.images[0]), pictures, values["source"]]
-        except Cancelled:
-            return gr.skip()
+
+        def work(on_status: OnStatus) -> list[Any]:
+            with studio.jobs.running(session_of(request), TAB, on_status, "Editing") as on_progress:
+                asked = make_request(values, studio.adapters(), studio.limits)
+                studio.editor.check(asked.request)
+                for note in studio.editor.notes(asked.request):
+                    gr.Info(note)
+                results = studio.edit(asked.request, on_progress)
+            pictures = save_results(results, asked.sources, studio.out)
+            return [*_show(pictures, 0, asked.request.images[0]), pictures, values["source"]]
+
+        yield from shown_edit("The edit", work, len(outcome.parts))
 
     def choose(event: gr.SelectData, pictures: list[Picture], source: str) -> Any:
         with errors_in_words("Showing the picture"):
@@ -102,20 +121,12 @@ def connect_edit(studio: Studio, fields: Fields, outcome: Outcome, buttons: Butt
     def stop(request: gr.Request) -> None:
         say_stopped(studio.jobs.cancel(session_of(request), TAB))
 
-    buttons.run.click(
-        edit,
-        set(fields.values()),
-        outcome.parts,
-        concurrency_limit=None,  # they wait for the device in `studio.jobs`
-        trigger_mode="once",
-        show_progress="full",
-        show_progress_on=outcome.slider,
-        scroll_to_output=True,  # on a telephone the result is far below
-        api_visibility="private",
-    )
+    shown = [*outcome.parts, outcome.status]
+    buttons.run.click(edit, set(fields.values()), shown, **EDITING)
     buttons.cancel.click(stop, **QUIET)
-    shown = [outcome.slider, outcome.download, outcome.settings, outcome.details]
-    outcome.gallery.select(choose, [outcome.pictures, outcome.source], shown, **QUIET)
+    picture = [outcome.slider, outcome.download, outcome.settings, outcome.details]
+    outcome.gallery.select(choose, [outcome.pictures, outcome.source], picture, **QUIET)
+    return edit, shown
 
 
 def _show(pictures: list[Picture], index: int, source: Image.Image) -> list[Any]:

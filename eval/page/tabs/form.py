@@ -10,10 +10,10 @@ from PIL import Image, ImageChops
 from data_prep.errors import InputError
 from data_prep.model.geometry import Size
 from data_prep.rows.images import file_digest, open_transparent
-from data_prep.rows.rows import EMPTY_PROMPT
 from eval.page.limits import Limits, read_picture
-from eval.request.knobs import AdapterUse, Control, ControlName, Focus, ModeName
-from eval.request.request import ASPECTS, CONTROLLED, DEFAULT_STRENGTHS, KEEPING, MASKED, WITH_STRENGTH, EditRequest
+from eval.page.tabs.knob_fields import knob_value, whole
+from eval.request.knobs import AdapterUse, Control, ControlName, Declared, Focus, ModeName
+from eval.request.request import ASPECTS, DEFAULT_STRENGTHS, KEEPING, KNOBS, MASKED, WITH_STRENGTH, EditRequest
 from train.record.lookup import FoundAdapter
 
 MODE_NAMES: dict[ModeName, str] = {
@@ -31,7 +31,7 @@ MODE_HINTS: dict[ModeName, str] = {
     "edit": "Say what should change. The whole picture may.",
     "turbo": "For adapters that were made for 1 to 8 steps: Lightning and the like, and bridges.",
     "inpaint": "Paint over what may change. Every other pixel stays exactly as it is.",
-    "focus": "The edit stays inside a circle with a soft rim.",
+    "focus": "The edit stays inside a circle with a feathered edge.",
     "img2img": "Starts from the partly noised source: less strength keeps more of it.",
     "variation": "The same picture again, a little different.",
     "control": "A map of the source tells the model where lines or surfaces are.",
@@ -45,7 +45,8 @@ CONTROL_NAMES: dict[ControlName, str] = {"canny": "Edges (Canny)", "lines": "Lin
 BASE_MODEL = "Base model, no adapter"
 AS_SOURCE, EXACT = "As the source", "Exact size"
 SHAPES = (AS_SOURCE, *ASPECTS, EXACT)
-BY_DEFAULT = "What suits the adapter"
+OPACITY = 0.55
+"""Of the paint: what is under it stays visible."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +75,34 @@ def make_request(values: Mapping[str, Any], adapters: Sequence[FoundAdapter], li
         raise InputError("choose a source picture first")
     if mode != "variation" and not (values["prompt"] or "").strip():
         raise InputError("write an instruction: what should change?")
-    count = _whole(values["count"], "count", 1)
-    if count > limits.max_count:
-        raise InputError(f"at most {limits.max_count} pictures at once, got {count}")
+    if (values["count"] or 1) > limits.max_count:
+        raise InputError(f"at most {limits.max_count} pictures at once, got {values['count']}")
     images = [read_picture(path, limits) for path in paths]
-    request = EditRequest(
-        prompt="" if mode == "variation" else values["prompt"].strip(),
-        images=images,
-        mode=mode,
-        original=open_transparent(paths[0]) if mode in KEEPING else None,
-        adapters=chosen_adapters(values["adapter"], values["weight"], adapters),
-        negative_prompt=values["negative_prompt"] or EMPTY_PROMPT,
-        mask=painted_mask(values["painting"], Size.of(images[0])) if mode in MASKED else None,
-        feather=float(values["feather"]) if mode in MASKED else None,
-        focus=_focus(values) if mode == "focus" else None,
-        controls=_controls(values) if mode in CONTROLLED else (),
-        steps=_whole(values["steps"], "steps") or None,
-        cfg_scale=values["cfg_scale"] or None,
-        strength=_strength(mode, values["strength"]),
-        sampler=None if values["sampler"] == BY_DEFAULT else values["sampler"],
-        sizing=None if values["geometry"] == BY_DEFAULT else values["geometry"],
-        seed=_whole(values["seed"], "seed", 0),
-        count=count,
-        **_shape(values),
-    )
+    found = {each.field: _value(each, values, mode, adapters) for each in KNOBS if mode in each.knob.modes}
+    mask = painted_mask(values["painting"], Size.of(images[0])) if mode in MASKED else None
+    original = open_transparent(paths[0]) if mode in KEEPING else None
+    given = {name: value for name, value in found.items() if value is not None}
+    request = EditRequest(images=images, mask=mask, original=original, **given)
     return Asked(request, [(Path(path).name, file_digest(path)) for path in paths])
+
+
+def _value(each: Declared, values: Mapping[str, Any], mode: ModeName, adapters: Sequence[FoundAdapter]) -> Any:
+    """A knob's value, of the one field or the several that the form has for it; None for the default."""
+    if each.field == "prompt":
+        return "" if mode == "variation" else values["prompt"].strip()
+    if each.field == "adapters":
+        return chosen_adapters(values["adapter"], values["weight"], adapters)
+    if each.field == "focus":
+        return Focus(*(float(values[f"focus_{part}"]) for part in ("x", "y", "radius")))
+    if each.field == "controls":
+        return _controls(values)
+    if each.field == "strength":
+        return _strength(mode, values["strength"])
+    if each.field == "size":
+        return _size(values) if values["shape"] == EXACT else None
+    if each.field == "aspect":
+        return values["shape"] if values["shape"] in ASPECTS else None
+    return knob_value(each, values[each.field])
 
 
 def chosen_adapters(name: str, weight: float, adapters: Sequence[FoundAdapter]) -> list[AdapterUse]:
@@ -112,7 +116,7 @@ def chosen_adapters(name: str, weight: float, adapters: Sequence[FoundAdapter]) 
     for adapter in adapters:
         if adapter.name == name:
             return [AdapterUse(adapter.path, float(weight))]
-    raise InputError(f"the adapter {name} is not there any more: look again with the button beside it")
+    raise InputError(f"the adapter {name} is not there any more: press Refresh beside it")
 
 
 def painted_mask(painting: Mapping[str, Any] | None, size: Size) -> Image.Image:
@@ -125,7 +129,8 @@ def painted_mask(painting: Mapping[str, Any] | None, size: Size) -> Image.Image:
     Raises:
         InputError: nothing is painted.
     """
-    layers = [layer.convert("RGBA").getchannel("A") for layer in (painting or {}).get("layers", [])]
+    alphas = [layer.convert("RGBA").getchannel("A") for layer in (painting or {}).get("layers", [])]
+    layers = [alpha.point(lambda value: min(255, round(value / OPACITY))) for alpha in alphas]
     if not layers:
         raise InputError("paint over the part that may change: nothing is painted yet")
     mask = layers[0]
@@ -135,10 +140,6 @@ def painted_mask(painting: Mapping[str, Any] | None, size: Size) -> Image.Image:
     if mask.getbbox() is None:
         raise InputError("paint over the part that may change: nothing is painted yet")
     return mask
-
-
-def _focus(values: Mapping[str, Any]) -> Focus:
-    return Focus(float(values["focus_x"]), float(values["focus_y"]), float(values["focus_radius"]))
 
 
 def _controls(values: Mapping[str, Any]) -> list[Control]:
@@ -154,21 +155,7 @@ def _strength(mode: ModeName, value: float) -> float | None:
     return float(value)
 
 
-def _shape(values: Mapping[str, Any]) -> dict[str, Any]:
-    if values["shape"] == AS_SOURCE:
-        return {}
-    if values["shape"] != EXACT:
-        return {"aspect": values["shape"]}
-    height, width = (_whole(values[name], name) for name in ("height", "width"))
-    if not height or not width:
+def _size(values: Mapping[str, Any]) -> Size:
+    if not values["width"] or not values["height"]:
         raise InputError("give the width and the height, in multiples of 32")
-    return {"size": Size(height, width)}
-
-
-def _whole(value: float | None, name: str, default: int | None = None) -> Any:
-    """A number field as an integer; an empty one is its default."""
-    if value is None:
-        return default
-    if value != int(value):
-        raise InputError(f"{name} must be a whole number, got {value:g}")
-    return int(value)
+    return Size(whole(values["height"], "height"), whole(values["width"], "width"))

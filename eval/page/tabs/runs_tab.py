@@ -28,7 +28,7 @@ def build_runs_tab(studio: Studio, page: gr.Blocks) -> None:
     """Lays out the tab inside the page that is being built, and connects it."""
     with gr.Row():
         runs = gr.Dropdown(label="Run", elem_id="run-name", scale=4, choices=[], value=None)
-        again = gr.Button("Look again", elem_id="runs-refresh", scale=0, min_width=110, elem_classes="beside-field")
+        again = gr.Button("Refresh", elem_id="runs-refresh", scale=0, min_width=110, elem_classes="beside-field")
     summary = gr.HTML(elem_id="run-summary")
     charts = gr.HTML(elem_id="run-charts")
     steps = gr.Dropdown(label="Validation at step", elem_id="run-step", visible=False, choices=[], value=None)

@@ -1,30 +1,36 @@
 """What the page makes of its form, what it refuses, and what it reads of a run."""
 
+import asyncio
 import json
 import math
 import random
 import struct
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
-from gradio import Progress
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.images import file_digest, open_image
 from eval.bases.auto import open_editor
-from eval.page.jobs import MAX_WAITING, Cancelled, Jobs
+from eval.page.jobs import MAX_WAITING, Cancelled, Jobs, Status, shown_edit
 from eval.page.limits import Limits, check_exposure, is_loopback, parse_auth, read_picture
 from eval.page.server import read_examples
 from eval.page.studio import Example, Studio
 from eval.page.tabs.blind_pair import draw_example, make_pair
-from eval.page.tabs.fields import canvas
-from eval.page.tabs.form import AS_SOURCE, BASE_MODEL, BY_DEFAULT, EXACT, make_request, painted_mask
+from eval.page.tabs.fields import Asking, build_asking, build_settings, canvas, mode_updates
+from eval.page.tabs.form import AS_SOURCE, BASE_MODEL, EXACT, make_request, painted_mask
+from eval.page.tabs.kept import OPENED_WITH, PICTURES, restored
+from eval.page.tabs.knob_fields import AUTOMATIC, BY_FIELD
 from eval.page.tabs.results import settings_html
 from eval.page.tabs.runs import (
     chosen_run,
@@ -36,10 +42,11 @@ from eval.page.tabs.runs import (
     summary_html,
 )
 from eval.page.tabs.runs_tab import show_run
+from eval.page.uploads import scaled_in
 from eval.report.chart import line_chart
-from eval.request.knobs import AdapterUse, Control, Focus
+from eval.request.knobs import AdapterUse, Control, Focus, SamplerName
 from eval.request.placement import Placement
-from eval.request.request import EditRequest
+from eval.request.request import KNOBS, Abilities, EditRequest
 from tests.adapters import write_adapter
 from tests.children import PATIENCE, wait_until
 from tests.pictures import picture, save
@@ -59,8 +66,8 @@ def form(tmp_path):
     sampling = {
         "steps": 0,
         "cfg_scale": 0,
-        "sampler": BY_DEFAULT,
-        "geometry": BY_DEFAULT,
+        "sampler": AUTOMATIC,
+        "sizing": AUTOMATIC,
         "negative_prompt": "",
         "seed": 0,
         "count": 1,
@@ -204,6 +211,171 @@ def test_pictures_are_refused_by_their_header_and_by_name_alone(tmp_path):
         with pytest.raises(InputError, match=reason) as caught:
             read_picture(str(tmp_path / f"{name}.png"), LIMITS)
         assert str(tmp_path) not in str(caught.value)
+
+
+def arrived(path: Path, limits: Limits, folder: Path) -> Image.Image | None:
+    scaled = scaled_in(path, limits, folder)
+    return None if scaled is None else read_picture(str(scaled), limits)
+
+
+def test_large_pictures_are_scaled_as_they_arrive(tmp_path):
+    """As Pillow scales the whole picture by averages, within what JPEG changes; upright, and in the colours of the profile."""
+    smooth = picture(3, (6, 4)).resize((300, 200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    smooth.save(tmp_path / "photo.jpg", quality=95, exif=exif, icc_profile=profile)
+    smooth.save(tmp_path / "photo.png")
+    smooth.quantize(256).save(tmp_path / "palette.png")
+    smooth.save(tmp_path / "progressive.jpg", quality=95, progressive=True)
+    save(tmp_path / "small.png", size=(100, 100))
+    for name, turned in {"photo.jpg": True, "photo.png": False, "palette.png": False, "progressive.jpg": False}.items():
+        large = Limits(max_image_pixels=20_000)  # of 60,000
+        image = arrived(tmp_path / name, large, tmp_path / "made")
+        assert image
+        assert image.width * image.height <= 20_000
+        upright = image.transpose(Image.Transpose.ROTATE_90) if turned else image
+        found = np.asarray(upright.resize((100, 66), Image.Resampling.BOX), dtype=float)
+        with Image.open(tmp_path / name) as whole:
+            exact = np.asarray(whole.convert("RGB").resize((100, 66), Image.Resampling.BOX), dtype=float)
+        assert np.abs(found - exact).mean() < 4, name
+    assert scaled_in(tmp_path / "small.png", Limits(max_image_pixels=10_000), tmp_path) is None
+
+
+def test_what_is_decoded_as_it_arrives_has_an_end(tmp_path):
+    """JPEG is decoded at a fraction of its sides: its end is farther."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "photo.jpg")
+    Image.new("RGB", (300, 200)).save(tmp_path / "slow.jpg", progressive=True)
+    Image.new("RGB", (300, 200)).save(tmp_path / "photo.png")
+    Image.new("I;16", (300, 200)).save(tmp_path / "deep.png")
+    for most, taken in {
+        15_000: ("photo.jpg", "slow.jpg", "photo.png"),
+        14_999: ("photo.jpg",),
+        3_750: ("photo.jpg",),
+        3_749: (),
+    }.items():
+        for name in ("photo.jpg", "slow.jpg", "photo.png"):
+            limits = Limits(max_image_pixels=most)
+            if name in taken:
+                assert arrived(tmp_path / name, limits, tmp_path / "made")
+            else:
+                with pytest.raises(
+                    InputError, match=rf"{name} has 0\.06 megapixels \(300x200\): at most 0\.0\d+ can be"
+                ):
+                    scaled_in(tmp_path / name, limits, tmp_path / "made")
+    with pytest.raises(InputError, match="more than 8 bits a channel"):
+        scaled_in(tmp_path / "deep.png", Limits(max_image_pixels=30_000), tmp_path / "made")
+
+
+def built(studio: Studio) -> Asking:
+    """The form. Gradio opens an event loop where none runs, and leaves it open."""
+
+    async def build() -> Asking:
+        with gr.Blocks():
+            asking = build_asking(studio)
+            build_settings(studio, asking)
+        return asking
+
+    return asyncio.run(build())
+
+
+def test_the_form_is_made_of_the_table_of_knobs(studio):
+    """Each knob has a field, with the table's label, range and choices; those of one mode are shown with it alone."""
+    asking = built(studio)
+    fields = asking.fields
+    several = {"adapters": ("adapter",), "focus": ("focus_x",), "size": ("width", "height"), "aspect": ("shape",)}
+    for each in KNOBS:
+        for name in several.get(each.field, (each.field,)):
+            field = fields[name]
+            if each.field in several and each.field != "adapters":
+                continue
+            assert field.label == each.label
+            if isinstance(field, gr.Number | gr.Slider):
+                assert field.minimum >= (each.knob.least or 0)
+                assert field.maximum <= each.knob.most
+            if isinstance(field, gr.Number):
+                assert (field.minimum, field.maximum) == (each.knob.least, each.knob.most)
+            if each.knob.help and isinstance(field, gr.Number | gr.Slider) and each.field != "count":
+                assert field.info.startswith(each.knob.help)
+    assert [value for _, value in fields["sampler"].choices] == [AUTOMATIC, *get_args(SamplerName)]
+    for mode in studio.editor.abilities.modes:
+        shown = mode_updates(mode, asking)
+        assert {name for name, group in asking.groups.items() if shown[group].visible} == {
+            each.field for each in KNOBS if each.field in asking.groups and mode in each.knob.modes
+        }
+
+
+def test_a_base_without_a_knob_shows_no_field_for_it(studio):
+    few = Abilities("sd15", ("img2img", "inpaint"), 1)
+    asking = built(replace(studio, editor=SimpleNamespace(abilities=few)))
+    assert not asking.fields["sampler"].visible
+    assert asking.fields["steps"].visible
+    assert not few.has(BY_FIELD["controls"])
+    assert few.has(BY_FIELD["strength"])
+    assert (asking.groups["strength"].visible, asking.groups["feather"].visible) == (True, False)
+
+
+def test_what_a_browser_kept_is_taken_where_the_form_can_hold_it(studio):
+    asking = built(studio)
+    fields = {name: field for name, field in asking.fields.items() if name not in PICTURES}
+    good = {"prompt": "x", "mode": "focus", "steps": 7, "cfg_scale": None, "strength": 0.5, "shape": "16:9", "seed": 3}
+    good |= {"controls": ["depth"], "sampler": "bridge", "width": 96, "adapter": "flow/step-000002", OPENED_WITH: None}
+    found = restored(good, studio, fields, asking)
+    assert found[fields["mode"]]["value"] == "focus"
+    assert found[fields["prompt"]].value == "x"
+    assert found[fields["adapter"]].value == "flow/step-000002"
+    plain = ("steps", "strength", "shape", "seed", "controls", "sampler", "width")
+    assert {name: found[fields[name]] for name in plain} == {name: good[name] for name in plain}
+    assert fields["cfg_scale"] not in found
+    assert fields["adapter"] not in restored(good | {OPENED_WITH: "lbm/step-000002"}, studio, fields, asking)
+    bad = {"prompt": 3, "mode": "<b>", "steps": 1001, "cfg_scale": "2", "strength": 7, "shape": "5:1", "seed": True}
+    bad |= {"controls": ["x"], "sampler": [], "width": -1, "adapter": "../../etc", OPENED_WITH: None, "unknown": 1}
+    found = restored(bad, studio, fields, asking)
+    assert [name for name, field in fields.items() if field in found and name not in ("mode", "prompt")] == []
+    assert (found[fields["mode"]]["value"], found[fields["prompt"]].value) == (studio.editor.abilities.modes[0], "")
+
+
+def test_progress_is_in_whole_numbers_and_words(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("eval.page.jobs.time.monotonic", lambda: now[0])
+    status = Status()
+    status(None, "Waiting: 1 before this one")
+    assert status.html() == '<div class="status told">Waiting: 1 before this one<progress></progress></div>'
+    status((13, 1000), "Editing")
+    assert "Editing: step 13 of 1,000<progress" in status.html()
+    now[0] = 10.0
+    status((413, 1000), "Editing")
+    assert (
+        'Editing: step 413 of 1,000, 15 s left<progress value="413" max="1000">' in status.html()
+    )  # 587 at 40 a second
+    now[0] = 1000.0
+    assert "25 min left" in status.html()
+
+
+def test_an_edit_is_followed_to_its_result_or_its_error():
+    def work(on_status):
+        on_status((1, 2), "Editing")
+        assert wait_until(lambda: looked) is None
+        return ["picture"]
+
+    looked: list = []
+    for shown in shown_edit("The edit", work, 1):
+        looked.append(shown)
+    assert "Editing: step 1 of 2" in looked[0][-1]
+    assert looked[-1] == ["picture", ""]
+
+    def fail(on_status):
+        raise InputError("no <b>")
+
+    *_, last = shown_edit("The edit", fail, 1)
+    assert "no &lt;b&gt;" in last[-1]
+    assert last[0] == gr.skip()
+
+    def stopped(on_status):
+        raise Cancelled
+
+    *_, last = shown_edit("The edit", stopped, 1)
+    assert last == [gr.skip(), ""]
 
 
 def test_pictures_are_upright_and_opaque(tmp_path):
@@ -355,15 +527,14 @@ def test_which_is_a_and_which_is_made_first_are_drawn_apart(studio, monkeypatch)
     assert len(orders) == 4  # A is either, and is made first or second
 
 
-class Recorded(Progress):
-    """A progress bar that keeps what it showed."""
+class Recorded:
+    """Keeps what it is told of an edit."""
 
     def __init__(self):
-        super().__init__()
         self.shown: list = []
 
-    def __call__(self, progress, desc="", *_, **__):
-        self.shown.append((progress, desc.strip()))
+    def __call__(self, steps, words):
+        self.shown.append((steps, words))
 
 
 def test_a_comparison_shows_no_counts():
@@ -374,10 +545,10 @@ def test_a_comparison_shows_no_counts():
         jobs.cancel("s", "compare")
         with pytest.raises(Cancelled):
             on_progress(4, 8)
-    assert blind.shown == [(0, "Making both")]
+    assert blind.shown == [(None, "Making both")]
     with jobs.running("s", "edit", counted, "Editing") as on_progress:
         on_progress(3, 8)
-    assert counted.shown == [(0, "Preparing"), ((3, 8), "Editing")]
+    assert counted.shown == [(None, "Preparing"), ((3, 8), "Editing")]
 
 
 def test_edits_wait_in_order_and_each_tab_cancels_its_own():
@@ -397,11 +568,11 @@ def test_edits_wait_in_order_and_each_tab_cancels_its_own():
             threads.append(threading.Thread(target=edit, args=owner))
             threads[-1].start()
             wait_until(lambda owner=owner: owner in bars and bars[owner].shown)
-        assert bars["bert", "edit"].shown == [(0, "Waiting: 2 before this one")]
+        assert bars["bert", "edit"].shown == [(None, "Waiting: 2 before this one")]
         assert jobs.cancel("anna", "compare") == "waiting"
         wait_until(lambda: left == [("anna", "compare")])
         on_progress(1, 2)  # goes on
-        wait_until(lambda: bars["bert", "edit"].shown[-1] == (0, "Waiting: 1 before this one"))
+        wait_until(lambda: bars["bert", "edit"].shown[-1] == (None, "Waiting: 1 before this one"))
         assert jobs.cancel("nobody", "edit") == "none"
         jobs.leave("carl")
         wait_until(lambda: len(left) == 3)
