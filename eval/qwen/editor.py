@@ -39,7 +39,7 @@ from eval.request.knobs import MODES, AdapterUse, SamplerName
 from eval.request.metadata import DEFAULT_GEOMETRY, describe_adapters, left_out, read_metadata, trained_geometry
 from eval.request.placement import Placement
 from eval.request.provenance import NOTICE, pixel_digest
-from eval.request.request import KEEPING, MASKED, Abilities, EditRequest, EditResult, OnProgress
+from eval.request.request import KEEPING, MASKED, WITH_STRENGTH, Abilities, EditRequest, EditResult, OnProgress
 from eval.request.sizes import NO_LIMITS, SizeLimits
 from losses.randomness import PictureRandom
 from train.model.adapter_files import extra_file
@@ -174,6 +174,18 @@ class Editor(BaseEditor):
         """The depth model's too, where the request needs it."""
         depth = {"depth_model": self.depth.files().fingerprint} if _sees_depth(request) else {}
         return super().identity(request) | depth
+
+    def revised(self, request: EditRequest) -> dict[str, str]:
+        """Upstream's sizes where nobody names any, the meaning of a strength, and the noise of what a stochastic bridge keeps."""
+        job, changes = self.prepare(request), {}
+        if job.upstream and not (request.sizing or request.geometry):
+            changes["sizes"] = "upstream"
+        if isinstance(job.plan.sampler, BridgeSampler):
+            if job.plan.sampler.stochastic and request.mode in KEEPING:
+                changes["kept"] = "noisy"
+        elif request.mode in WITH_STRENGTH:
+            changes["strength"] = "share of noise"
+        return changes
 
     def check(self, request: EditRequest) -> None:
         """Reads the adapters' headers, and no weights."""

@@ -29,6 +29,15 @@ class BaseEditor(ABC):
         """Fingerprints of all models that the request's pictures depend on, by what they are."""
         return {"model": self.fingerprint}
 
+    def revised(self, request: EditRequest) -> dict[str, str]:
+        """What this base does otherwise with such a request than when tables got their keys, of which it is a part: what was
+        made before is not taken for done. Empty where nothing has changed.
+
+        Raises:
+            InputError: as `check`.
+        """
+        return {}
+
     def check(self, request: EditRequest) -> None:
         """Loads no weights.
 

@@ -64,8 +64,11 @@ class Engine:
     def edit(self, jobs: Sequence[Entry], out: Path, batch_size: int, fonts: tuple[Path, ...] = ()) -> Summary | None:
         """Does what is not done yet, says how it went, and leaves the other processes. None on all but the first of them."""
         numbers = common(self.limits, self.placement)
-        files = JobFiles(lambda request: numbers | self.editor.identity(request), fonts or (DEFAULT_FONT,))
-        summary = run_jobs(jobs, files, self.editor, out, batch_size, self.processes, self.window)
+        editor = self.editor
+        files = JobFiles(
+            lambda request: numbers | editor.identity(request) | editor.revised(request), fonts or (DEFAULT_FONT,)
+        )
+        summary = run_jobs(jobs, files, editor, out, batch_size, self.processes, self.window)
         if self.processes:
             self.processes.stop()
         if not self.is_main:

@@ -19,13 +19,13 @@ from data_prep.rows.images import check_mask_shape, file_digest, open_image, ope
 from eval.qwen.frame import shown_whole
 from eval.request.knobs import AdapterUse
 from eval.request.provenance import numbered
-from eval.request.request import KEEPING, WITH_STRENGTH, EditRequest
+from eval.request.request import KEEPING, EditRequest
 from eval.tables.table import Job, describe
 from train.model.adapter_files import adapter_file, extra_file
 
 KEY_DIGITS = 16
-VERSION, VERSION_WITH_STRENGTH = 1, 2
-"""Versions of what the keys are made of. The second is for modes with a strength, whose images have changed once."""
+VERSION = 1
+"""Version of what the keys are made of."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class JobFiles:
         """
         asked = job.placeholder()
         contents = {
-            "version": VERSION_WITH_STRENGTH if asked.mode in WITH_STRENGTH else VERSION,
+            "version": VERSION,
             "common": self.common(asked),
             "knobs": describe(asked) | ({"whole": True} if shown_whole(asked) else {}),  # cropped in earlier versions
             "adapters": [self._adapter(use) for use in asked.adapters],

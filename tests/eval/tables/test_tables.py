@@ -259,6 +259,81 @@ def test_the_key_is_of_contents(photos, tmp_path):
     assert [row["output"] for row in read(tmp_path / "out/results.csv")] == [*a.outputs, *b.outputs, *a.outputs]
 
 
+FLOW, BRIDGE = {"adapter": "flow", "size": "64x64"}, {"adapter": "bridge", "size": "64x64"}
+MASKED = {"mode": "inpaint", "mask": "mask.png"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "key", "same"),
+    [
+        pytest.param(FLOW, {}, "32639ba1c64196eb", True, id="size and adapter"),
+        pytest.param(BRIDGE | MASKED, {}, "c93cc880df631710", True, id="a bridge has no strength"),
+        pytest.param(
+            {"adapter": "bridge"},
+            {"geometry": Geometry(64 * 64), "size": Size(64, 64)},
+            *("60dbec14e00f8bde", True),
+            id="evaluation",
+        ),
+        pytest.param(
+            *({}, {"geometry": Geometry(64 * 64), "size": Size(64, 64)}, "33c0a6b6f890236a", True),
+            id="evaluation of the base",
+        ),
+        pytest.param({}, {}, "266a1be0d154f687", False, id="shown whole"),
+        pytest.param({"size": "256x256"}, {}, "d6489ef0ae767fc7", False, id="size alone"),
+        pytest.param(
+            *({"mode": "turbo", "adapter": "lightning", "size": "64x64"}, {}, "195a7fd3737b3ac6", False),
+            id="adapter of others",
+        ),
+        pytest.param(FLOW | {"mode": "img2img"}, {}, "c85d37f329847755", False, id="strength"),
+        pytest.param(FLOW | MASKED, {}, "544c6a4a7f96b5a5", False, id="mask and strength"),
+        pytest.param(
+            *(BRIDGE | MASKED | {"sampler": "bridge-stochastic"}, {}, "66741c671ffc4b6b", False), id="stochastic bridge"
+        ),
+    ],
+)
+def test_a_key_is_the_earlier_one_where_the_pictures_are(tiny_model_dir, tmp_path, row, options, key, same):
+    """Keys as they were before sizes were upstream's, strengths shares of noise and pictures shown whole; of files' names."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    if "adapter" in row:
+        headers = {"flow": {"objective": "flow"}, "bridge": {"objective": "lbm", "loss": "{}"}, "lightning": None}
+        header = headers[row["adapter"]]
+        (adapter := tmp_path / row["adapter"]).mkdir()
+        header = header and header | {"geometry": json.dumps({"max_pixels": 64 * 64})}
+        save_file({"weight": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
+        row = row | {"adapter": str(adapter)}
+    table = write_table(tmp_path / "jobs.csv", [{"image": "photo.png", "prompt": "x"} | row])
+    (job,) = jobs_of(table, tmp_path, **options)
+    revised = Editor(ModelDirectory(tiny_model_dir)).revised
+
+    def digest(path: Path) -> str:
+        return f"{path.parent.name}/{path.name}" if path.suffix == ".safetensors" else path.name
+
+    assert (JobFiles(revised, digest=digest).key(job).key == key) == same
+
+
+def test_a_tables_key_has_what_a_base_does_otherwise(photos, tiny_model_dir, tmp_path, monkeypatch):
+    table = TableOptions(write_table(tmp_path / "jobs.csv", [{"image": "photo0.png", "prompt": "x"}]), photos)
+    monkeypatch.setattr("eval.tables.engine.open_model", lambda *_: Copies())
+    for revised in ({}, {"sizes": "upstream"}):
+        monkeypatch.setattr(Copies, "revised", lambda *_, revised=revised: revised)
+        edit_table(table, {}, ModelOptions("copies"), PlaceOptions("cpu", "float32"), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_a_row_with_a_mask_keeps_the_files_transparency(tiny_model_dir, tmp_path):
+    values = np.random.default_rng(1).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "clear.png")
+    mask = np.zeros((64, 96), dtype=np.uint8)
+    mask[:, 48:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    table = write_table(tmp_path / "jobs.csv", [{"image": "clear.png", "prompt": "x"} | MASKED])
+    limits = ["--max-pixels", 4096, "--vision-pixels", 3136, "--steps", 1, "--cfg-scale", 1]
+    command("--model", tiny_model_dir, "--csv", table, *limits, "--out", tmp_path / "out")
+    (made,) = (np.asarray(Image.open(path)) for path in (tmp_path / "out").glob("*.png"))
+    assert np.array_equal(made[..., 3], values[..., 3])
+    assert np.array_equal(made[:, :48], values[:, :48])
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_failure_costs_its_own_row_alone(photos, tmp_path, capsys, batch_size):
     prompts = ["p0", "memory", "p2", "bug", "memory of the machine", "bug"]
