@@ -215,16 +215,19 @@ def unfit(image: Image.Image, size: Size) -> Image.Image:
     return Image.fromarray(padded).resize((size.width, size.height), Image.Resampling.LANCZOS, box)
 
 
-def fit_mask(mask: Image.Image, size: Size) -> Image.Image:
+def fit_mask(mask: Image.Image, size: Size, stretched: bool = False) -> Image.Image:
     """`fit` for a mask (mode L, 255 = where the edit may go): each pixel is the maximum of the pixels that it covers.
 
     A one-pixel line survives any reduction, where an average would dissolve it.
+
+    Args:
+        stretched: nothing is cropped where the mask's shape is not that of `size`.
     """
     import torch
     from torch.nn.functional import adaptive_max_pool2d
 
-    crop_width = min(mask.width, mask.height * size.width / size.height)
-    crop_height = min(mask.height, mask.width * size.height / size.width)
+    own = Size.of(mask)
+    crop_height, crop_width = own if stretched else fitted_part(own, size)
     left, top = math.floor((mask.width - crop_width) / 2), math.floor((mask.height - crop_height) / 2)
     cropped = mask.crop((left, top, mask.width - left, mask.height - top))
     values = torch.from_numpy(np.array(cropped, dtype=np.float32))

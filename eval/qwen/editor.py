@@ -77,6 +77,11 @@ class Job:
         """Whether sizes are upstream's: the first image is neither cropped nor continued, but stretched a little."""
         return isinstance(self.geometry, UpstreamGeometry)
 
+    @property
+    def stretched(self) -> bool:
+        """Whether the result shows all of the first image in this way, and has no shape of its own."""
+        return self.upstream and shown_whole(self.request)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -216,7 +221,7 @@ class Editor(BaseEditor):
             list(map(extra_file, [use.path for use in request.adapters if use.weight != 0]))
         )  # all are found
         job = Job(request, make_plan(request, first), geometry, size, sees_scene)
-        check_request(request, job.frame.inner)
+        check_request(request, job.frame.inner, job.stretched)
         return job
 
     def _geometry(self, request: EditRequest, metadata: Mapping[str, str]) -> Geometry:
@@ -309,7 +314,7 @@ class Editor(BaseEditor):
         clock: "_Clock",
     ) -> list[EditResult]:
         adapters, results = describe_adapters(task.adapters), []
-        kept = [kept_part(job.request, job.frame.inner) for job in task.jobs]
+        kept = [kept_part(job.request, job.frame.inner, job.stretched) for job in task.jobs]
         seconds, encoding = (each / len(images) for each in (sum(clock.spent.values()), clock.spent["encode"]))
         pictures = [picture for group in task.groups for picture in group]
         for (number, seed), image in zip(pictures, images, strict=True):
@@ -427,7 +432,7 @@ def _sees_depth(request: EditRequest) -> bool:
 
 def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> Encoded:
     request, sampler, frame = job.request, job.plan.sampler, job.frame
-    masks = (edit_mask(request, frame.inner), changed_part(request, frame.inner))
+    masks = (part(request, frame.inner, job.stretched) for part in (edit_mask, changed_part))
     mask, changed = (each and frame.extend(each) for each in masks)
     return encoder.encode(
         request.images,
@@ -441,7 +446,7 @@ def _encode(encoder: RequestEncoder, job: Job, maps: Sequence[Image.Image]) -> E
         white=job.sees_scene or (isinstance(sampler, BridgeSampler) and sampler.start == "white"),
         changed=changed,
         bridge_image=request.bridge_image,
-        whole=shown_whole(request) and not job.upstream,
+        whole=shown_whole(request),
     )
 
 

@@ -110,7 +110,8 @@ class RequestEncoder:
             bridge_image: the source's place among the images.
             changed: the mask as a dataset would have it, at the result's size, 255 where the edit is: for modules beside the
                 transformer, as the mask of a training row.
-            whole: the source is continued by its mirror image where its shape is not that of its size, and not cropped.
+            whole: the source is not cropped where its shape is not that of its size: it is continued by its mirror image, or
+                stretched, as upstream does.
         """
         pictures, extras = ([_Picture(image, pixel_digest(image)) for image in some] for some in (images, maps))
         source = pictures[bridge_image] = replace(pictures[bridge_image], whole=whole)
@@ -140,6 +141,8 @@ class RequestEncoder:
 
     def _image(self, picture: _Picture, size: Size) -> Tensor:
         """Latents (1, 16, h, w) of what is edited."""
+        if picture.whole and type(self.geometry) is not Geometry:
+            return self._reference(picture, size)
         frame = Frame.around(Size.of(picture.image), size) if picture.whole else Frame(size, size)
         return self.kept.get(
             ("image", picture.digest, size, frame.inner), lambda: self._latents(frame.place(picture.image))

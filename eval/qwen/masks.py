@@ -55,6 +55,8 @@ class Kept:
     """RGB; or RGBA, as a file with transparency has it."""
     mask: Image.Image
     """Mode L, of its size: 255 where the edit goes, 0 where every pixel is kept exactly."""
+    stretched: bool = False
+    """Whether what is edited shows all of the picture, stretched where their shapes differ, instead of its middle."""
 
     def with_edit(self, edited: Image.Image) -> Image.Image:
         """The edited picture where the mask is 255, the kept one where it is 0, and a blend between.
@@ -62,9 +64,11 @@ class Kept:
         The transparency of the kept one stays everywhere. What was edited is what was seen: the kept one over white.
 
         Args:
-            edited: RGB, of any size: as `fit` would cut it out of the kept one.
+            edited: RGB, of any size: as `fit` would cut it out of the kept one, or as it is stretched.
         """
-        if edited.size != self.picture.size:
+        if self.stretched:
+            edited = edited.resize(self.picture.size, Image.Resampling.LANCZOS)
+        elif edited.size != self.picture.size:
             edited = unfit(edited, Size.of(self.picture))
         if self.picture.mode != "RGBA":
             return Image.composite(edited, self.picture, self.mask)

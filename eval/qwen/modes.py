@@ -201,14 +201,18 @@ def result_size(request: EditRequest, geometry: Geometry) -> Size:
     return geometry.shaped_size(source, ASPECTS[request.aspect]) if request.aspect else geometry.target_size(source)
 
 
-def edit_mask(request: EditRequest, size: Size) -> Image.Image | None:
-    """The soft mask at the result's size, 255 where the edit may go, or None where it may go everywhere."""
+def edit_mask(request: EditRequest, size: Size, stretched: bool = False) -> Image.Image | None:
+    """The soft mask at the result's size, 255 where the edit may go, or None where it may go everywhere.
+
+    Args:
+        stretched: all of the first image is shown at that size, stretched where its shape is another, and nothing is cropped.
+    """
     if request.mode == "focus":
         return focus_mask(size, request.focus or Focus())
     if request.mode not in MASKED:
         return None
     assert request.mask is not None
-    return soft_mask(fit_mask(request.mask, size), request.rim)
+    return soft_mask(fit_mask(request.mask, size, stretched), request.rim)
 
 
 def keeps_size(request: EditRequest) -> bool:
@@ -216,34 +220,34 @@ def keeps_size(request: EditRequest) -> bool:
     return request.mode in KEEPING and not (request.size or request.aspect or request.bridge_image)
 
 
-def kept_part(request: EditRequest, size: Size) -> Kept | None:
+def kept_part(request: EditRequest, size: Size, stretched: bool = False) -> Kept | None:
     """What the edited part is put into, None where the edit may go everywhere: the first image at its own size, or at the
     result's, if the request says how large or of which shape that is.
 
     Args:
         size: of what is sampled.
     """
-    if (mask := edit_mask(request, size)) is None:
+    if (mask := edit_mask(request, size, stretched)) is None:
         return None
     if not keeps_size(request):
         return Kept(fit(request.images[request.bridge_image], size), mask)
     picture = request.original or request.images[0]
     own = Size.of(picture)
-    shown = fitted_part(own, size)
+    shown = own if stretched else fitted_part(own, size)
     if request.mode == "focus":
-        return Kept(picture, focus_mask(own, request.focus or Focus(), shown))
+        return Kept(picture, focus_mask(own, request.focus or Focus(), shown), stretched)
     assert request.mask is not None
-    return Kept(picture, soft_mask(request.mask, request.rim * shown[1] / size.width))
+    return Kept(picture, soft_mask(request.mask, request.rim * shown[1] / size.width), stretched)
 
 
-def changed_part(request: EditRequest, size: Size) -> Image.Image | None:
+def changed_part(request: EditRequest, size: Size, stretched: bool = False) -> Image.Image | None:
     """The mask without a soft rim, as a training row has it, 255 where the edit may go; None where there is none."""
     if request.mode in MASKED and request.mask is not None:
-        return fit_mask(request.mask, size)
-    return edit_mask(request, size)
+        return fit_mask(request.mask, size, stretched)
+    return edit_mask(request, size, stretched)
 
 
-def check_request(request: EditRequest, size: Size) -> None:
+def check_request(request: EditRequest, size: Size, stretched: bool = False) -> None:
     """What can be said without a model.
 
     Args:
@@ -254,7 +258,7 @@ def check_request(request: EditRequest, size: Size) -> None:
     """
     if request.mask is not None:
         check_mask(request.mask, request.images[0])
-        if fit_mask(request.mask, size).getbbox() is None:
+        if fit_mask(request.mask, size, stretched).getbbox() is None:
             raise InputError(
                 "the mask is white at the picture's rim alone, which the size of the result cuts off: enlarge it"
             )

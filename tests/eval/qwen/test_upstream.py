@@ -15,9 +15,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from data_prep.model.geometry import Geometry, Size, UpstreamGeometry
+from data_prep.model.geometry import Geometry, Size, UpstreamGeometry, to_pixels
 from eval.qwen.editor import Editor
-from eval.request.knobs import AdapterUse, Control
+from eval.request.knobs import AdapterUse, Control, Focus
 from eval.request.metadata import DEFAULT_GEOMETRY
 from eval.request.placement import Placement
 from eval.request.request import EditRequest
@@ -158,3 +158,25 @@ def test_sizes_are_upstreams_where_no_adapter_of_ours_says_and_as_asked(tiny_mod
     assert geometry == UpstreamGeometry(max_pixels=4096)
     assert geometry.reference_size(Size(3000, 2000)) == Size(64, 64)
     assert math.prod(geometry.reference_size(Size(10, 10))) == 4096  # up as well as down
+
+
+@pytest.mark.parametrize("mode", ["img2img", "inpaint", "focus"])
+def test_an_edit_starts_at_what_its_reference_shows_and_goes_back_to_the_border(tiny_model_dir, monkeypatch, mode):
+    """150 x 100 is computed at 128 x 64: the upper and lower eighths of the file, which a crop to that shape would lose."""
+    rows, columns = np.linspace(0, 255, 100)[:, None], np.linspace(0, 255, 150)[None]
+    image = Image.fromarray(np.stack([rows + 0 * columns, columns + 0 * rows, 0 * rows * columns], -1).astype(np.uint8))
+    rim = np.zeros((100, 150), dtype=np.uint8)
+    rim[:8] = 255
+    geometry = UpstreamGeometry(max_pixels=AREA, vision_pixels=VISION)
+    assert geometry.target_size(Size(100, 150)) == Size(64, 128)
+    seen, shown = [], geometry.reference_picture(image, Size(64, 128))
+    monkeypatch.setattr("eval.qwen.encoding.to_pixels", lambda each: seen.append(each) or to_pixels(each))
+    monkeypatch.setattr("eval.qwen.editor._decode", lambda *_: [shown])  # an edit that changes nothing
+    masked = {"mask": Image.fromarray(rim)} if mode == "inpaint" else {}
+    place = {"focus": Focus(0.5, 0.0, 0.3)} if mode == "focus" else {}
+    asked = EditRequest("x", [image], mode=mode, steps=2, cfg_scale=1.0, **masked, **place)
+    (result,) = Editor(ModelDirectory.resolve(tiny_model_dir), FLOAT, geometry).edit(asked)
+    assert [np.array_equal(np.asarray(each), np.asarray(shown)) for each in seen] == [True]  # source and reference
+    if mode != "img2img":
+        difference = np.abs(np.asarray(result.image).astype(int) - np.asarray(image))
+        assert difference.max() <= 3  # of 255, by two resizings of ramps; the nearest pixel would be 30 away
