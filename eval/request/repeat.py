@@ -111,7 +111,7 @@ def read_repeat(path: Path, changes: Mapping[str, Any]) -> Repeat:
             "again with --csv"
         )
     try:
-        knobs = _knobs(settings, changes)
+        knobs = _knobs(path, settings, changes)
         if "adapters" not in changes:
             knobs["adapters"] = tuple(_adapter(path, each) for each in settings["adapters"])
         made = Repeat(path, settings, knobs)
@@ -121,19 +121,18 @@ def read_repeat(path: Path, changes: Mapping[str, Any]) -> Repeat:
     return made
 
 
-def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the request that give these settings, and no field that its mode or its adapter does not take."""
+def _knobs(path: Path, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the request that give these settings, and no field that its mode or its adapter does not take.
+
+    Raises:
+        InputError: the strength would mean something else now.
+    """
     sampler, mode = settings["sampler"], changes.get("mode", settings["mode"])
     knobs: dict[str, Any] = {name: settings[name] for name in ("prompt", "seed", "steps")}
     knobs |= {name: settings[name] for name in ("negative_prompt", "feather") if name in settings}
     knobs["sampler"] = sampler.get("kind")
     knobs["cfg_scale"] = sampler.get("cfg_scale", sampler.get("flow", {}).get("cfg_scale"))
     knobs["strength"] = sampler.get("strength") if settings["mode"] in WITH_STRENGTH else None
-    if knobs["strength"] not in (None, 1) and "strength" not in changes and not _is_share_of_noise(sampler):
-        raise InputError(
-            f"its strength of {knobs['strength']:g} counted steps, as strengths did then, and would give another picture now: "
-            "give --strength, the share of noise that the edit starts from"
-        )
     knobs["focus"] = Focus(**settings["focus"]) if "focus" in settings else None
     knobs["controls"] = tuple(Control(**each) for each in settings.get("controls", ()))
     follows = "aspect" in changes or "computed_size" in settings or settings.get("original_size")
@@ -143,6 +142,11 @@ def _knobs(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     geometry = {} if "sizing" in changes else {"geometry": make_geometry(settings["geometry"])}
     for name in {*_left_by_mode(settings["mode"], mode), *_left_by_adapter(settings, changes)}:
         knobs.pop(name, None)
+    if knobs.get("strength") not in (None, 1) and "strength" not in changes and not _is_share_of_noise(sampler):
+        raise InputError(
+            f"the strength of {path}, {knobs['strength']:g}, counted steps, as strengths did then, and would give another "
+            "picture now: give --strength, the share of noise that the edit starts from"
+        )
     return {"mode": mode, "prompt": "", **geometry, **knobs, **changes}
 
 

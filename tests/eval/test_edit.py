@@ -391,15 +391,19 @@ def test_a_repeat_with_another_mode_or_adapter_keeps_what_that_takes(folder, tin
         repeated("img2img", mode="inpaint")
 
 
-def test_a_strength_that_counted_steps_is_not_taken_for_a_share_of_noise(tmp_path):
+def test_a_strength_that_counted_steps_is_not_taken_for_a_share_of_noise(tiny_model_dir, tmp_path):
     """Of a picture that was written before solvers had names."""
     sampler = {"name": "FlowSampler", "kind": "flow", "cfg_scale": 4.0, "strength": 0.6}
     settings = {"mode": "img2img", "prompt": "x", "seed": 0, "steps": 4, "width": 64, "height": 32, "sampler": sampler}
     settings |= {"geometry": {"max_pixels": 4096}, "adapters": [], "model": "tiny", "dtype": "float32"}
     settings |= {"image_digests": [], "model_fingerprint": ""}
     write_png(EditResult(Image.new("RGB", (64, 32)), 0, 1.0, settings), [], tmp_path / "old.png")
-    with pytest.raises(InputError, match=r"its strength of 0\.6 counted steps.* give --strength"):
+    with pytest.raises(InputError, match=r"strength of .*old\.png, 0\.6, counted steps.* give --strength"):
         read_repeat(tmp_path / "old.png", {})
+    bridge = (AdapterUse(write_adapter(tmp_path / "bridge", tiny_model_dir, "lbm", SMALL)),)
+    for left in ({"mode": "edit"}, {"mode": "edit", "adapters": bridge}):  # neither takes a strength
+        assert read_repeat(tmp_path / "old.png", left).knobs.get("strength") is None
+    assert "strength" not in read_repeat(tmp_path / "old.png", {"adapters": bridge}).knobs
     assert read_repeat(tmp_path / "old.png", {"strength": 0.75}).knobs["strength"] == 0.75
     sampler["strength"] = 1.0
     write_png(EditResult(Image.new("RGB", (64, 32)), 0, 1.0, settings), [], tmp_path / "whole.png")
