@@ -22,6 +22,7 @@ import typer
 from data_prep.cli import run_command
 from data_prep.errors import InputError, Interrupted, is_out_of_memory
 from data_prep.jobs.progress import step_progress
+from data_prep.model.geometry import Size, fit_mask
 from data_prep.rows.images import RejectedImage, check_mask_shape, file_digest, open_image, open_mask, open_transparent
 from eval.request.options import ModelOptions, PlaceOptions, given_knobs, knob_options, with_options
 from eval.request.provenance import numbered, write_png
@@ -94,6 +95,7 @@ def edit_image(
         opened = open_mask(mask) if mask else None
         if mask and opened and images:
             check_mask_shape(opened, images[0], mask)
+            opened = fit_mask(opened, Size.of(images[0]), stretched=True)
         keeping = knobs.get("mode") in KEEPING and image
         original = open_transparent(image[0]) if keeping else None
         sources = [(path.name, file_digest(path)) for path in [*image, *([mask] if mask else [])]]

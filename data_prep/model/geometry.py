@@ -223,10 +223,12 @@ def fit_mask(mask: Image.Image, size: Size, stretched: bool = False) -> Image.Im
     Args:
         stretched: nothing is cropped where the mask's shape is not that of `size`.
     """
+    own = Size.of(mask)
+    if own == size:
+        return mask
     import torch
     from torch.nn.functional import adaptive_max_pool2d
 
-    own = Size.of(mask)
     crop_height, crop_width = own if stretched else fitted_part(own, size)
     left, top = math.floor((mask.width - crop_width) / 2), math.floor((mask.height - crop_height) / 2)
     cropped = mask.crop((left, top, mask.width - left, mask.height - top))

@@ -15,6 +15,7 @@ from data_prep.builders.overlay.command import MakeOverlay
 from data_prep.builders.overlay.style import DEFAULT_STYLE, Style, parse_style
 from data_prep.builders.overlay.typography import DEFAULT_FONT, check_font
 from data_prep.jobs.items import Item
+from data_prep.model.geometry import Size, fit_mask
 from data_prep.rows.images import check_mask_shape, file_digest, open_image, open_mask, open_transparent
 from eval.qwen.frame import shown_whole
 from eval.request.knobs import AdapterUse
@@ -97,6 +98,7 @@ class JobFiles:
         if job.mask:
             mask = open_mask(job.mask)
             check_mask_shape(mask, images[0], job.mask)
+            mask = fit_mask(mask, Size.of(images[0]), stretched=True)
         if job.overlay:
             images[0] = self._laid_over(images[0], job)
         request = job.request(images, mask)

@@ -24,7 +24,8 @@ from eval.request.knobs import AdapterUse, Control
 from eval.request.provenance import read_png, write_png
 from eval.request.repeat import read_repeat
 from eval.request.request import EditRequest, EditResult
-from eval.tables.table import COLUMNS
+from eval.tables.job_files import JobFiles
+from eval.tables.table import COLUMNS, Job
 from tests.adapters import write_adapter
 from tests.caching import write_image, write_mask
 from tests.commands import ROOT, run_script
@@ -261,6 +262,24 @@ def test_every_pixel_outside_a_mask_is_the_files_own(tmp_path, name):
     if name == "clear.png":
         command("--repeat", out, *base, "--out", tmp_path / "again.png")
         assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2])
+def test_a_mask_of_another_size_is_brought_to_the_images(folder, tmp_path, monkeypatch, scale):
+    """By one image and by a table. One white pixel of it is a white part of the image, at its rim too."""
+    values = np.zeros((int(100 * scale), int(160 * scale)), dtype=np.uint8)
+    values[0, -1] = 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    asked = []
+    monkeypatch.setattr(Editor, "edit", lambda _, request, *__: asked.append(request) or [])
+    common = ["--model", "tiny", "--mode", "inpaint", "--prompt", "x", "--out"]
+    with pytest.raises(ValueError, match="zip"):  # there is no picture to write
+        command(*common, tmp_path / "out.png", "--image", "photo.png", "--mask", tmp_path / "mask.png")
+    expected = np.zeros((100, 160), dtype=np.uint8)
+    expected[: max(1, int(1 / scale)), -max(1, int(1 / scale)) :] = 255
+    row = Job(1, "x", (folder / "photo.png",), "x", {"prompt": "x", "mode": "inpaint"}, tmp_path / "mask.png")
+    for request in (*asked, JobFiles(lambda _: {}).load(row)):
+        assert np.array_equal(np.asarray(request.mask), expected)
 
 
 def test_the_sizes_that_a_picture_was_made_at_are_repeated(folder, tmp_path):
