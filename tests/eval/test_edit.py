@@ -264,6 +264,24 @@ def test_every_pixel_outside_a_mask_is_the_files_own(tmp_path, name):
         assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
 
 
+def test_every_solver_is_a_sampler_of_the_command(folder, tmp_path):
+    """Heun by the option, the others by a cell of the table that the command edits: none gives Euler's picture."""
+    solvers = {"flow": "euler", "heun": "heun", "dpmpp-2m": "dpmpp-2m", "unipc": "unipc"}
+    cells = "".join(f"{name},{'' if name == 'heun' else name},photo.png\n" for name in solvers)
+    (tmp_path / "jobs.csv").write_text(f"id,sampler,image\n{cells}")
+    table = ["--csv", tmp_path / "jobs.csv", "--root", folder, "--sampler", "heun", "--out", tmp_path / "out"]
+    command("--model", "tiny", *table, "--prompt", "x", "--size", "64x32", "--steps", 3, "--cfg-scale", 1)
+    pixels = {}
+    for name, solver in solvers.items():
+        (path,) = (tmp_path / "out").glob(f"{name}-*.png")
+        sampler = read_png(path)["sampler"]
+        assert (sampler["kind"], sampler["solver"]) == (name, solver)
+        with Image.open(path) as image:
+            pixels[name] = image.tobytes()
+    euler = pixels.pop("flow")
+    assert euler not in pixels.values()
+
+
 @pytest.mark.parametrize("scale", [0.5, 2])
 def test_a_mask_of_another_size_is_brought_to_the_images(folder, tmp_path, monkeypatch, scale):
     """By one image and by a table. One white pixel of it is a white part of the image, at its rim too."""
