@@ -278,7 +278,8 @@ MASKED = {"mode": "inpaint", "mask": "mask.png"}
             *({}, {"geometry": Geometry(64 * 64), "size": Size(64, 64)}, "33c0a6b6f890236a", True),
             id="evaluation of the base",
         ),
-        pytest.param({}, {}, "266a1be0d154f687", False, id="shown whole"),
+        pytest.param({"adapter": "flow"}, {}, "b514af12024b6734", False, id="shown whole"),
+        pytest.param({}, {}, "266a1be0d154f687", False, id="no option"),
         pytest.param({"size": "256x256"}, {}, "d6489ef0ae767fc7", False, id="size alone"),
         pytest.param(
             *({"mode": "turbo", "adapter": "lightning", "size": "64x64"}, {}, "195a7fd3737b3ac6", False),
