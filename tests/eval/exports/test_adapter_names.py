@@ -189,6 +189,10 @@ def test_places_that_would_hurt_are_refused(written, tmp_path):
     file = written["lora"][0]
     with pytest.raises(InputError, match="is the file that is converted"):
         convert(file, "kohya", file)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"mine\.safetensors is there already"):
+        convert(file, "kohya", tmp_path / "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(
         InputError, match=r"has a adapter_config\.json of another adapter|adapter_config\.json of another"
