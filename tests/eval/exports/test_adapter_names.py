@@ -232,4 +232,10 @@ def test_inspect_of_something_else(tmp_path):
         inspect_adapter(tmp_path / "text.safetensors")
     tensors = {f"down_blocks.0.lora_{kind}.weight": torch.ones(1, 1) for kind in ("down", "up")}
     save_file(tensors, tmp_path / "sd.safetensors")
-    assert inspect_adapter(tmp_path / "sd.safetensors").unknown == ["down_blocks.0"]
+    found = inspect_adapter(tmp_path / "sd.safetensors")
+    assert found.unknown == ["down_blocks.0"]
+    assert found.ignored["this project"][0].startswith("refuses the file: it changes 1 modules")
+    assert not any("uses all of it" in notes for notes in found.ignored.values())
+    save_file({"img_in.lora_A.weight": torch.ones(1, 1)}, tmp_path / "half.safetensors")
+    told = inspect_adapter(tmp_path / "half.safetensors").ignored["this project"]
+    assert told == ["refuses the file: of img_in it has one of lora_A and lora_B alone"]

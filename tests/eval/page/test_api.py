@@ -439,7 +439,7 @@ def test_an_upload_that_breaks_off_or_finds_no_room_is_a_refusal(tmp_path, monke
         async def receive():
             return next(coming)
 
-        request = Request({"type": "http", "method": "POST", "headers": kind}, receive)
+        request = Request({"type": "http", "app": None, "method": "POST", "headers": kind}, receive)
         with pytest.raises(Refusal) as caught:
             asyncio.run(read_body(request, Limits(), tmp_path))
         return caught.value

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_prep.model import encoders, geometry
+from data_prep.model.editions import PLUS
 from data_prep.model.geometry import Size
 from eval.qwen.samplers import BridgeSampler
 from eval.qwen.samplers.sigmas import linear_sigmas
@@ -207,7 +208,7 @@ def test_the_instruction_has_its_pictures_and_the_model_its_references(tmp_path,
     clip = Clip()
     ((conditioning,),) = NODES["BridgeEncode"].encode(clip, Vae(), references, "Sharpen it.", method)
     text, images, template = clip.given
-    expected = "".join(encoders.PICTURE.format(number) for number in (1, 2)) + "Sharpen it."
+    expected = "".join(PLUS.picture.format(number) for number in (1, 2)) + "Sharpen it."
     assert template.format(text) == encoders.TEMPLATE.format(encoders.SYSTEM, expected)
     assert [image_of(each).size[::-1] for each in images] == [ours.vision_size(Size.of(each)) for each in photographs]
     sizes = ours.reference_sizes([Size.of(each) for each in photographs], Size.of(photographs[0]), 0)
