@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.errors import InputError
 from data_prep.rows.images import RejectedImage, open_cut_out, open_image
+from eval.request.request import MAX_PIXELS
 
 MEGA = 1_000_000
 CANVAS = 800
@@ -40,8 +41,8 @@ class Limits:
 
     def apply(self) -> None:
         """Makes the limit Pillow's own as well, for whatever decodes an image by another way than `read_picture`: Gradio
-        does so with what is painted."""
-        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, CANVAS * CANVAS)
+        does so with what is painted. Results can be larger than what is taken in."""
+        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, MAX_PIXELS)
 
 
 class TooLarge(InputError):
