@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_prep.cache.batches import pad_condition
 from data_prep.cache.encoding import encode_white
-from data_prep.model.geometry import Geometry, Size, fit, mask_to_latent, to_pixels
+from data_prep.model.geometry import Geometry, Size, mask_to_latent, to_pixels
 from data_prep.rows.rows import EMPTY_PROMPT
 from eval.qwen.control import Strengthened
 from eval.qwen.frame import Frame
@@ -140,8 +140,9 @@ class RequestEncoder:
 
     def _image(self, picture: _Picture, size: Size) -> Tensor:
         """Latents (1, 16, h, w) of what is edited."""
+        frame = Frame.around(Size.of(picture.image), size) if picture.whole else Frame(size, size)
         return self.kept.get(
-            ("image", picture.digest, size, picture.whole), lambda: self._latents(_placed(picture, size))
+            ("image", picture.digest, size, frame.inner), lambda: self._latents(frame.place(picture.image))
         )
 
     def _reference(self, picture: _Picture, size: Size) -> Tensor:
@@ -173,13 +174,6 @@ class RequestEncoder:
 
         prompt_emb = self.kept.get(("prompt", type(self.geometry), prompt, *seen), embed)
         return pad_condition([prompt_emb], [latents for _, latents in references], scene).to(self.device)
-
-
-def _placed(picture: _Picture, size: Size) -> Image.Image:
-    """The picture as the VAE is given it."""
-    if picture.whole:
-        return Frame.around(Size.of(picture.image), size).place(picture.image)
-    return fit(picture.image, size)
 
 
 def reference_sizes(images: Sequence[Image.Image], size: Size, geometry: Geometry, bridge_image: int = 0) -> list[Size]:

@@ -285,10 +285,10 @@ def test_what_was_encoded_is_not_encoded_again(tiny_model_dir, source, encoded):
     changed.putpixel((0, 0), (1, 2, 3))
     for values, new in [
         ({"prompt": "y"}, ["y"]),
-        ({"size": Size(64, 96)}, ["image"]),
+        ({"size": Size(64, 96)}, ["image", "image"]),  # cropped to it, and to its own size as a reference
         ({"images": [changed]}, ["image", "x", " "]),
         ({"images": [source, changed]}, ["image", "x", " "]),  # a reference is cropped, where the source is shown whole
-        ({"images": [source, changed, source]}, ["image", "x", " "]),
+        ({"images": [source, changed, source]}, ["x", " "]),
         (
             {"images": [source, source, changed]},
             ["x", " "],
