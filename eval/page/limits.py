@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.errors import InputError
 from data_prep.rows.images import FORMATS, RejectedImage, open_cut_out, open_image
+from eval.request.request import MAX_PIXELS
 
 MEGA = 1_000_000
 CANVAS = 800
@@ -40,10 +41,10 @@ class Limits:
 
     def apply(self) -> None:
         """Makes the limit and the formats Pillow's own as well, for whatever decodes an image by another way than
-        `read_picture`: Gradio does so with what is painted."""
+        `read_picture`: Gradio does so with what is painted. Results can be larger than what is taken in."""
         Image.init()
         Image.ID[:] = [kind for kind in Image.ID if kind in FORMATS]
-        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, CANVAS * CANVAS)
+        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, MAX_PIXELS)
 
 
 class TooLarge(InputError):
