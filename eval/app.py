@@ -103,15 +103,16 @@ def app(
     placement = place.place()
     editor, name = open_model(model, placement), model_name(find_model(model.model or ""))
     title = f"{editor.abilities.base} ({name}) on {placement.device}, {placement.numbers['dtype']}"
-    studio = make_studio(editor, title, out.resolve(), runs or checkpoint_folder(), limits, adapter)
+    studio = make_studio(editor, title, out.resolve(), (runs or checkpoint_folder()).resolve(), limits, adapter)
     studio.examples = read_examples(examples, examples_root) if examples else []
     if preload:
         start = time.perf_counter()
         editor.preload([AdapterUse(each.path) for each in studio.adapters() if each.name == adapter])
         print(f"loaded {name} in {time.perf_counter() - start:.1f} s", flush=True)
+    places = [place for place in [Path(find_model(model.model or ""))] if place.is_dir()]
     if key and not api_key:
         print(f"The API's key, for as long as this runs: {key}", flush=True)
-    serve(studio, Address(host, port, share, login), Api(studio, key, name) if key else None)
+    serve(studio, Address(host, port, share, login), Api(studio, key, name, places=places) if key else None)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,16 @@ SIDE = 64
 SMALL = Geometry(max_pixels=SIDE * SIDE, vision_pixels=56 * 56)
 PATIENCE = 90_000
 """Milliseconds, on a busy machine."""
+RESTORED = """
+(() => {
+  const parse = JSON.parse;
+  JSON.parse = (text, ...others) => {
+    if (String(text).startsWith('{"opened_with"')) window.restored = text;
+    return parse(text, ...others);
+  };
+})();
+"""
+"""Records what the page reads of the browser's storage, which is encrypted."""
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from data_prep.cache.batches import checked_group_size
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
+from data_prep.model.editions import Edition
 from data_prep.model.encoders import load_vae
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest
@@ -307,7 +308,7 @@ def build_loggers(config: Config, first_step: int, record: dict[str, Any], state
     return Loggers({"metrics": JsonLines(metrics, first_step), "terminal": terminal, **configured}, metrics)
 
 
-def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str, str]:
+def adapter_metadata(config: Config, loss: Any, geometry: Geometry, edition: Edition) -> dict[str, str]:
     """What an exported adapter says of itself.
 
     `kind` where it is no LoRA; `sigmas` where it was trained at a few alone; `frozen`, digest and name of what it was trained
@@ -319,6 +320,7 @@ def adapter_metadata(config: Config, loss: Any, geometry: Geometry) -> dict[str,
     frozen = {file_digest(file): name for file, name in zip(files, lora.frozen, strict=False)}
     return {
         "base_model": config.model.path,
+        "base_pipeline": edition.pipeline,
         "weights": config.model.weights,
         "objective": loss.objective,
         "sigma_convention": "1 = start (source, white or noise), 0 = target",

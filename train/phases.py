@@ -194,7 +194,7 @@ def train_phase(
     stream = open_stream(config, model, geometry, processes, training)
     decode = lazy_decode(model, processes.device, dtype)
     loss = build_loss(config, decode)
-    checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry))
+    checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry, model.edition))
     checkpoint = find_checkpoint(checkpoints, config.resume, processes)
     identity = run_identity(stream) | {"model": model.fingerprint("transformer")}
     if checkpoint:

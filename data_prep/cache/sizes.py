@@ -16,7 +16,7 @@ from data_prep.cache.keys import preserve_prompt
 from data_prep.cache.order import draws_per_epoch
 from data_prep.errors import InputError
 from data_prep.model.geometry import LATENT_CELL, Geometry, Size
-from data_prep.rows.images import MAX_ASPECT
+from data_prep.rows.images import FORMATS, MAX_ASPECT
 from data_prep.rows.rows import RejectedRow, Row
 
 TOKEN_SIDE = 16
@@ -263,7 +263,7 @@ def text_length(words: int, references: Iterable[Size], geometry: Geometry, visi
 def image_size(path: Path) -> Size | None:
     """The upright size of an image file from its header, or None if it cannot be used."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
             warnings.simplefilter("ignore")
             decoded_for_exif = image.format == "PNG" and "exif" not in image.info  # Pillow would look behind the pixels
             turned = not decoded_for_exif and image.getexif().get(ExifTags.Base.Orientation) in TURNED

@@ -22,6 +22,9 @@ MAX_ASPECT = 100
 MIN_SIDE = 16
 """Pixels. Anything smaller is a placeholder or a tracking pixel, not a photograph."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+"""That are read, whatever a file's name says. Pillow knows more, of which EPS runs another program (Ghostscript)."""
+
 ANIMATED = ("GIF", "WEBP", "PNG", "TIFF")
 """Formats whose further pictures are frames or pages; those of a phone's MPO are other views for other purposes."""
 
@@ -188,7 +191,7 @@ def _open(path: Path) -> BufferedReader:
 def _decode(path: Path, conversions: list[str], is_mask: bool = False) -> Image.Image:
     """Decodes the whole file, so that a truncated one is found here and not later in a worker. A photograph is then sRGB."""
     try:
-        with _open(path) as file, Image.open(file) as image:
+        with _open(path) as file, Image.open(file, formats=FORMATS) as image:
             _check_size(image, path)
             image.load()
             conversions += _conversions(image, path, "black" if is_mask else "white")
@@ -196,7 +199,7 @@ def _decode(path: Path, conversions: list[str], is_mask: bool = False) -> Image.
             profile = upright.info.pop("icc_profile", None)
             return _to_srgb(upright, profile, path, conversions) if profile and not is_mask else upright
     except UnidentifiedImageError:
-        raise RejectedImage(path, "not an image, or a format that Pillow does not know") from None
+        raise RejectedImage(path, f"not an image of a format that is read ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedImage(path, _bomb_reason()) from None
     except OSError as error:  # Pillow's "image file is truncated" has no number, the system's errors have one

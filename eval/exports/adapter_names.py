@@ -111,6 +111,8 @@ def _check_place(out: Path, file: Path, beside: Path | None) -> None:
         raise InputError(f"--out must end in .safetensors, got {out}")
     if out.exists() and out.samefile(file):
         raise InputError(f"--out {out} is the file that is converted: choose another name")
+    if out.exists():
+        raise InputError(f"--out {out} is there already: choose another name, or remove it")
     others = [CONFIG_FILE] if out.name == WEIGHTS_FILE else []
     there = [name for name in (*others, *([EXTRA_FILE] if beside else [])) if (out.parent / name).exists()]
     if there and out.parent.absolute() != file.parent.absolute():

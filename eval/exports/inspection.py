@@ -129,7 +129,7 @@ def inspect_adapter(path: Path) -> Inspection:
         steps=_suited_steps(sigmas) if sigmas else [],
         geometry=json.loads(header["geometry"]) if "geometry" in header else None,
         extra=extra,
-        ignored=_ignored(keys, header, extra),
+        ignored=_ignored(keys, header, extra, [written for written, name in names.items() if name is None]),
     )
 
 
@@ -207,16 +207,20 @@ def _suited_steps(sigmas: list[float]) -> list[int]:
     return list(filter(suits, range(1, MAX_STEPS + 1)))
 
 
-def _ignored(keys: _Keys, header: Mapping[str, str], extra: Mapping[str, Any] | None) -> dict[str, list[str]]:
+def _ignored(
+    keys: _Keys, header: Mapping[str, str], extra: Mapping[str, Any] | None, unknown: list[str]
+) -> dict[str, list[str]]:
     lokr = keys.has(*NAMES)
     notes = {
-        "this project": _project(header),
+        "this project": _project(keys, header, unknown),
         "diffusers": ["refuses the file: its converter for Qwen-Image knows no LoKr"] if lokr else _diffusers(keys),
         "DiffSynth": ["loads nothing: it knows no LoKr"] if lokr else _diffsynth(keys),
         "ComfyUI": _comfyui(keys),
     }
     for name, found in notes.items():
         if name != "this project":
+            if unknown:
+                found.append(f"has no place for {len(unknown)} modules, such as {unknown[0]}")
             if extra:
                 found.append(f"misses {EXTRA_FILE}")
             if header.get("objective") == "lbm":
@@ -224,7 +228,11 @@ def _ignored(keys: _Keys, header: Mapping[str, str], extra: Mapping[str, Any] | 
     return {name: found or ["uses all of it"] for name, found in notes.items()}
 
 
-def _project(header: Mapping[str, str]) -> list[str]:
+def _project(keys: _Keys, header: Mapping[str, str], unknown: list[str]) -> list[str]:
+    if unknown:
+        return [f"refuses the file: it changes {len(unknown)} modules that Qwen-Image lacks, such as {unknown[0]}"]
+    if half := [name for name, found in keys.kinds.items() if ("down" in found) != ("up" in found)]:
+        return [f"refuses the file: of {half[0]} it has one of lora_A and lora_B alone"]
     beneath = list(json.loads(header.get("frozen", "{}")).values())
     return [f"wants {name} in use too, over which it was trained" for name in beneath]
 

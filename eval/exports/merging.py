@@ -6,6 +6,7 @@ In float32, with one rounding at the end.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from data_prep.errors import InputError
 from data_prep.files import atomic_file, atomic_folder, write_text
 from data_prep.model.directory import ModelDirectory
 from eval.exports.forms import GGUFName
-from eval.exports.tensor_files import DTYPES, Layout, write_gguf, write_safetensors
+from eval.exports.tensor_files import DTYPES, Layout, gguf_bytes, write_gguf, write_safetensors
 from eval.qwen.weights.adapters import added_up
 from eval.qwen.weights.extra_weights import read_all, weighted
 from eval.request.knobs import AdapterUse
@@ -32,7 +33,7 @@ from train.model.denoiser import build_dit
 TRANSFORMER = "transformer"
 SHARD_NAME = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-KEPT = ("objective", "loss", "sigmas", "geometry", "sigma_convention")
+KEPT = ("objective", "base_pipeline", "loss", "sigmas", "geometry", "sigma_convention")
 """Of the first adapter's header: how the merged transformer is to be sampled."""
 
 
@@ -83,7 +84,7 @@ class Merge:
             )
         except ValueError:
             raise InputError(f"--shard-size must look like 5GB, got {shard_size!r}") from None
-        check_room(out, sum(sizes.values()))
+        check_room(out, sum(sizes.values()) + (_copied_bytes(self.model.path) if whole else 0))
         with atomic_folder(out) as temporary:
             folder = temporary / TRANSFORMER if whole else temporary
             if whole:
@@ -100,8 +101,8 @@ class Merge:
 
     def write_gguf(self, out: Path, kind: GGUFName) -> None:
         """Writes one GGUF file, with the blocks' matrices in a type of its own and everything else in float32."""
-        check_room(out, sum(each.num_bytes for each in self.layout.values()) // 2)
         shapes = {name: each.shape for name, each in self.layout.items()}
+        check_room(out, gguf_bytes(kind, shapes))
         with atomic_file(out) as temporary:
             write_gguf(temporary, kind, shapes, self.tensor, self.header)
 
@@ -177,6 +178,16 @@ def check_room(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise InputError(f"{out} needs {num_bytes / 2**30:.1f} GiB, and {there} has {free / 2**30:.1f} GiB left")
+
+
+def _copied_bytes(root: Path) -> int:
+    """Of the files that a whole model directory is made of, beside the transformer's."""
+    left_out, total = _but_transformer(root), 0
+    for folder, folders, files in os.walk(root, followlinks=True):
+        ignored = left_out(folder, [*folders, *files])
+        folders[:] = [name for name in folders if name not in ignored]
+        total += sum((Path(folder) / name).stat().st_size for name in files if name not in ignored)
+    return total
 
 
 def _but_transformer(root: Path) -> Callable[[str, list[str]], list[str]]:

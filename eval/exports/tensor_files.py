@@ -53,11 +53,14 @@ def write_safetensors(path: Path, layout: Mapping[str, Layout], read: Read, meta
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def write_gguf(
-    path: Path, kind: GGUFName, shapes: Mapping[str, tuple[int, ...]], read: Read, metadata: Mapping[str, str]
-) -> None:
-    """Writes a GGUF file: the blocks' matrices as `kind`, where its groups divide their rows, everything else in float32."""
-    import gguf  # an extra, and only this format needs it
+def gguf_bytes(kind: GGUFName, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of the numbers in a file that `write_gguf` writes."""
+    return sum(_gguf_types(kind, shapes)[1].values())
+
+
+def _gguf_types(kind: GGUFName, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Of each tensor: its type, and its bytes."""
+    import gguf
 
     wanted, plain = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
     group, _ = gguf.GGML_QUANT_SIZES[wanted]
@@ -65,15 +68,27 @@ def write_gguf(
         name: wanted if name.startswith(BLOCKS) and len(shape) == 2 and shape[1] % group == 0 else plain
         for name, shape in shapes.items()
     }
+    sizes = {}
+    for name, shape in shapes.items():
+        items, num_bytes = gguf.GGML_QUANT_SIZES[types[name]]
+        sizes[name] = torch.Size(shape).numel() // items * num_bytes
+    return types, sizes
+
+
+def write_gguf(
+    path: Path, kind: GGUFName, shapes: Mapping[str, tuple[int, ...]], read: Read, metadata: Mapping[str, str]
+) -> None:
+    """Writes a GGUF file: the blocks' matrices as `kind`, where its groups divide their rows, everything else in float32."""
+    import gguf  # an extra, and only this format needs it
+
+    types, sizes = _gguf_types(kind, shapes)
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         writer.add_string(f"{ARCHITECTURE}.{key}", value)
     for name, shape in shapes.items():
-        items, num_bytes = gguf.GGML_QUANT_SIZES[types[name]]
-        size = torch.Size(shape).numel() // items * num_bytes
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=types[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=types[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

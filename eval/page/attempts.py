@@ -1,5 +1,9 @@
-"""Guessing is slow: who names a wrong password or a wrong key too often waits, with the right one too."""
+"""Guessing is slow: who names a wrong password or a wrong key too often waits, with the right one too.
 
+Where all together have named too many, who named the right one of late does not wait for the others.
+"""
+
+import math
 import threading
 import time
 from collections import deque
@@ -15,6 +19,10 @@ MOST_OF_ONE = 10
 """Wrong attempts of one address in a window."""
 MOST_OF_ALL = 100
 """Of all addresses together: one may pose as many, or stand behind a proxy as all."""
+KNOWN = 24 * 3600.0
+"""Seconds for which an address that named the right password or key does not wait for the wrong attempts of others."""
+MOST_KNOWN = 10_000
+"""Addresses that are kept as known; beyond it the one that was right longest ago is forgotten."""
 
 
 @dataclass
@@ -29,6 +37,8 @@ class Attempts:
     of_all: int = MOST_OF_ALL
     clock: Callable[[], float] = time.monotonic
     _wrong: deque[tuple[float, str]] = field(default_factory=deque, init=False, repr=False)
+    _right: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    """Address -> when it was last right, the latest at the end."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def begin(self, address: str) -> float:
@@ -39,15 +49,20 @@ class Attempts:
                 self._wrong.popleft()
             own = [moment for moment, other in self._wrong if other == address]
             ends = [own[0]] if len(own) >= self.of_one else []
-            ends += [self._wrong[0][0]] if len(self._wrong) >= self.of_all else []
+            known = now - self._right.get(address, -math.inf) < KNOWN
+            ends += [self._wrong[0][0]] if len(self._wrong) >= self.of_all and not known else []
             if ends:
                 return max(ends) + self.window - now
             self._wrong.append((now, address))
             return 0.0
 
     def was_right(self, address: str) -> None:
-        """Takes the latest attempt of an address back."""
+        """Takes the latest attempt of an address back, and knows it."""
         with self._lock:
+            self._right.pop(address, None)
+            self._right[address] = self.clock()
+            if len(self._right) > MOST_KNOWN:
+                del self._right[next(iter(self._right))]
             for place in range(len(self._wrong) - 1, -1, -1):
                 if self._wrong[place][1] == address:
                     del self._wrong[place]

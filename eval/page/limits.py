@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.errors import InputError
-from data_prep.rows.images import RejectedImage, open_cut_out, open_image
+from data_prep.rows.images import FORMATS, RejectedImage, open_cut_out, open_image
+from eval.request.request import MAX_PIXELS
 
 MEGA = 1_000_000
 CANVAS = 800
@@ -39,9 +40,11 @@ class Limits:
         return self.max_upload_mb * 2**20
 
     def apply(self) -> None:
-        """Makes the limit Pillow's own as well, for whatever decodes an image by another way than `read_picture`: Gradio
-        does so with what is painted."""
-        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, CANVAS * CANVAS)
+        """Makes the limit and the formats Pillow's own as well, for whatever decodes an image by another way than
+        `read_picture`: Gradio does so with what is painted. Results can be larger than what is taken in."""
+        Image.init()
+        Image.ID[:] = [kind for kind in Image.ID if kind in FORMATS]
+        Image.MAX_IMAGE_PIXELS = max(self.max_image_pixels, MAX_PIXELS)
 
 
 class TooLarge(InputError):
@@ -71,7 +74,7 @@ def read_alpha(path: str, limits: Limits) -> Image.Image:
 def _read(path: str, limits: Limits, opened: Callable[[str], Image.Image]) -> Image.Image:
     name = Path(path).name
     try:
-        with Image.open(path) as header:  # reads no pixels
+        with Image.open(path, formats=FORMATS) as header:  # reads no pixels
             width, height = header.size
         if width * height > limits.max_image_pixels:
             most = f"{limits.max_image_pixels / MEGA:g}"

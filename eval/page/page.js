@@ -7,8 +7,17 @@ const editPage = {
 
   show(selector) {
     const place = document.querySelector(selector);
-    const { top } = place.getBoundingClientRect();
-    if (this.NARROW.matches || top < 0 || top > innerHeight / 2) place.scrollIntoView({ block: "start" });
+    const scroll = () => {
+      const { top } = place.getBoundingClientRect();
+      if (this.NARROW.matches || top < 0 || top > innerHeight / 2) place.scrollIntoView({ block: "start" });
+    };
+    scroll();
+    // Progress makes the place higher, which may push it up, where it is stuck to the end of the page.
+    new MutationObserver((changes, observer) => {
+      if (!place.querySelector(".told")) return;
+      observer.disconnect();
+      scroll();
+    }).observe(place, { childList: true, subtree: true });
   },
 
   closeErrors() {

@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from data_prep.errors import InputError
+from data_prep.rows.images import FORMATS
 from eval.page.jobs import errors_in_words
 from eval.page.limits import MEGA, Limits, read_picture
 
@@ -89,7 +90,7 @@ def _opened(path: Path) -> ImageFile | None:
     Image.init()
     with path.open("rb") as file:
         prefix = file.read(PREFIX)
-    for kind in Image.ID:
+    for kind in FORMATS:
         factory, accept = Image.OPEN[kind]
         if accept and accept(prefix) is True:
             file = path.open("rb")

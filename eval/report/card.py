@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from data_prep.errors import InputError
 from data_prep.files import atomic_file, write_bytes, write_text
+from data_prep.model.editions import FIRST, PLUS
 from data_prep.model.hub_files import HUB_ID
 from eval.exports import PIPELINE
 from eval.report.evaluation_page import CHARTED, ScoreCell, score_tables
@@ -71,6 +72,11 @@ class Card:
     def extra(self) -> dict[str, Any] | None:
         """What was trained beside LoRA: `file`, `in_full` and `added`; None where there was nothing."""
         return json.loads(self.metadata[EXTRA_KEY]) if EXTRA_KEY in self.metadata else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it was trained on the first Qwen-Image-Edit, whose pipeline in diffusers is another."""
+        return self.metadata.get("base_pipeline") == FIRST.pipeline
 
     @property
     def kind(self) -> str:
@@ -149,6 +155,8 @@ def write_card(card: Card, report: Report, pictures: Sequence[Picture]) -> Path:
         pipeline=card.repository or "OWNER/NAME",
         base_model=card.base_model or "MODEL",
         weights=card.file.name,
+        max_pixels=json.loads(card.metadata.get("geometry", "{}")).get("max_pixels", "1024 * 1024"),
+        stock=(FIRST if card.is_first else PLUS).pipeline,
         bridge=card.metadata.get("objective") == "lbm",
         lokr=card.kind == "lokr",
         dora=card.kind == "dora",

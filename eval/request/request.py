@@ -189,6 +189,8 @@ class EditRequest:
         self._check_mode()
 
     def _check_size(self) -> None:
+        if self.sizing is not None and self.sizing not in get_args(SizingName):
+            raise InputError(f"geometry must be one of {', '.join(get_args(SizingName))}, got {self.sizing!r}")
         upstream = self.sizing == "upstream" or isinstance(self.geometry, UpstreamGeometry)
         multiple = UPSTREAM_MULTIPLE if upstream else MULTIPLE
         if self.size and (min(self.size) < multiple or any(side % multiple for side in self.size)):

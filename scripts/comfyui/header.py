@@ -51,6 +51,11 @@ def read_settings(path, name):
             f"{name} does not say how it was trained: its header has no objective and geometry. Take the file that the training "
             "wrote; programs that save it anew drop the header"
         )
+    if metadata.get("base_pipeline") == "QwenImageEditPipeline":
+        raise ValueError(
+            f"{name} was trained on the first Qwen-Image-Edit, to which pictures are named otherwise: these nodes are for 2509, "
+            "2511 and what was made of them"
+        )
     sizes = json.loads(metadata["geometry"])
     if unknown := sizes.keys() - {each.name for each in fields(Geometry)}:
         raise ValueError(

@@ -16,14 +16,14 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from data_prep.rows.images import file_digest
 from eval.page.attempts import MOST_OF_ONE
 from eval.request.provenance import read_png
 from tests import browser as driver
 from tests import children
-from tests.browser import PATIENCE, SIDE, choose, chromium, serving, shot, toast, upload, write_runs
+from tests.browser import PATIENCE, RESTORED, SIDE, choose, chromium, serving, shot, toast, upload, write_runs
 from tests.commands import ROOT, run_script
 from tests.pictures import lines, picture, save
 
@@ -124,6 +124,7 @@ def test_ctrl_enter_edits_with_the_adapter_and_the_download_says_how(page, folde
     page.fill("#instruction textarea", "Make it <b>brighter</b>.")
     page.press("#instruction textarea", "Control+Enter")
     expect(page.locator("#result img").first).to_be_visible()
+    expect(page.locator("#first-visit")).to_be_hidden()
     (made,) = results(folder)
     path = download(page, folder)
     assert path.read_bytes() == made.read_bytes()
@@ -165,14 +166,14 @@ def test_inpainting_changes_what_is_painted_and_no_other_pixel(page, folder, sou
         assert not strip.any()
     page.click("#another")
     expect(page.locator("#painting canvas")).to_have_count(0)
-    upload(page, source)  # shows the paint box again
+    page.set_input_files("#source input[type=file]", source)  # shows the paint box again
     expect(page.locator("#painting canvas").first).to_be_visible()
     choose(page, "#mode", "Edit by instruction")
     expect(page.locator("#source img")).to_be_visible()
 
 
 def test_several_pictures_make_a_gallery_to_choose_from(page, folder):
-    choose(page, "#adapter", "Base model")
+    choose(page, "#adapter", "flow/step-000002")
     page.get_by_text("Size and sampling").click()
     page.fill("#steps input", "2")
     page.fill("#count input[type=number]", "2")
@@ -182,6 +183,13 @@ def test_several_pictures_make_a_gallery_to_choose_from(page, folder):
     page.fill("#seed input", "7")
     edit(page, folder, count=2)
     expect(page.locator("#gallery img")).to_have_count(2)
+    frame, *thumbnails = (
+        each.bounding_box() for each in [page.locator("#gallery"), *page.locator("#gallery img").all()]
+    )
+    assert frame
+    for each in thumbnails:  # whole
+        assert each
+        assert frame["y"] <= each["y"] < each["y"] + each["height"] <= frame["y"] + frame["height"]
     assert read_png(download(page, folder))["seed"] == 7
     page.locator("#gallery img").nth(1).click()
     expect(page.locator("#settings tr", has_text="seed").first).to_contain_text("8")
@@ -196,6 +204,7 @@ def test_cancel_stops_at_the_next_step_and_the_queue_goes_on(page, folder):
     page.fill("#steps input", "1000")
     page.click("#run")
     expect(page.locator("#status")).to_contain_text(re.compile(r"Editing: step \d+ of 1,000"))
+    expect(page.locator("#status")).to_be_in_viewport(ratio=1)  # also while all that follows is longer than the window
     shot(page, "progress")
     page.click("#cancel")
     toast(page, "It stops at its next step.")
@@ -439,7 +448,7 @@ def test_dark_and_narrow(browser, app):
     context.close()
 
 
-def test_a_page_with_a_password_shows_nothing_without_it(tiny_model_dir, folder):
+def test_a_page_with_a_password_shows_nothing_without_it(browser, tiny_model_dir, folder):
     shown = save(folder / "locked/results/made.png")
     arguments = ("--model", tiny_model_dir, "--out", folder / "locked", "--auth", "anna:se:cret", "--preload")
     with serving(folder / "locked.log", *arguments) as (_, port):
@@ -451,10 +460,31 @@ def test_a_page_with_a_password_shows_nothing_without_it(tiny_model_dir, folder)
             form = urllib.parse.urlencode({"username": "anna", "password": password}).encode()
             assert status(urllib.request.Request(f"{base}/login", form), visitor) == answer
         assert [status(base + path, visitor) for path in (paths[0], paths[2])] == [200, 200]
+        assert "se:cret" not in kept_after_a_login(browser, base)
         form = urllib.parse.urlencode({"username": "anna", "password": "guessed"}).encode()
         guess = urllib.request.Request(f"{base}/login", form)
         assert [status(guess) for _ in range(MOST_OF_ONE)] == [400] * (MOST_OF_ONE - 1) + [429]  # one was above
     assert re.search(r"^loaded \S+ in \d+\.\d s$", (folder / "locked.log").read_text(), re.MULTILINE)
+
+
+def kept_after_a_login(browser: Browser, base: str) -> str:
+    """All that a browser keeps for its scripts of somebody who logged in and filled in the form."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.add_init_script(RESTORED)
+    page.goto(base)
+    page.locator("input").first.fill("anna")
+    page.fill("input[type=password]", "se:cret")
+    page.get_by_role("button", name="Login").click()
+    page.fill("#instruction textarea", "Sharpen it.")
+    page.wait_for_function("localStorage.getItem('edit-form')")
+    page.reload()
+    expect(page.locator("#instruction textarea")).to_have_value("Sharpen it.")
+    kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, window.restored])")
+    context.close()
+    assert "Sharpen it." in kept  # decrypted
+    return kept
 
 
 def test_a_taken_port_is_a_sentence_and_ctrl_c_ends_cleanly(app, tiny_model_dir, folder):

@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -63,15 +65,20 @@ def test_every_command_of_the_page(done, workspace):
     assert [name for name in workspace.iterdir() if name.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_every_snippet_of_the_page(done, workspace, tiny_model_dir, monkeypatch, number):
     """Those of the section "diffusers" are run by `exports/test_stock_diffusers.py`."""
     monkeypatch.chdir(workspace)
     code = blocks("Files", "python")
-    assert len(code) == 2
-    names: dict[str, object] = {}
+    assert len(code) == 3
+    names: dict[str, Any] = {"pipe": SimpleNamespace()} if number == 2 else {}
     own = code[number].replace("Qwen/Qwen-Image-Edit-2511", str(tiny_model_dir)).replace("bfloat16", "float32")
     exec(compile(own, "page", "exec"), names)
+    if number == 2:
+        told = read_header(workspace / "runs/tiny/checkpoints/step-000001/adapter_model.safetensors")
+        kept = ("objective", "loss", "sigmas", "geometry")
+        assert {key: names["pipe"].header[key] for key in kept} == {key: told[key] for key in kept}
+        return
     assert isinstance(names["transformer"], QwenImageTransformer2DModel)
     if number == 0:
         assert isinstance(names["pipe"], QwenImageEditPlusPipeline)

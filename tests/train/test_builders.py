@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.model.editions import FIRST, PLUS
 from data_prep.model.geometry import Geometry
 from eval.qwen.samplers import BridgeSampler
 from losses.flow_matching import FlowMatchingLoss
@@ -39,13 +40,18 @@ def test_a_start_that_is_not_trained_is_not_validated(sub_prob, starts):
 
 def test_the_adapter_says_at_which_sigmas_it_was_trained():
     def sigmas(config: Config, loss: Any = None) -> str | None:
-        return adapter_metadata(config, loss or build_loss(config, lambda x: x), Geometry(1024)).get("sigmas")
+        return adapter_metadata(config, loss or build_loss(config, lambda x: x), Geometry(1024), PLUS).get("sigmas")
 
     assert sigmas(lbm()) == "[1.0, 0.75, 0.5, 0.25]"
     assert sigmas(lbm("loss.sigma.values=[0.5,1.0]", "loss.sigma.probabilities=[1,0]")) == "[0.5]"
     uniform = replace(lbm(), loss={**lbm().loss, "sigma": {"_target_": "losses.UniformSigma"}})
     assert sigmas(uniform) is None
     assert sigmas(lbm(), FlowMatchingLoss()) is None
+
+
+def test_the_adapter_says_which_edition_it_was_trained_on():
+    said = adapter_metadata(lbm(), FlowMatchingLoss(), Geometry(1024), FIRST)
+    assert said["base_pipeline"] == "QwenImageEditPipeline"
 
 
 def test_the_presets_minimise_what_they_say():

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from data_prep.rows.images import RejectedImage, image_size_text
+from data_prep.rows.images import FORMATS, RejectedImage, image_size_text
 from data_prep.rows.tables import BadRow
 
 RLE = Any
@@ -87,7 +87,7 @@ def turn_like(mask: Image.Image, photo: Image.Image, path: Path) -> Image.Image:
 
 def _orientation(path: Path) -> int:
     """The EXIF tag, 1 to 8: 1 upright, from 5 on width and height are exchanged."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in range(1, 9) else 1
 

@@ -11,6 +11,7 @@ import scipy.fft
 from PIL import ExifTags, Image, ImageChops, ImageStat, JpegImagePlugin
 
 from data_prep.check.measures.drift import measure_drift
+from data_prep.rows.images import FORMATS
 
 Alike = Literal["equal", "target_saved_again", "source_saved_again", "nearly"]
 """How two pictures that nobody can tell apart are related."""
@@ -76,7 +77,7 @@ class Compression:
     @classmethod
     def of(cls, path: Path) -> "Compression":
         """Reads the file's head."""
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             tables: dict[int, Any] = getattr(file, "quantization", {}) if file.format in ("JPEG", "MPO") else {}
             sampling = JpegImagePlugin.get_sampling(file) if tables else 0
             steps = np.array(tables.get(0, [0] * CELL**2), dtype=np.float64).reshape(CELL, CELL)

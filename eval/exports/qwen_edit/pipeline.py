@@ -13,6 +13,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
@@ -45,17 +46,43 @@ def vision_size(width, height, area):
     return tuple(max(32, round(each / 32) * 32) for each in (side, side / (width / height)))
 
 
+def inner_size(image, size):
+    """The largest part of (width, height) that has the image's shape."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    return tuple(min(whole, max(1, round(side * scale))) for side, whole in zip(image.size, size, strict=True))
+
+
+def corner(inner, size):
+    """Left and top of a part in the middle."""
+    return tuple((whole - part) // 2 for part, whole in zip(inner, size, strict=True))
+
+
+def placed(image, size):
+    """The whole image in the middle of (width, height), continued by its mirror image."""
+    inner = inner_size(image, size)
+    image = ImageOps.fit(image, inner, Image.Resampling.LANCZOS)
+    (left, top), (right, bottom) = corner(inner, size), (size[0] - inner[0], size[1] - inner[1])
+    gaps = [(top, bottom - top), (left, right - left), (0, 0)]
+    return Image.fromarray(np.pad(np.asarray(image), gaps, mode="symmetric"))
+
+
 class QwenEditPipeline(QwenImageEditPlusPipeline):
-    """Sampling and sizes follow the header of the first adapter's file. Without an adapter: flow matching."""
+    """Sampling and sizes follow the header of the first adapter's file. Without one: flow matching, at sizes of at most one
+    megapixel that are multiples of 32 (`--geometry own` of the framework that this is from)."""
 
     header = {}  # noqa: RUF012
 
     def load_lora_weights(self, name, weight_name="adapter_model.safetensors", **kwargs):
-        """As diffusers': of a file, a folder or a hub id."""
-        path = Path(name) / weight_name if Path(name).is_dir() else Path(name)
+        """As diffusers': of a file, a folder, a hub id or a state dict, which has no header: set `header` for a bridge."""
+        if isinstance(name, dict):
+            super().load_lora_weights(name, **kwargs)
+            return
+        folder = kwargs.pop("subfolder", None)
+        path = Path(name, folder or "", weight_name) if Path(name).is_dir() else Path(name)
         if not path.is_file():
-            known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-            path = Path(hf_hub_download(name, weight_name, **{key: kwargs[key] for key in known if key in kwargs}))
+            known = ("revision", "cache_dir", "token", "local_files_only")
+            options = {key: kwargs[key] for key in known if key in kwargs}
+            path = Path(hf_hub_download(name, weight_name, subfolder=folder, **options))
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
         if "extra_modules" in header:
@@ -68,9 +95,17 @@ class QwenEditPipeline(QwenImageEditPlusPipeline):
         super().unload_lora_weights(*args, **kwargs)
         self.header = {}
 
+    @property
+    def _is_first(self):
+        """Whether the adapter was trained on the first Qwen-Image-Edit, of August 2025."""
+        return self.header.get("base_pipeline") == "QwenImageEditPipeline"
+
     def _get_qwen_prompt_embeds(self, prompt=None, image=None, device=None, dtype=None):
         """As diffusers', with `mm_token_type_ids`, without which image tokens lose their M-RoPE positions."""
-        pictures = "".join(f"Picture {n + 1}: <|vision_start|><|image_pad|><|vision_end|>" for n in range(len(image)))
+        name = "" if self._is_first else "Picture {}: "  # the first Qwen-Image-Edit knows one picture, without a number
+        pictures = "".join(
+            name.format(n + 1) + "<|vision_start|><|image_pad|><|vision_end|>" for n in range(len(image))
+        )
         text = self.prompt_template_encode.format(pictures + (prompt if isinstance(prompt, str) else prompt[0]))
         inputs = self.processor(text=[text], images=image, return_tensors="pt").to(device or self._execution_device)
         states = self.text_encoder(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
@@ -121,17 +156,24 @@ class QwenEditPipeline(QwenImageEditPlusPipeline):
             negative_prompt, true_cfg_scale: of flow matching alone; a scale of 1 is without guidance.
             num_inference_steps: by default 4 for a bridge, 40 for flow matching.
             start: of a bridge, "source" or "white"; by default as it was trained.
-            height, width: multiples of 32; by default the image's, within the adapter's largest area.
+            height, width: multiples of 32, to which the image is cropped; by default the image's, whole, within the adapter's
+                largest area.
             latents: packed, to start from instead.
         """
-        images = [each.convert("RGB") for each in (image if isinstance(image, list) else [image])]
+        given = image if isinstance(image, list) else [image]
+        images = [ImageOps.exif_transpose(each).convert("RGB") for each in given]
+        if self._is_first and len(images) > 1:
+            raise ValueError(f"the first Qwen-Image-Edit edits one image, got {len(images)}")
         geometry = GEOMETRY | json.loads(self.header.get("geometry", "{}"))
         size = (width, height) if width and height else bucket(*images[0].size, geometry["max_pixels"])
         sizes = [bucket(*each.size, geometry["reference_pixels"] or geometry["max_pixels"]) for each in images]
         aspects = images[0].height * size[0] / (images[0].width * size[1])
         if geometry["reference_pixels"] is None and abs(aspects - 1) <= 0.01:
             sizes[0] = size  # the source has the grid of the result
-        references, grids = zip(*map(self._tokens, images, sizes), strict=True)
+        whole = not (width and height)
+        source = placed(images[0], size) if whole else images[0]
+        framed = [placed(images[0], sizes[0]), *images[1:]] if whole else images
+        references, grids = zip(*map(self._tokens, framed, sizes), strict=True)
         seen = [
             each.resize(vision_size(*each.size, geometry["vision_pixels"]), Image.Resampling.BICUBIC) for each in images
         ]
@@ -139,7 +181,7 @@ class QwenEditPipeline(QwenImageEditPlusPipeline):
         prompts = [prompt or " "] if bridge or true_cfg_scale <= 1 else [prompt or " ", negative_prompt or " "]
         embeds = [self._get_qwen_prompt_embeds(each, seen)[0].to(self.transformer.dtype) for each in prompts]
         steps = num_inference_steps or (4 if bridge else 40)
-        sigmas, x = self._bridge(images[0], size, steps, start) if bridge else self._flow(size, steps, generator)
+        sigmas, x = self._bridge(source, size, steps, start) if bridge else self._flow(size, steps, generator)
         x = x if latents is None else latents.to(x)
         shapes = [[(1, size[1] // 16, size[0] // 16), *grids]]
         with self.progress_bar(total=steps) as bar:
@@ -162,6 +204,9 @@ class QwenEditPipeline(QwenImageEditPlusPipeline):
             )
             x = self._unpack_latents(x, size[1], size[0], self.vae_scale_factor) * std.to(x) + mean.to(x)
             pixels = self.vae.decode(x.to(self.vae.dtype), return_dict=False)[0][:, :, 0]
+            inner = inner_size(images[0], size) if whole else size
+            left, top = corner(inner, size)
+            pixels = pixels[..., top : top + inner[1], left : left + inner[0]]
             pictures = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=pictures) if return_dict else (pictures,)

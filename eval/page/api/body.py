@@ -1,6 +1,7 @@
 """The body of a request: a form with files, read within the limits of the page."""
 
 import itertools
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_prep.rows.rows import MAX_SOURCES
 from eval.page.api.refusals import Refusal
 from eval.page.limits import Limits
 
+logger = logging.getLogger("page")
 FILES = ("image", "mask")
 MAX_TEXT = 64 * 1024
 """Bytes of one field that is no file: more than the longest instruction that is taken."""
@@ -39,7 +41,8 @@ async def read_body(request: Request, limits: Limits, folder: Path) -> Body:
     """Reads a form, and puts its files into a folder under the names that they were sent with.
 
     Raises:
-        Refusal: 413 as soon as it is too large, 400 for what is no form or has a file in an unknown field.
+        Refusal: 413 as soon as it is too large, 400 for what is no form, has a file in an unknown field or breaks off, 500 if
+            the disk does not take it.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refusal(400, "send a form: Content-Type must be multipart/form-data, as of OpenAI's image edits")
@@ -50,6 +53,8 @@ async def read_body(request: Request, limits: Limits, folder: Path) -> Body:
     async def receive() -> Message:
         nonlocal total
         message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise MultiPartException("the connection was closed before all of it had come")
         total += len(message.get("body", b""))
         if total > most:
             raise MultiPartException("it is too large")  # upon which Starlette closes what it has opened
@@ -59,14 +64,24 @@ async def read_body(request: Request, limits: Limits, folder: Path) -> Body:
         form = await Request(request.scope, receive).form(
             max_files=MAX_SOURCES + 1, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT
         )
+    except OSError as error:
+        raise _no_room(error) from error
     except HTTPException as error:
         _check_length(total, most)
         status = 413 if "exceeded maximum size" in error.detail else 400
         raise Refusal(status, f"the form cannot be read: {error.detail}") from None
     try:
         return await _sorted(form, limits, folder)
+    except OSError as error:
+        raise _no_room(error) from error
     finally:
         await form.close()
+
+
+def _no_room(error: OSError) -> Refusal:
+    """It is not the client's to mend, so the log has it too."""
+    logger.error("the files of a request cannot be kept: %s", error)
+    return Refusal(500, f"the server cannot keep the files ({error.strerror}): try again later")
 
 
 def _check_length(length: int, most: int) -> None:

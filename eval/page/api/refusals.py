@@ -1,6 +1,7 @@
 """Errors as OpenAI's clients read them: a status, and a JSON object with a message, a type, the parameter and a code."""
 
 import re
+from collections.abc import Sequence
 
 from starlette.responses import JSONResponse
 
@@ -15,6 +16,7 @@ KINDS = {
     503: ("server_error", "stopped"),
 }
 """Status -> type, and the code where the refusal has none of its own."""
+URL = re.compile(r"file://[^\s'\"()]*?/?([^\s/'\"()]*)(?=[\s'\"()]|$)")
 PLACE = re.compile(r"(?<![\w.:/])/(?:[^\s/:,;'\"()]+/)+([^\s/:,;'\"()]*)")
 """A path of this machine in a sentence; its last part may be told."""
 
@@ -36,15 +38,30 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.wait = status, message, param, code, wait
 
-    def response(self) -> JSONResponse:
-        """The answer."""
+    def response(self, roots: Sequence[str] = ()) -> JSONResponse:
+        """The answer.
+
+        Args:
+            roots: folders of this machine, of which it says nothing.
+        """
         kind, code = KINDS[self.status]
-        said = {"message": without_paths(self.message), "type": kind, "param": self.param, "code": self.code or code}
+        said = {
+            "message": without_paths(self.message, roots),
+            "type": kind,
+            "param": self.param,
+            "code": self.code or code,
+        }
         headers = {"Retry-After": str(max(1, round(self.wait)))} if self.wait else {}
         headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         return JSONResponse({"error": said}, self.status, headers)
 
 
-def without_paths(text: str) -> str:
-    """A sentence for others to read: of an absolute path only its last part."""
-    return PLACE.sub(r"\1", text)
+def without_paths(text: str, roots: Sequence[str] = ()) -> str:
+    """A sentence for others to read: of an absolute path only its last part.
+
+    Args:
+        roots: folders whose names are taken out wherever they stand, for a path with a space has no end that can be told.
+    """
+    for root in sorted(roots, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.-])(?:file://)?{re.escape(root)}(?:/|(?![^\s:,;'\"()]))", "", text)
+    return PLACE.sub(r"\1", URL.sub(r"\1", text))

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +59,18 @@ class Api:
     attempts: Attempts = field(default_factory=Attempts)
     reading: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(READERS))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(MAX_WAITING + SPARE))
+    places: Sequence[Path] = ()
+    """Further folders that answers do not name: the model's."""
 
     def models(self) -> dict[str, FoundAdapter | None]:
         """Name -> adapter of all that may be asked for; the base model's is None."""
         return {self.base: None, **{each.name: each for each in self.studio.adapters()}}
+
+    @property
+    def roots(self) -> list[str]:
+        """Folders of this machine, which answers do not name."""
+        folders = [self.studio.runs, self.studio.out, *self.places, Path.home(), Path(tempfile.gettempdir())]
+        return [str(each) for folder in folders for each in {folder.absolute(), folder.resolve()} if each != Path("/")]
 
     @property
     def standard(self) -> str:
@@ -79,7 +87,7 @@ def api_routes(api: Api) -> list[BaseRoute]:
                 check_key(api, request)
                 return await endpoint(api, request)
             except Refusal as refusal:
-                return refusal.response()
+                return refusal.response(api.roots)
 
         return answer
 
@@ -177,9 +185,9 @@ def _answer(api: Api, body: Body, session: str, gone: threading.Event) -> Respon
                 request, sources = _read(api, body)
                 notes = list(studio.editor.notes(request))
                 results = studio.edit(request, on_progress)
-            return JSONResponse(_made(results, sources, notes))
+            return JSONResponse(_made(results, sources, [without_paths(note, api.roots) for note in notes]))
     except Refusal as refusal:
-        return refusal.response()
+        return refusal.response(api.roots)
 
 
 def _read(api: Api, body: Body) -> tuple[EditRequest, list[tuple[str, str]]]:
@@ -222,4 +230,4 @@ def _made(results: list[EditResult], sources: list[tuple[str, str]], notes: list
     ]
     shown = results[0].image
     answer = {"created": int(time.time()), "data": data, "background": "opaque", "output_format": "png"}
-    return answer | {"size": f"{shown.width}x{shown.height}", "notes": [without_paths(note) for note in notes]}
+    return answer | {"size": f"{shown.width}x{shown.height}", "notes": notes}

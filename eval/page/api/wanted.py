@@ -1,5 +1,6 @@
 """A form of OpenAI's image edits -> a request: their fields, and every knob of an edit under its own name."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def _adapters(
         if name not in models:
             told = f"there is no adapter {name!r}: /v1/models lists those that are there"
             raise Refusal(404, told, "adapter", "model_not_found")
+        if not math.isfinite(weight):
+            raise Refusal(422, f"the weight of {name} must be a number, got {weight}", "adapter")
         if adapter := models[name]:
             uses.append(AdapterUse(adapter.path, weight))
     return uses

@@ -55,6 +55,7 @@ def build_edit_tab(studio: Studio, page: gr.Blocks) -> None:
             build_settings(studio, asking)
     # Listeners are called one after the other: this one before the edit.
     gr.on([asking.buttons.run.click, try_it.click], None, js="() => editPage.show('#outcome')", show_progress="hidden")
+    asking.buttons.run.click(lambda: gr.Group(visible=False), outputs=card, **QUIET)
     edit, shown = connect_edit(studio, asking.fields, outcome, asking.buttons)
     connect_kept(studio, asking, card, page)
     filled = [*asking.groups.values(), *(asking.fields[name] for name in ("mode", "prompt", "source")), card]

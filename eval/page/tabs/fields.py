@@ -69,7 +69,7 @@ def build_asking(studio: Studio) -> Asking:
     )
     fields["source"] = picture_input("Source", 330, "source")
     fields["painting"] = gr.ImageEditor(
-        label="Paint what may change",
+        label="Paint the mask",
         elem_id="painting",
         type="pil",
         image_mode="RGBA",

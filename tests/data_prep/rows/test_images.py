@@ -235,6 +235,7 @@ BROKEN = {
     "no such file": lambda _: None,
     "zero bytes": lambda path: path.touch(),
     "not an image": lambda path: path.write_text("<html>404</html>"),
+    "format that is read": lambda path: Image.new("RGB", (32, 32)).save(path, format="EPS"),
     "truncated": cut_in_half("JPEG"),
     "file is truncated": cut_in_half("PNG"),
     "directory": lambda path: path.mkdir(),

@@ -189,6 +189,10 @@ def test_places_that_would_hurt_are_refused(written, tmp_path):
     file = written["lora"][0]
     with pytest.raises(InputError, match="is the file that is converted"):
         convert(file, "kohya", file)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"mine\.safetensors is there already"):
+        convert(file, "kohya", tmp_path / "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(
         InputError, match=r"has a adapter_config\.json of another adapter|adapter_config\.json of another"
@@ -228,4 +232,10 @@ def test_inspect_of_something_else(tmp_path):
         inspect_adapter(tmp_path / "text.safetensors")
     tensors = {f"down_blocks.0.lora_{kind}.weight": torch.ones(1, 1) for kind in ("down", "up")}
     save_file(tensors, tmp_path / "sd.safetensors")
-    assert inspect_adapter(tmp_path / "sd.safetensors").unknown == ["down_blocks.0"]
+    found = inspect_adapter(tmp_path / "sd.safetensors")
+    assert found.unknown == ["down_blocks.0"]
+    assert found.ignored["this project"][0].startswith("refuses the file: it changes 1 modules")
+    assert not any("uses all of it" in notes for notes in found.ignored.values())
+    save_file({"img_in.lora_A.weight": torch.ones(1, 1)}, tmp_path / "half.safetensors")
+    told = inspect_adapter(tmp_path / "half.safetensors").ignored["this project"]
+    assert told == ["refuses the file: of img_in it has one of lora_A and lora_B alone"]

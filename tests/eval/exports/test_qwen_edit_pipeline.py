@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import ExifTags, Image
+from safetensors.torch import load_file
 
 from data_prep.model.directory import ModelDirectory
+from data_prep.model.editions import FIRST, PLUS
+from data_prep.model.encoders import edit_text
 from data_prep.model.geometry import Geometry, Size
 from data_prep.rows.images import open_image
 from eval.exports.qwen_edit.pipeline import bucket, vision_size
@@ -32,6 +35,11 @@ def levels(one: Image.Image, other: Image.Image) -> int:
     """The largest difference of two pictures, in 8-bit levels."""
     assert one.size == other.size
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+def latents_of(image: Image.Image) -> tuple[int, int, int]:
+    """Their shape: the image, and what it was continued by to multiples of 32."""
+    return 16, *(-(-side // 32) * 4 for side in (image.height, image.width))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,7 @@ def test_flow_with_and_without_guidance_is_ours(adapters, images, editor, pipeli
         seed=5,
     )
     ours = editor.edit(request)[0].image
-    noise = PictureRandom([5]).normal("noise", (16, ours.height // 8, ours.width // 8))
+    noise = PictureRandom([5]).normal("noise", latents_of(ours))
     words = {"negative_prompt": "blurred", "true_cfg_scale": scale, "num_inference_steps": steps}
     theirs = pipeline(images[0], PROMPT, latents=patchify(noise), **words).images[0]
     assert levels(theirs, ours) <= 1
@@ -112,8 +120,8 @@ def test_the_source_has_the_grid_of_a_size_that_is_asked_for(adapters, tmp_path,
 
 def test_what_an_adapter_does_not_say_is_the_base_models(images, editor, pipeline):
     """One megapixel at most, and flow matching."""
-    ours = editor.edit(EditRequest(PROMPT, images[:1], steps=2, cfg_scale=1.0))[0].image
-    noise = PictureRandom([0]).normal("noise", (16, ours.height // 8, ours.width // 8))
+    ours = editor.edit(EditRequest(PROMPT, images[:1], steps=2, cfg_scale=1.0, sizing="own"))[0].image
+    noise = PictureRandom([0]).normal("noise", latents_of(ours))
     theirs = pipeline(images[0], PROMPT, true_cfg_scale=1, num_inference_steps=2, latents=patchify(noise)).images[0]
     assert levels(theirs, ours) <= 1
 
@@ -125,6 +133,44 @@ def test_noise_is_the_generators_alone(images, pipeline):
 
     assert levels(made(0), made(0)) == 0
     assert levels(made(0), made(1)) > 1
+
+
+def test_the_first_edition_has_its_own_template_and_one_image(images, pipeline, monkeypatch):
+    """As data_prep writes the instruction for either, which training sees."""
+    seen = []
+    processor = type(pipeline.processor)
+    plain = processor.__call__
+
+    def recorded(self, text, **inputs):
+        seen.extend(text)
+        return plain(self, text=text, **inputs)
+
+    monkeypatch.setattr(processor, "__call__", recorded)
+    for edition in (PLUS, FIRST):
+        pipeline.header = {"base_pipeline": edition.pipeline}
+        pipeline._get_qwen_prompt_embeds(PROMPT, images[:1])
+        assert seen[-1] == edit_text(PROMPT, 1, edition)
+    with pytest.raises(ValueError, match="the first Qwen-Image-Edit edits one image, got 2"):
+        pipeline(images, PROMPT)
+
+
+def test_adapters_are_loaded_as_diffusers_loads_them(adapters, pipeline):
+    pipeline.load_lora_weights(adapters["source"].parent, subfolder="source")
+    assert pipeline.header["objective"] == "lbm"
+    assert len(pipeline.get_active_adapters()) == 1
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(load_file(adapters["source"] / "adapter_model.safetensors"))
+    assert len(pipeline.get_active_adapters()) == 1
+    assert pipeline.header == {}
+
+
+def test_a_picture_is_turned_as_its_exif_says(adapters, images, pipeline):
+    pipeline.load_lora_weights(adapters["source"])
+    lying = images[0].copy()
+    lying.getexif()[ExifTags.Base.Orientation] = 6
+    upright = images[0].transpose(Image.Transpose.ROTATE_270)
+    made = [pipeline(each, PROMPT, num_inference_steps=1).images[0] for each in (lying, upright)]
+    assert levels(*made) == 0
 
 
 def test_a_start_that_was_not_trained_is_refused(adapters, images, pipeline):

@@ -13,7 +13,7 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from jinja2 import Environment, FileSystemLoader
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data_prep.model.directory import ModelDirectory
@@ -35,6 +35,7 @@ SIDE = 96
 SIZES = Geometry(max_pixels=SIDE * SIDE, vision_pixels=128 * 128)
 PROMPT = "Remove the sticker."
 PLACES = {"base_model": "Qwen/Qwen-Image-Edit-2511", "repository": "OWNER/NAME", "weights": "adapter_model.safetensors"}
+PLACES |= {"max_pixels": "1024 * 1024"}
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +153,12 @@ def test_the_printed_snippets_give_our_pictures(
 
 @pytest.mark.usefixtures("same_sizes")
 def test_the_printed_snippet_runs_as_it_is(image, bridge, tiny_model_dir, tmp_path, monkeypatch):
-    """Nothing of diffusers patched but the megapixel that the tiny model has no need of."""
+    """Nothing of diffusers patched but the megapixel that the tiny model has no need of. The photograph is large and lies."""
     monkeypatch.chdir(tmp_path)
-    image.save("photograph.png")
-    exec(compile(on_the_tiny_model(snippet("bridge"), tiny_model_dir, bridge), "bridge", "exec"), {})
+    lying = Image.Exif()
+    lying[ExifTags.Base.Orientation] = 6
+    image.resize((2 * SIDE, SIDE)).save("photograph.png", exif=lying)
+    code = on_the_tiny_model(snippet("bridge", max_pixels=str(SIZES.max_pixels)), tiny_model_dir, bridge)
+    exec(compile(code, "bridge", "exec"), {})
     with Image.open("result.png") as result:
-        assert result.size == image.size
+        assert result.size == (64, 128)  # upright, and within the adapter's largest area

@@ -1,6 +1,8 @@
 """The API with OpenAI's own client, over a socket, on the tiny model."""
 
+import asyncio
 import base64
+import errno
 import io
 import json
 import re
@@ -8,6 +10,7 @@ import shlex
 import threading
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -18,20 +21,22 @@ import typer
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.requests import Request
 
 from data_prep.errors import InputError
 from data_prep.model.geometry import Geometry
 from data_prep.rows.images import file_digest, open_image
 from eval.bases.auto import open_editor
-from eval.page.api.refusals import without_paths
+from eval.page.api.body import read_body
+from eval.page.api.refusals import Refusal, without_paths
 from eval.page.api.routes import Api, api_routes
-from eval.page.attempts import Attempts
+from eval.page.attempts import KNOWN, Attempts
 from eval.page.limits import Limits, api_key_for
 from eval.page.studio import Studio
 from eval.request.knobs import AdapterUse
 from eval.request.placement import Placement
 from eval.request.provenance import model_name, read_png
-from eval.request.request import EditRequest
+from eval.request.request import KNOBS, EditRequest
 from tests.adapters import write_adapter
 from tests.children import PATIENCE, run, wait_until
 from tests.commands import ROOT
@@ -195,6 +200,7 @@ def test_every_knob_of_the_table_is_taken(client, studio, photo, monkeypatch):
         ({"extra_body": {"control": "fog"}}, 422, "control", "a control is one of"),
         ({"extra_body": {"mode": "inpaint"}}, 422, "mode", "needs a mask"),
         ({"extra_body": {"feather": 4}}, 422, "feather", "mode=edit takes none"),
+        ({"extra_body": {"geometry": "nope"}}, 422, "geometry", "geometry must be one of own, upstream, got 'nope'"),
     ],
 )
 def test_a_wrong_request_is_answered_in_words(client, photo, given, status, param, words):
@@ -286,6 +292,14 @@ def options_of(function, words: list[str]) -> typer.Context:
     app = typer.Typer()
     app.command()(function)
     return typer.main.get_command(app).make_context("app", words)
+
+
+def test_the_documented_options_are_the_knobs():
+    text = (ROOT / "docs/use_elsewhere.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| every option of an edit"))
+    listed = set(re.findall(r"`(\w+)`", row.partition("`extra_body`")[2]))
+    have_rows = {"prompt", "size", "count"}
+    assert listed == {each.name for each in KNOBS} - have_rows | {"model"}
 
 
 def test_without_the_key_nothing_is_told_but_that_it_is_well(address, photo):
@@ -405,6 +419,41 @@ def test_places_are_taken_out_of_sentences():
     told = "no adapter at /srv/runs/mine or ~/x: looked at '/home/me/a b' (https://example.org/a/b, 1/2, runs/mine)"
     assert without_paths(told) == "no adapter at mine or ~/x: looked at 'a b' (https://example.org/a/b, 1/2, runs/mine)"
 
+    roots = ["/srv/my runs", "/srv", "/home/me"]
+    told = "/srv/my runs/mine/step-1/x.safetensors is in file:///srv/my runs/mine, file:///etc/a/b and '/srv/my runs'"
+    assert without_paths(told, roots) == "mine/step-1/x.safetensors is in mine, b and ''"
+
+
+def test_the_weight_of_an_adapter_is_refused_without_its_place(client, photo):
+    with pytest.raises(openai.UnprocessableEntityError, match="the weight of flow/step-000002 must be a number"):
+        client.images.edit(image=photo, prompt="x", extra_body={"adapter": f"{FLOW}:1e999"})
+
+
+def test_an_upload_that_breaks_off_or_finds_no_room_is_a_refusal(tmp_path, monkeypatch):
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc'
+    kind = [(b"content-type", b"multipart/form-data; boundary=x")]
+
+    def refused(*messages) -> Refusal:
+        coming = iter(messages)
+
+        async def receive():
+            return next(coming)
+
+        request = Request({"type": "http", "app": None, "method": "POST", "headers": kind}, receive)
+        with pytest.raises(Refusal) as caught:
+            asyncio.run(read_body(request, Limits(), tmp_path))
+        return caught.value
+
+    begun = {"type": "http.request", "body": part, "more_body": True}
+    assert refused(begun, {"type": "http.disconnect"}).status == 400
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refusal = refused(begun, {"type": "http.request", "body": b"\r\n--x--\r\n"})
+    assert (refusal.status, "No space left on device" in refusal.message) == (500, True)
+
 
 def test_models_are_called_as_people_call_them(tmp_path):
     cached = tmp_path / "hub/models--Qwen--Qwen-Image-Edit-2511/snapshots/0123abc"
@@ -433,3 +482,15 @@ def test_wrong_attempts_are_counted_by_address_and_in_all():
     assert [attempts.begin("b"), attempts.begin("c")] == [0, 50]  # three in all
     now[0] = 60
     assert [attempts.begin("c"), attempts.begin("c")] == [0, 10]
+
+
+def test_the_wrong_attempts_of_others_lock_nobody_out_who_was_right():
+    now = [0.0]
+    attempts = Attempts(window=60, of_one=2, of_all=3, clock=lambda: now[0])
+    attempts.begin("known")
+    attempts.was_right("known")
+    assert [attempts.begin(other) for other in "abcd"] == [0, 0, 0, 60]
+    assert [attempts.begin("known"), attempts.begin("known")] == [0, 0]
+    assert attempts.begin("known") == 60  # its own are counted
+    now[0] = KNOWN
+    assert [attempts.begin(other) for other in ("a", "b", "c", "known")] == [0, 0, 0, 60]

@@ -1,9 +1,11 @@
 """What a person meets on the page, on a desk and on a telephone: one server for both."""
 
+import json
 import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from eval.request.provenance import read_png
+from tests import children
 from tests.browser import (
     PATIENCE,
+    RESTORED,
     choose,
     chromium,
     edit,
@@ -67,6 +71,14 @@ CONTRAST = """
 """
 """[contrast by WCAG's formula of relative luminance, text] of all text that is to be seen."""
 
+UNCOVERED = """
+(place) => {
+  const box = document.querySelector(place).getBoundingClientRect();
+  const at = (share) => document.elementFromPoint(box.left + share * box.width, box.top + box.height / 2);
+  return [0.1, 0.5, 0.9].every((share) => at(share).closest(place));
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -88,9 +100,15 @@ def arguments(folder, tiny_model_dir) -> list[str | Path]:
 
 
 @pytest.fixture(scope="module")
-def port(folder, arguments) -> Iterator[int]:
-    with serving(folder / "app.log", *arguments) as (_, port):
-        yield port
+def server(folder, arguments) -> Iterator[tuple[Popen, int]]:
+    """Process and port."""
+    with serving(folder / "app.log", *arguments) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def port(server) -> int:
+    return server[1]
 
 
 def visit(context: BrowserContext, port: int, scheme: str = "light") -> Page:
@@ -166,6 +184,7 @@ def test_the_result_stands_before_the_settings_and_edit_shows_it(page, folder):
     expect(status).to_have_text(re.compile(r"^\s*Editing: step \d+ of 1,000, \d+ (s|min) left\s*$"))
     expect(status).to_be_in_viewport(ratio=1)
     expect(page.locator("#result")).to_be_in_viewport()
+    assert page.evaluate(UNCOVERED, "#status")  # by a message, as that of the example's size
     assert top(page, "#status") < top(page, "#result")
     if page.width == "phone":
         assert page.locator("#status").bounding_box()["y"] < 60  # it has been scrolled to
@@ -184,7 +203,8 @@ def test_an_error_stays_until_the_next_result(page, folder, source):
     problem = page.locator("#status .problem")
     expect(problem).to_have_text("Please check: write an instruction: what should change?")
     expect(problem).to_be_in_viewport()
-    page.wait_for_timeout(11_000)  # Gradio's own messages go after ten seconds
+    if page.width == "wide":
+        page.wait_for_timeout(11_000)  # Gradio's own messages go after ten seconds
     expect(problem).to_be_visible()
     shot(page, f"error-{page.width}")
     (source.parent / "text.png").write_text("not a picture")
@@ -340,3 +360,45 @@ def scale_of(transform: str) -> float:
     found = re.search(r"scale\(([\d.]+)\)", transform)
     assert found, transform
     return float(found[1])
+
+
+def test_the_form_survives_a_restart_of_the_server(browser, server, folder, arguments, source):
+    """The last test of this file: it ends the server that all others share."""
+    process, port = server
+    context = browser.new_context(**WIDTHS["wide"])
+    page = visit(context, port)
+    open_sampling(page)
+    choose(page, "#mode", "Image to image")
+    choose(page, "#adapter", "flow/step-000002")
+    choose(page, "#sampler", "heun")
+    page.fill("#instruction textarea", "Make it <b>brighter</b>.")
+    for field, value in {"strength": "0.3", "steps": "3", "seed": "11"}.items():
+        page.fill(f"#{field} input[type=number]", value)
+        page.press(f"#{field} input[type=number]", "Tab")
+    page.wait_for_timeout(1000)  # the form is stored
+    process.kill()
+    process.wait(children.PATIENCE)
+    page.add_init_script(RESTORED)
+    with serving(folder / "again.log", *arguments, port=port):
+        page.reload()
+        expect(page.locator("#instruction textarea")).to_have_value("Make it <b>brighter</b>.")
+        expect(page.locator("#mode input")).to_have_value(re.compile("Image to image"))
+        expect(page.locator("#adapter input")).to_have_value("flow/step-000002")
+        open_sampling(page)
+        for field, value in {"strength": "0.3", "steps": "3", "seed": "11", "cfg-scale": ""}.items():
+            expect(page.locator(f"#{field} input[type=number]")).to_have_value(value)
+        expect(page.locator("#sampler input")).to_have_value("heun")
+        expect(page.locator("#first-visit")).to_be_hidden()
+        shot(page, "after-restart")
+        upload(page, source)
+        (made,) = edit(page, folder / "out")
+        settings = read_png(made)
+        assert (settings["mode"], settings["prompt"]) == ("img2img", "Make it <b>brighter</b>.")
+        assert (settings["seed"], settings["steps"]) == (11, 3)
+        assert (settings["sampler"]["solver"], settings["sampler"]["strength"]) == ("heun", 0.3)
+        assert page.evaluate("Object.keys(localStorage)") == ["edit-form"]
+        assert page.evaluate("[sessionStorage.length, document.cookie]") == [0, ""]
+        kept = json.loads(page.evaluate("window.restored"))
+        assert kept["prompt"] == "Make it <b>brighter</b>."
+        assert not kept.keys() & {"source", "painting", "reference_1", "reference_2"}
+    context.close()

@@ -31,7 +31,7 @@ from eval.page.tabs.fields import Asking, build_asking, build_settings, canvas, 
 from eval.page.tabs.form import AS_SOURCE, BASE_MODEL, EXACT, make_request, painted_mask
 from eval.page.tabs.kept import OPENED_WITH, PICTURES, restored
 from eval.page.tabs.knob_fields import AUTOMATIC, BY_FIELD
-from eval.page.tabs.results import settings_html
+from eval.page.tabs.results import beside, settings_html
 from eval.page.tabs.runs import (
     chosen_run,
     curves_html,
@@ -403,6 +403,13 @@ def test_only_this_machine_without_a_password():
         with pytest.raises(InputError, match="USER:PASSWORD") as caught:
             parse_auth(text)
         assert "secret" not in str(caught.value)
+
+
+def test_a_result_may_be_larger_than_what_is_taken_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    Limits(max_image_pixels=100).apply()
+    before, after = beside(picture(1, (10, 10)), save(tmp_path / "result.png", 2, (1024, 1024)))
+    assert before.size == after.size == (1024, 1024)
 
 
 def test_settings_are_readable_and_escaped():

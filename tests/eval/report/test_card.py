@@ -109,6 +109,21 @@ def test_a_bridge_says_where_it_starts(adapter, report, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["flow", "lbm"])
+def test_of_the_first_edition_no_other_pipeline_is_told(adapter, report, objective):
+    header = {"objective": objective, "base_pipeline": "QwenImageEditPipeline"}
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
+    text = write_card(check_card(CardRequest(adapter, "mit")), report, []).read_text()
+    assert "QwenImageEditPlusPipeline" not in text
+    assert ("import QwenImageEditPipeline" in text) == (objective == "flow")
+
+
+def test_the_snippet_for_a_bridge_has_the_adapters_largest_area(adapter, report):
+    header = {"objective": "lbm", "geometry": json.dumps({"max_pixels": 9216})}
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)
+    assert "largest = 9216" in write_card(check_card(CardRequest(adapter, "mit")), report, []).read_text()
+
+
+@pytest.mark.parametrize("objective", ["flow", "lbm"])
 def test_a_lokr_adapter_says_who_loads_it(adapter, report, objective):
     header = {"objective": objective, "kind": "lokr"}
     save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors", header)

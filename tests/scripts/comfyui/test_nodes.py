@@ -19,8 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_prep.model import encoders, geometry
+from data_prep.model.editions import PLUS
 from data_prep.model.geometry import Size
-from eval.qwen.samplers import BridgeSampler, linear_sigmas
+from eval.qwen.samplers import BridgeSampler
+from eval.qwen.samplers.sigmas import linear_sigmas
 from losses.batch import Edit
 from losses.randomness import PictureRandom
 from scripts.comfyui import draw_example
@@ -72,6 +74,14 @@ def saved(path: Path, keys=("diffusion_model.img_in.lora_A.weight",), **metadata
 
 
 GEOMETRY = json.dumps(asdict(geometry.Geometry(max_pixels=64 * 64, vision_pixels=96 * 96)))
+
+
+def test_an_adapter_of_the_first_edition_is_refused(tmp_path):
+    header = {"objective": "lbm", "geometry": GEOMETRY}
+    read_settings(saved(tmp_path / "plus.safetensors", **header, base_pipeline="QwenImageEditPlusPipeline"), "plus")
+    first = saved(tmp_path / "first.safetensors", **header, base_pipeline="QwenImageEditPipeline")
+    with pytest.raises(ValueError, match="first was trained on the first Qwen-Image-Edit"):
+        read_settings(first, "first")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
@@ -198,7 +208,7 @@ def test_the_instruction_has_its_pictures_and_the_model_its_references(tmp_path,
     clip = Clip()
     ((conditioning,),) = NODES["BridgeEncode"].encode(clip, Vae(), references, "Sharpen it.", method)
     text, images, template = clip.given
-    expected = "".join(encoders.PICTURE.format(number) for number in (1, 2)) + "Sharpen it."
+    expected = "".join(PLUS.picture.format(number) for number in (1, 2)) + "Sharpen it."
     assert template.format(text) == encoders.TEMPLATE.format(encoders.SYSTEM, expected)
     assert [image_of(each).size[::-1] for each in images] == [ours.vision_size(Size.of(each)) for each in photographs]
     sizes = ours.reference_sizes([Size.of(each) for each in photographs], Size.of(photographs[0]), 0)
