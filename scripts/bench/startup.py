@@ -31,6 +31,7 @@ COMMANDS = {
     "eval/edit.py": "eval.qwen.editor",
     "eval/run.py": "eval.scores.recorder",
     "eval/app.py": "eval.page.server",
+    "eval/export.py": "eval.exports.merging",
 }
 """Command -> what it imports to do its work."""
 PARTS = ("help", "import", "first-step")

@@ -12,10 +12,11 @@ from transformers import pipeline
 
 from data_prep.errors import InputError
 from data_prep.model.directory import ModelDirectory
-from data_prep.model.geometry import Geometry, Size, fit
+from data_prep.model.geometry import Geometry, Size
 from eval.qwen.control import Strengthened, make_map
 from eval.qwen.depth import DepthModel, DepthSource
 from eval.qwen.editor import Editor
+from eval.qwen.frame import Frame
 from eval.request.knobs import Control
 from eval.request.request import EditRequest
 from losses.batch import Condition
@@ -130,7 +131,7 @@ def test_a_depth_model_that_cannot_be_had_says_how_to_get_one(depth_folder, tmp_
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.delenv("DEPTH_MODEL", raising=False)
-    with pytest.raises(InputError, match=r"V2-Small-hf: name a folder .*--depth-model or DEPTH_MODEL.*hf download"):
+    with pytest.raises(InputError, match=r"V2-Small-hf: give a folder .*--depth-model or DEPTH_MODEL.*hf download"):
         load_depth_model()
     with pytest.raises(InputError, match="no model at /nowhere/depth"):
         load_depth_model("/nowhere/depth")
@@ -211,7 +212,8 @@ def test_the_editor_shows_depth_to_the_model_and_asks_for_it_first(tiny_model_di
     editor = Editor(ModelDirectory(tiny_model_dir), geometry=geometry, depth_model=str(depth_folder))
     result = editor.edit(request)[0]
     depth = load_depth_model(depth_folder)
-    shown = fit(photograph, geometry.reference_size(Size.of(photograph)))
+    own = Size.of(photograph)
+    shown = Frame.around(own, geometry.reference_size(own)).place(photograph)
     assert result.maps[0].tobytes() == make_map(request.controls[0], shown, depth).tobytes()
     without = editor.edit(EditRequest(request.prompt, [photograph], steps=1))[0]
     assert without.image.tobytes() != result.image.tobytes()
