@@ -26,8 +26,12 @@ OnError = Annotated[OnErrorName, typer.Option(help="Exit code if some input cann
 Seed = Annotated[int, typer.Option(help="Random seed. The same seed makes the same dataset.")]
 
 
-def run_app(app: typer.Typer) -> None:
-    """Runs the command line that was given. A wrong one is answered in a sentence, with code 2."""
+def run_app(app: typer.Typer, interrupted: str = "the same command continues where it was") -> None:
+    """Runs the command line that was given. A wrong one is answered in a sentence, with code 2.
+
+    Args:
+        interrupted: what Ctrl-C leaves.
+    """
     with exit_codes():
         try:
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -38,7 +42,7 @@ def run_app(app: typer.Typer) -> None:
             print(f"interrupted: {interruption}", file=sys.stderr)
             raise SystemExit(CTRL_C) from None
     if code == CTRL_C:  # typer's answer to it
-        print("interrupted: the same command continues where it was", file=sys.stderr)
+        print(f"interrupted: {interrupted}", file=sys.stderr)
     raise SystemExit(code or 0)
 
 

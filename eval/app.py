@@ -62,7 +62,8 @@ def app(
     auth: Annotated[
         str | None,
         typer.Option(
-            help="Login as USER:PASSWORD. Set it by the variable to keep it out of the process list.", envvar="APP_AUTH"
+            help="Login as USER:PASSWORD. The environment variable APP_AUTH keeps it out of the process list.",
+            envvar="APP_AUTH",
         ),
     ] = None,
     max_upload_mb: Annotated[int, typer.Option(help="Largest uploaded file, in megabytes.")] = Limits.max_upload_mb,
@@ -76,7 +77,7 @@ def app(
     api_key: Annotated[
         str | None,
         typer.Option(
-            help="Key that the API asks for. Set it by the variable to keep it out of the process list.",
+            help="Key that the API asks for. The environment variable APP_API_KEY keeps it out of the process list.",
             envvar="APP_API_KEY",
             show_default="a random key, printed at the start",
         ),

@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     import torch
 
 Dtype = Annotated[
-    NumbersName | None, typer.Option(help="Number format of what is written.", show_default="as they are")
+    NumbersName | None, typer.Option(help="Data type of the written weights.", show_default="as they are")
 ]
 Named = Annotated[str, typer.Argument(help="The adapter: a file, a checkpoint, a run, or OWNER/NAME on the hub.")]
 
 
 def merge(
     *,
-    model: Annotated[str, typer.Option(help="Folder (as named, or below $MODEL_DIR) or hub id of the base model.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder, also one below $MODEL_DIR, or a hub id.")],
     adapter: Annotated[
         list[AdapterUse],
         typer.Option(
             parser=option(AdapterUse.parse),
-            metavar="NAME[:WEIGHT]",
-            help="Adapter to merge, maybe with a weight. Repeat it for several.",
+            metavar="PATH[:WEIGHT]",
+            help="LoRA to merge: run folder, checkpoint or safetensors file, also below $CHECKPOINT_DIR. Repeatable.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create, or the file to write with --gguf.")],
@@ -131,7 +131,7 @@ def main() -> None:
     app = typer.Typer(help=summary, add_completion=False, pretty_exceptions_enable=False)
     for command in (merge, convert, inspect):
         app.command()(command)
-    run_app(app)
+    run_app(app, interrupted="nothing was written; the same command begins again")
 
 
 if __name__ == "__main__":

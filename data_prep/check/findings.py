@@ -30,12 +30,12 @@ WARNINGS = {
     "mask_vanishes": "at the size that is trained the mask has no edit or no background left",
     "mask_grey": "the mask is mostly grey: is it a mask?",
     "mask_size": "the mask has another size than the target, and is resized",
-    "aspect": "a very long picture",
+    "aspect": "one side of the image is much longer than the other (--max-aspect)",
     "cropped": "the source has another aspect than the target, and is cropped to it",
     "upscaled": "the source is much smaller than the target that is trained, and is enlarged",
     "small": "the target is small, and is trained so, since nothing is enlarged: use a larger original, or leave the row out",
     "no_source": "no source: text to image, which flow matching trains and Latent Bridge Matching cannot",
-    "long_prompt": "a very long prompt",
+    "long_prompt": "the prompt is very long (--max-tokens)",
     "converted": "a file is not used exactly as it is stored: nothing to do, if what was done to it is right",
 }
 """What somebody should know of, and may be meant."""

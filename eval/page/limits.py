@@ -78,7 +78,9 @@ def _read(path: str, limits: Limits, opened: Callable[[str], Image.Image]) -> Im
             width, height = header.size
         if width * height > limits.max_image_pixels:
             most = f"{limits.max_image_pixels / MEGA:g}"
-            raise TooLarge(f"{name} has {width * height / MEGA:.1f} megapixels ({width}x{height}); at most {most} go")
+            raise TooLarge(
+                f"{name} has {width * height / MEGA:.1f} megapixels ({width}x{height}); at most {most} megapixels are allowed"
+            )
         return opened(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = f"{limits.max_image_pixels / MEGA:g}"

@@ -122,4 +122,6 @@ def _smaller(opened: ImageFile, most: int, in_rows: bool) -> tuple[Image.Image, 
         return small, kept | {"format": "JPEG", "quality": QUALITY}
     alpha = "transparency" in opened.info or "A" in opened.getbands()
     factor = next(number for number in range(2, opened.width) if pixels <= most * number**2)
-    return opened.convert("RGBA" if alpha else "RGB").reduce(factor), kept | {"format": "PNG"}
+    mode = "RGBA" if alpha else "RGB"
+    plain = opened if opened.mode == mode else opened.convert(mode)  # which copies even where nothing changes
+    return plain.reduce(factor), kept | {"format": "PNG"}

@@ -128,7 +128,13 @@ class EditRequest:
     strength: Annotated[
         float | None,
         Knob(
-            *("Denoising strength, 0–1: how far the result may move from the source.", "by the mode", 0, 1, True),
+            *(
+                "Denoising strength, 0–1: how far the result may move from the source.",
+                "0.6; 0.8 for invert; 1 for inpaint and focus",
+                0,
+                1,
+                True,
+            ),
             modes=WITH_STRENGTH,
             label="Denoising strength",
         ),

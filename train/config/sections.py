@@ -273,7 +273,8 @@ class AdapterConfig:
     rslora: bool = False
     """Scale LoRA by alpha / sqrt(rank) (rsLoRA)."""
     dora: bool = False
-    """Also train the magnitude of each output channel (DoRA). Only this project and PEFT can load such an adapter."""
+    """Also train the magnitude of each output channel (DoRA). Only this project and PEFT load the file as it is;
+    eval/export.py convert writes it for diffusers and ComfyUI."""
     decompose_both: bool = False
     """Also make LoKr's first factor a product of two matrices if the rank is below half its longer side."""
     decompose_factor: int = -1

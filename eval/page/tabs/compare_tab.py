@@ -81,7 +81,7 @@ def build_compare_tab(studio: Studio, page: gr.Blocks) -> None:
                 fields["seed"] = NumberInput(
                     DRAWN, label="Seed", info="-1: random.", elem_id="compare-seed", precision=0, min_width=120
                 )
-                steps: dict[str, Any] = {"info": "Automatic: what suits each.", "elem_id": "compare-steps"}
+                steps: dict[str, Any] = {"info": "Automatic: each adapter's own number.", "elem_id": "compare-steps"}
                 fields["steps"] = knob_field("steps", min_width=120, **steps)
             with gr.Row():
                 run = gr.Button("Make the pair", variant="primary", elem_id="pair", scale=3)

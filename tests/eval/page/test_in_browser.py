@@ -36,7 +36,7 @@ WIDTHS = {
 }
 PIXELS = 256 * 256
 """That an upload keeps."""
-FORMER = re.compile(r"Look again|Take another|[Ss]oft rim|what suits\b(?! each)|drawn\.|New seed")
+FORMER = re.compile(r"Look again|Take another|[Ss]oft rim|what suits|drawn\.|New seed")
 CONTRAST = """
 () => {
   const parse = (text) => {

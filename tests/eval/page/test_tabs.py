@@ -205,7 +205,7 @@ def test_pictures_are_refused_by_their_header_and_by_name_alone(tmp_path):
         "text": "text.png is not an image that can be read",
         "empty": "empty.png is not an image that can be read",
         "cut": "cut.png: cannot be read",
-        "large": r"large.png has 0\.0 megapixels \(120x90\); at most 0\.01 go",
+        "large": r"large.png has 0\.0 megapixels \(120x90\); at most 0\.01 megapixels",
         "small": "small.png: 8x8 is too small",
     }.items():
         with pytest.raises(InputError, match=reason) as caught:
