@@ -19,6 +19,8 @@ from train.model.layers.lokr import NAMES
 SHOWN = ("base_model", "objective", "step", "kind", "weights", "config_hash")
 """Of the header, as it stands there."""
 MAX_STEPS = 16
+OTHER_KINDS = {"hada_": "LoHa", "diff": "differences of whole tensors", "oft_": "OFT", "boft_": "BOFT"}
+"""Kinds of adapters that are named and not read here, by how the last part of a key begins (LyCORIS's and ComfyUI's names)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Inspection:
     """Number of modules by the end of their names."""
     unknown: list[str]
     """Modules that Qwen-Image's transformer lacks."""
+    others: dict[str, int]
+    """Number of tensors of other kinds of adapters, by kind."""
     header: dict[str, str]
     sigmas: list[float] | None
     steps: list[int]
@@ -72,6 +76,7 @@ class Inspection:
             "unknown": f"{len(self.unknown)} modules that Qwen-Image lacks, such as {self.unknown[0]}"
             if self.unknown
             else "",
+            "others": ", ".join(f"{number} tensors of {kind}" for kind, number in self.others.items()),
         }
         width = max(map(len, lines))
         known = [f"{name:<{width}}  {value}" for name, value in lines.items() if value]
@@ -89,13 +94,14 @@ class _Keys:
     """What the keys end in, as written."""
     dtypes: Counter[str]
     alphas: dict[str, float]
+    others: Counter[str]
 
     def has(self, *kinds: str) -> bool:
         return any(kind in found for found in self.kinds.values() for kind in kinds)
 
     @property
     def prefix(self) -> str:
-        return self.prefixes.most_common(1)[0][0]
+        return self.prefixes.most_common(1)[0][0] if self.prefixes else ""
 
 
 def inspect_adapter(path: Path) -> Inspection:
@@ -116,7 +122,7 @@ def inspect_adapter(path: Path) -> Inspection:
     sigmas = trained_sigmas(header)
     return Inspection(
         file=str(file),
-        method=next(iter(methods)) if len(methods) == 1 else _counted(methods),
+        method=_counted(methods) if methods else "of another kind",
         form=_form(keys),
         dtypes=dict(keys.dtypes),
         num_modules=len(keys.kinds),
@@ -124,6 +130,7 @@ def inspect_adapter(path: Path) -> Inspection:
         scales=_scales(file, keys, header),
         endings=dict(ends.most_common()),
         unknown=[written for written, name in names.items() if name is None],
+        others=dict(keys.others),
         header={key: header[key] for key in SHOWN if key in header},
         sigmas=sigmas,
         steps=_suited_steps(sigmas) if sigmas else [],
@@ -134,13 +141,19 @@ def inspect_adapter(path: Path) -> Inspection:
 
 
 def _read(file: Path) -> tuple[_Keys, dict[str, str]]:
-    keys = _Keys(Counter(), {}, frozenset(), Counter(), {})
+    keys = _Keys(Counter(), {}, frozenset(), Counter(), {}, Counter())
     endings = set()
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             for key in opened.keys():  # noqa: SIM118
                 match = KEY.fullmatch(key)
+                last = key.rpartition(".")[2]
+                if not match and (
+                    other := next((OTHER_KINDS[each] for each in OTHER_KINDS if last.startswith(each)), "")
+                ):
+                    keys.others[other] += 1
+                    continue
                 if not match:
                     what = " (it is what an adapter has beside LoRA: inspect the adapter)" if "added" in header else ""
                     raise InputError(f"{file} is no adapter: no adapter has a tensor {key!r}{what}")
@@ -153,9 +166,9 @@ def _read(file: Path) -> tuple[_Keys, dict[str, str]]:
                     keys.alphas[name] = opened.get_tensor(key).item()
     except SafetensorError as error:
         raise InputError(f"{file} is not a readable safetensors file ({error})") from error
-    if not keys.kinds:
+    if not keys.kinds and not keys.others:
         raise InputError(f"{file} is no adapter: it holds no tensor")
-    return _Keys(keys.prefixes, keys.kinds, frozenset(endings), keys.dtypes, keys.alphas), header
+    return _Keys(keys.prefixes, keys.kinds, frozenset(endings), keys.dtypes, keys.alphas, keys.others), header
 
 
 def _method(found: Mapping[str, tuple[int, ...]]) -> str:
@@ -221,6 +234,8 @@ def _ignored(
         if name != "this project":
             if unknown:
                 found.append(f"has no place for {len(unknown)} modules, such as {unknown[0]}")
+            if keys.others and name != "ComfyUI":
+                found.append(f"{_counted(keys.others)}: not looked up here")
             if extra:
                 found.append(f"misses {EXTRA_FILE}")
             if header.get("objective") == "lbm":
@@ -231,6 +246,8 @@ def _ignored(
 def _project(keys: _Keys, header: Mapping[str, str], unknown: list[str]) -> list[str]:
     if unknown:
         return [f"refuses the file: it changes {len(unknown)} modules that Qwen-Image lacks, such as {unknown[0]}"]
+    if keys.others:
+        return [f"refuses the file: it reads no {_counted(keys.others)}"]
     if half := [name for name, found in keys.kinds.items() if ("down" in found) != ("up" in found)]:
         return [f"refuses the file: of {half[0]} it has one of lora_A and lora_B alone"]
     beneath = list(json.loads(header.get("frozen", "{}")).values())

@@ -239,3 +239,17 @@ def test_inspect_of_something_else(tmp_path):
     save_file({"img_in.lora_A.weight": torch.ones(1, 1)}, tmp_path / "half.safetensors")
     told = inspect_adapter(tmp_path / "half.safetensors").ignored["this project"]
     assert told == ["refuses the file: of img_in it has one of lora_A and lora_B alone"]
+
+
+def test_inspect_names_kinds_of_adapters_that_are_not_read_here(tmp_path):
+    module = "lora_unet_transformer_blocks_0_attn_to_q"
+    factors = {f"{module}.hada_{name}": torch.ones(2, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    save_file(factors | {f"{module}.alpha": torch.tensor(2.0)}, tmp_path / "loha.safetensors")
+    found = inspect_adapter(tmp_path / "loha.safetensors")
+    assert found.others == {"LoHa": 4}
+    assert found.ignored["this project"] == ["refuses the file: it reads no LoHa"]
+    assert "4 tensors of LoHa" in found.as_text()
+    save_file({"img_in.diff": torch.ones(2, 4), "img_in.diff_b": torch.ones(2)}, tmp_path / "diff.safetensors")
+    found = inspect_adapter(tmp_path / "diff.safetensors")
+    assert (found.method, found.others) == ("of another kind", {"differences of whole tensors": 2})
+    assert "not looked up here" in found.ignored["diffusers"][-1]
