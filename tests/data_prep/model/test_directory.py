@@ -46,7 +46,7 @@ def test_what_cannot_be_found_is_named(tmp_path):
         ModelDirectory.resolve("models/../nowhere/models/tiny")
     with pytest.raises(InputError, match=r"no model at ./nothing/here"):
         ModelDirectory.resolve("./nothing/here")
-    with pytest.raises(InputError, match=r"lacks transformer, vae"):
+    with pytest.raises(InputError, match=r"not a model folder: transformer, vae.* missing"):
         ModelDirectory.resolve(tmp_path)
 
 
