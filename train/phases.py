@@ -111,7 +111,7 @@ def cache_phase(
     Raises:
         InputError: a row cannot be used, or the checkpoint was trained on other rows.
     """
-    dtype = getattr(torch, config.model.dtype)
+    dtype, fingerprint = getattr(torch, config.model.dtype), model.fingerprint(*ENCODERS)
 
     def load_encoders() -> Encoders:
         device = processes.device
@@ -128,7 +128,7 @@ def cache_phase(
         summary = build_cache(
             rows,
             CacheHeader(
-                model.fingerprint(*ENCODERS),
+                fingerprint,
                 geometry,
                 encoder_dtype=config.model.dtype,
                 caption_dropout=split == "train" and config.data.caption_dropout > 0,
@@ -191,7 +191,8 @@ def train_phase(
     """
     run_dir, dtype = Path(config.run_dir), getattr(torch, config.model.dtype)
     training, held_out = processes.gather(dataset_digests(config) if processes.is_main else None)[0]
-    stream = open_stream(config, model, geometry, processes, training)
+    fingerprint = model.fingerprint(*ENCODERS)
+    stream = open_stream(config, training, fingerprint, geometry, processes)
     decode = lazy_decode(model, processes.device, dtype)
     loss = build_loss(config, decode)
     checkpoints = build_checkpoints(config, adapter_metadata(config, loss, geometry, model.edition))
@@ -206,10 +207,10 @@ def train_phase(
         return 0
 
     # whatever may fail in a second comes before the weights are read
-    validate = held_out_validation(config, held_out, model, geometry, decode, processes)
+    validate = held_out_validation(config, held_out, fingerprint, geometry, decode, processes)
     if processes.is_main:
         write_text(run_dir / "config.yaml", to_yaml(config))
-    record = provenance(processes.world_size) | {"data": identity["data"], "cache": model.fingerprint(*ENCODERS)}
+    record = provenance(processes.world_size) | {"data": identity["data"], "cache": fingerprint}
     states = continued_states(checkpoint, checkpoints)
     loggers = build_loggers(config, first_step, record, states) if processes.is_main else Loggers({})
     with request or StopRequest() as request, closing(stream), loggers:
@@ -251,12 +252,13 @@ def train_phase(
 
 
 def open_stream(
-    config: Config, model: ModelDirectory, geometry: Geometry, processes: Processes, dataset: str
+    config: Config, dataset: str, fingerprint: str, geometry: Geometry, processes: Processes
 ) -> BatchStream:
     """The batches of the training rows, from the cache.
 
     Args:
         dataset: the digest of the training rows.
+        fingerprint: of the model's encoders.
 
     Raises:
         InputError: the cache does not hold them as configured; or their files changed since, where no phase looked.
@@ -264,7 +266,7 @@ def open_stream(
     reader = CacheReader(
         config.cache.dir,
         dataset,
-        fingerprint=model.fingerprint(*ENCODERS),
+        fingerprint=fingerprint,
         geometry=geometry,
         caption_dropout=config.data.caption_dropout > 0,
         encoder_dtype=config.model.dtype,
@@ -325,7 +327,7 @@ def known_identity(config: Config, model: ModelDirectory, world_size: int) -> di
 def held_out_validation(
     config: Config,
     dataset: str | None,
-    model: ModelDirectory,
+    fingerprint: str,
     geometry: Geometry,
     decode: Callable[[Tensor], Tensor],
     processes: Processes,
@@ -341,7 +343,7 @@ def held_out_validation(
     held_out = CacheReader(
         config.cache.dir,
         dataset,
-        fingerprint=model.fingerprint(*ENCODERS),
+        fingerprint=fingerprint,
         geometry=geometry,
         negative=True,
         encoder_dtype=config.model.dtype,
