@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,15 @@ class Inspection:
 class _Keys:
     """The tensors of a file, by module."""
 
-    prefixes: Counter[str]
-    kinds: dict[str, dict[str, tuple[int, ...]]]
+    prefixes: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     """Name of a module as written, without prefix -> what there is of it, and its shape."""
-    endings: frozenset[str]
+    endings: set[str] = field(default_factory=set)
     """What the keys end in, as written."""
-    dtypes: Counter[str]
-    alphas: dict[str, float]
-    others: Counter[str]
+    dtypes: Counter[str] = field(default_factory=Counter)
+    alphas: dict[str, float] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+    """Tensors of `OTHER_KINDS`."""
 
     def has(self, *kinds: str) -> bool:
         return any(kind in found for found in self.kinds.values() for kind in kinds)
@@ -119,7 +120,7 @@ def inspect_adapter(path: Path) -> Inspection:
     names = {written: module_name(written) for written in keys.kinds}
     methods = Counter(_method(found) for found in keys.kinds.values())
     ends = Counter((name or written).split(".", 2)[-1] for written, name in names.items())
-    sigmas = trained_sigmas(header)
+    sigmas, unknown = trained_sigmas(header), [written for written, name in names.items() if name is None]
     return Inspection(
         file=str(file),
         method=_counted(methods) if methods else "of another kind",
@@ -129,29 +130,25 @@ def inspect_adapter(path: Path) -> Inspection:
         ranks=dict(Counter(map(_rank, keys.kinds.values()))),
         scales=_scales(file, keys, header),
         endings=dict(ends.most_common()),
-        unknown=[written for written, name in names.items() if name is None],
+        unknown=unknown,
         others=dict(keys.others),
         header={key: header[key] for key in SHOWN if key in header},
         sigmas=sigmas,
         steps=_suited_steps(sigmas) if sigmas else [],
         geometry=json.loads(header["geometry"]) if "geometry" in header else None,
         extra=extra,
-        ignored=_ignored(keys, header, extra, [written for written, name in names.items() if name is None]),
+        ignored=_ignored(keys, header, extra, unknown),
     )
 
 
 def _read(file: Path) -> tuple[_Keys, dict[str, str]]:
-    keys = _Keys(Counter(), {}, frozenset(), Counter(), {}, Counter())
-    endings = set()
+    keys = _Keys()
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             for key in opened.keys():  # noqa: SIM118
                 match = KEY.fullmatch(key)
-                last = key.rpartition(".")[2]
-                if not match and (
-                    other := next((OTHER_KINDS[each] for each in OTHER_KINDS if last.startswith(each)), "")
-                ):
+                if not match and (other := _other_kind(key)):
                     keys.others[other] += 1
                     continue
                 if not match:
@@ -160,7 +157,7 @@ def _read(file: Path) -> tuple[_Keys, dict[str, str]]:
                 name, kind, stored = without_prefix(match[1]), KINDS[match[2]], opened.get_slice(key)
                 keys.prefixes[match[1].removesuffix(name)] += 1
                 keys.kinds.setdefault(name, {})[kind] = tuple(stored.get_shape())
-                endings.add(match[2])
+                keys.endings.add(match[2])
                 keys.dtypes[stored.get_dtype()] += 1
                 if kind == "alpha":
                     keys.alphas[name] = opened.get_tensor(key).item()
@@ -168,7 +165,12 @@ def _read(file: Path) -> tuple[_Keys, dict[str, str]]:
         raise InputError(f"{file} is not a readable safetensors file ({error})") from error
     if not keys.kinds and not keys.others:
         raise InputError(f"{file} is no adapter: it holds no tensor")
-    return _Keys(keys.prefixes, keys.kinds, frozenset(endings), keys.dtypes, keys.alphas, keys.others), header
+    return keys, header
+
+
+def _other_kind(key: str) -> str | None:
+    last = key.rpartition(".")[2]
+    return next((kind for start, kind in OTHER_KINDS.items() if last.startswith(start)), None)
 
 
 def _method(found: Mapping[str, tuple[int, ...]]) -> str:
