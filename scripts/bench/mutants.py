@@ -142,7 +142,7 @@ FAULTS = [
         "num_steps - num_steps * strength + 0.5",
         OF_SAMPLERS,
     ),
-    Fault(WALK, "deviation * (next_sigma / sigma) + noise", "deviation + noise", OF_SAMPLERS),
+    Fault(WALK, "deviation * (next_sigma / sigma) if", "deviation if", OF_SAMPLERS),
     Fault(
         "eval/qwen/masks.py", "Image.composite(edited, self.picture, self.mask)", "edited", "eval/qwen/test_masks.py"
     ),

@@ -61,24 +61,20 @@ class BridgeSampler:
         latents = edit.source_latents if self.start == "source" else edit.sub_noise
         assert latents is not None, "white is encoded where a bridge starts there"
         start = latents = latents.float()
-        deviation = None
+        deviation: Tensor | float = 0.0  # from the straight line
         for step, (sigma, next_sigma) in enumerate(pairwise(linear_sigmas(num_steps)), start=1):
             velocity = denoiser(latents, latents.new_full(latents.shape[:1], sigma), edit.condition)
             if self.stochastic and self.prediction == "displacement":
                 latents = start - (1 - next_sigma) * velocity
             else:
                 latents = latents - (sigma - next_sigma) * velocity
+            # With drift, what is there shrinks on the way to the target; else every step makes it anew.
+            deviation = deviation * (next_sigma / sigma) if self.prediction == "drift" else 0.0
             if scale := self._noise_scale(sigma, next_sigma):
                 noise = scale * generator.normal(f"bridge_noise_{step}", latents.shape[1:]).to(latents)
-                latents = latents + noise
-                if (
-                    deviation is not None and self.prediction == "drift"
-                ):  # what is there shrinks on the way to the target
-                    deviation = deviation * (next_sigma / sigma) + noise
-                else:
-                    deviation = noise
+                latents, deviation = latents + noise, deviation + noise
             if keep:
-                latents = keep.blend(latents, start, next_sigma, deviation if next_sigma else None)
+                latents = keep.blend(latents, start, next_sigma, deviation)
             if on_step:
                 on_step(step, latents)
         return latents

@@ -25,14 +25,13 @@ class Keep:
     mask: Tensor
     """1 where the edit may go, 0 where nothing changes, between them a blend, (B, 1, h, w)."""
 
-    def blend(self, latents: Tensor, start: Tensor, sigma: float, noise: Tensor | None = None) -> Tensor:
+    def blend(self, latents: Tensor, start: Tensor, sigma: float, noise: Tensor | float = 0.0) -> Tensor:
         """The latents inside the mask, and outside the point at `sigma` of the path from `start` to what is kept.
 
         Args:
             noise: of a stochastic path, how far it is from the straight line at `sigma`.
         """
-        kept = sigma * start + (1 - sigma) * self.latents
-        kept = kept if noise is None else kept + noise
+        kept = sigma * start + (1 - sigma) * self.latents + noise
         return self.mask * latents + (1 - self.mask) * kept
 
 
