@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -56,6 +57,24 @@ def step_progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, total=total, completed=done)
 
 
+@dataclass
+class TimeLeft:
+    """The time until the last step, by how long those since the first call of `told` took: what came before does not count."""
+
+    first: tuple[int, float] | None = None
+    """The steps done then, and when that was."""
+
+    def told(self, done: int) -> None:
+        """So many steps are done."""
+        if self.first is None:
+            self.first = done, time.monotonic()
+
+    def seconds(self, done: int, total: int) -> float | None:
+        """None while no step has been timed."""
+        before, since = self.first or (done, 0.0)
+        return (time.monotonic() - since) / (done - before) * (total - done) if done > before else None
+
+
 def _bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     left = (TextColumn("left"), TimeRemainingColumn())
@@ -95,18 +114,15 @@ class _Lines:
 class _StepLines:
     def __init__(self, title: str, console: Console):
         self.title, self.console = title, console
-        self.first: tuple[int, float] | None = None
-        """The steps done at the first call, and when that was."""
-        self.last_line = 0.0
+        self.left, self.last_line = TimeLeft(), time.monotonic()
 
     def show(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.last_line = (done, now), now
-        if now - self.last_line < SECONDS_BETWEEN_LINES:
+        if self.left.first is None:
+            self.last_line = time.monotonic()
+        self.left.told(done)
+        seconds = self.left.seconds(done, total)
+        if seconds is None or time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES:
             return
-        self.last_line = now
-        before, since = self.first
-        seconds = (now - since) / (done - before) * (total - done)
+        self.last_line = time.monotonic()
         left = time.strftime("%H:%M:%S", time.gmtime(seconds))
         self.console.print(f"{self.title} {done}/{total}, {left} left", highlight=False, soft_wrap=True)

@@ -5,7 +5,6 @@ import html
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from data_prep.errors import InputError, is_out_of_memory
+from data_prep.jobs.progress import TimeLeft
 from eval.request.request import OnProgress
 
 MAX_WAITING = 64
@@ -149,13 +149,12 @@ class Status:
     words: str = ""
     steps: tuple[int, int] | None = None
     """Done and in all."""
-    began: tuple[int, float] | None = None
-    """Steps done and the time, when the first were told."""
+    left: TimeLeft = field(default_factory=TimeLeft)
 
     def __call__(self, steps: tuple[int, int] | None, words: str) -> None:
         """An `OnStatus`."""
-        if steps and not self.began:
-            self.began = steps[0], time.monotonic()
+        if steps:
+            self.left.told(steps[0])
         self.words, self.steps = words, steps
 
     def html(self) -> Markup:
@@ -163,16 +162,15 @@ class Status:
         if not self.steps:
             return Markup('<div class="status told">{}<progress></progress></div>').format(self.words)
         done, total = self.steps
-        line = f"{self.words}: step {done:,} of {total:,}{self._left(done, total)}"
+        line = f"{self.words}: step {done:,} of {total:,}{_time_left(self.left.seconds(done, total))}"
         bar = Markup('<progress value="{}" max="{}"></progress>').format(done, total)
         return Markup('<div class="status told">{}{}</div>').format(line, bar)
 
-    def _left(self, done: int, total: int) -> str:
-        first, since = self.began or (done, 0.0)
-        if done <= first:
-            return ""
-        seconds = (time.monotonic() - since) / (done - first) * (total - done)
-        return f", {math.ceil(seconds)} s left" if seconds < 100 else f", {math.ceil(seconds / 60)} min left"
+
+def _time_left(left: float | None) -> str:
+    if left is None:
+        return ""
+    return f", {math.ceil(left)} s left" if left < 100 else f", {math.ceil(left / 60)} min left"
 
 
 def follow(work: Callable[[OnStatus], Result]) -> Generator[Markup, None, Result]:

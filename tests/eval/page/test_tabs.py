@@ -337,7 +337,7 @@ def test_what_a_browser_kept_is_taken_where_the_form_can_hold_it(studio):
 
 def test_progress_is_in_whole_numbers_and_words(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("eval.page.jobs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("data_prep.jobs.progress.time.monotonic", lambda: now[0])
     status = Status()
     status(None, "Waiting: 1 before this one")
     assert status.html() == '<div class="status told">Waiting: 1 before this one<progress></progress></div>'
