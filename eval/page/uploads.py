@@ -56,17 +56,15 @@ def scaled_in(path: Path, limits: Limits, folder: Path) -> Path | None:
         InputError: it is too large to be opened, or not a picture; names the file without its folder.
     """
     opened = _opened(path)
-    if opened is None or opened.width * opened.height <= limits.max_image_pixels:
-        if opened and opened.fp:
-            opened.fp.close()
-        read_picture(str(path), limits)  # raises in words
-        return None
-    handle = opened.fp
+    handle = opened and opened.fp  # decoding may take it away from the picture
     try:
-        return _scale(opened, path, limits.max_image_pixels, folder)
+        if opened and opened.width * opened.height > limits.max_image_pixels:
+            return _scale(opened, path, limits.max_image_pixels, folder)
     finally:
         if handle:
             handle.close()
+    read_picture(str(path), limits)  # raises in words
+    return None
 
 
 def _scale(opened: ImageFile, path: Path, most: int, folder: Path) -> Path:

@@ -45,7 +45,7 @@ class Knob:
     option: str = ""
     """Name of the option and of the column, if it is not the field's name."""
     label: str = ""
-    """Label on the web page; by default the field\'s name."""
+    """Label on the web page; by default the field's name."""
 
     def check(self, name: str, value: Any) -> None:
         """Whether a value is one.
